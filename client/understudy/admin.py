@@ -1,0 +1,192 @@
+"""The admin protocol, whole, and a small blocking client for it.
+
+Newline-delimited JSON over a Unix stream socket: one request a line, then any number of
+`{"type": "note", ...}` lines (progress), then one `{"type": "done", ...}` or `{"type": "error", ...}` line.
+Try it by hand: ``echo '{"cmd": "status"}' | socat - UNIX:/run/understudy/admin.sock``.
+
+This module imports msgspec and the standard library only, so that `understudyctl` starts at once.
+"""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+MAX_LINE_BYTES = 16 * 1024 * 1024
+
+
+class AdminRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="cmd", forbid_unknown_fields=True):
+    """Base of all admin commands."""
+
+
+class Status(AdminRequest, frozen=True, kw_only=True, tag="status"):
+    """The daemon at a glance."""
+
+
+class Models(AdminRequest, frozen=True, kw_only=True, tag="models"):
+    """Every model with its tier."""
+
+
+class Show(AdminRequest, frozen=True, kw_only=True, tag="show"):
+    """One model in full; `arena` true draws the map of the arena instead."""
+
+    name: str = ""
+    arena: bool = False
+
+
+class Add(AdminRequest, frozen=True, kw_only=True, tag="add"):
+    """Ingest `source` (a folder on the daemon's machine) as `name`. Sends notes with progress."""
+
+    name: str
+    source: str
+    dtype: str = "keep"
+    variant: str | None = None
+    ignore_pickle: bool = False
+
+
+class Remove(AdminRequest, frozen=True, kw_only=True, tag="remove"):
+    """Stop serving a model and delete it once its last request is done."""
+
+    name: str
+
+
+class Load(AdminRequest, frozen=True, kw_only=True, tag="load"):
+    """Make a model resident; `wait` answers when it is."""
+
+    name: str
+    wait: bool = True
+
+
+class Evict(AdminRequest, frozen=True, kw_only=True, tag="evict"):
+    """Take a model out of the arena."""
+
+    name: str
+
+
+class Pin(AdminRequest, frozen=True, kw_only=True, tag="pin"):
+    """Load a model and keep it resident."""
+
+    name: str
+
+
+class Unpin(AdminRequest, frozen=True, kw_only=True, tag="unpin"):
+    """Let a model be evicted again."""
+
+    name: str
+
+
+class Queue(AdminRequest, frozen=True, kw_only=True, tag="queue"):
+    """Waiting and running requests in the order they will run."""
+
+
+class CancelRequest(AdminRequest, frozen=True, kw_only=True, tag="cancel"):
+    """Cancel a request by the id that `queue` shows."""
+
+    id: str
+
+
+class Loaders(AdminRequest, frozen=True, kw_only=True, tag="loaders"):
+    """The loader processes and what they do."""
+
+
+class Trace(AdminRequest, frozen=True, kw_only=True, tag="trace"):
+    """What stage and loaders did in the last `seconds`, as spans."""
+
+    seconds: float = 60.0
+
+
+class Shutdown(AdminRequest, frozen=True, kw_only=True, tag="shutdown"):
+    """Stop the daemon; requests in flight are finished within `drain_s`."""
+
+    drain_s: float = 30.0
+
+
+Command = (
+    Status | Models | Show | Add | Remove | Load | Evict | Pin | Unpin
+    | Queue | CancelRequest | Loaders | Trace | Shutdown
+)  # fmt: skip
+
+
+class Note(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="note"):
+    """Progress of a long command: `done` of `total` (bytes unless the phase says otherwise)."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="done"):
+    """Success; `result` is the command's document."""
+
+    result: Any = None
+
+
+class Error(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error"):
+    """Failure; `code` is stable, `message` says what to do."""
+
+    code: str
+    message: str
+
+
+Line = Note | Done | Error
+
+_command_decoder: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
+_line_decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
+_encoder = msgspec.json.Encoder()
+
+
+class AdminError(Exception):
+    """The daemon refused or failed a command, or could not be reached."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def encode_line(line: AdminRequest | Line) -> bytes:
+    """One line, newline included."""
+    return _encoder.encode(line) + b"\n"
+
+
+def decode_command(line: bytes) -> Command:
+    """The daemon's side. Raises `AdminError("bad_request")`, nothing else."""
+    try:
+        return _command_decoder.decode(line)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise AdminError("bad_request", f"not an admin command: {error}") from error
+
+
+def call(
+    path: Path,
+    command: AdminRequest,
+    *,
+    on_note: Callable[[Note], None] | None = None,
+    timeout_s: float | None = 30.0,
+) -> Any:
+    """Send one command and return its result document. Raises `AdminError`."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout_s)
+        try:
+            sock.connect(str(path))
+            sock.sendall(encode_line(command))
+            with sock.makefile("rb") as lines:
+                while raw := lines.readline(MAX_LINE_BYTES):
+                    match _line_decoder.decode(raw):
+                        case Note() as note:
+                            if on_note is not None:
+                                on_note(note)
+                        case Done(result=result):
+                            return result
+                        case Error(code=code, message=message):
+                            raise AdminError(code, message)
+        except TimeoutError as error:
+            raise AdminError("timeout", f"no answer from {path} within {timeout_s} s") from error
+        except OSError as error:
+            raise AdminError(
+                "unreachable", f"cannot reach the daemon at {path} ({error.strerror}); is it running?"
+            ) from error
+        except msgspec.DecodeError as error:
+            raise AdminError("unreachable", f"{path} does not speak the admin protocol: {error}") from error
+    raise AdminError("unreachable", f"{path} closed the connection before it answered")

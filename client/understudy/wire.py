@@ -1,0 +1,269 @@
+"""The ZeroMQ protocol, whole: every message between a client and the daemon is defined here.
+
+DEALER (client) to ROUTER (daemon). A message is one msgpack header frame of at most 64 KiB, then raw
+payload frames (images). The header is a tagged map: `type` names the struct, `v` the protocol
+version. Unknown fields are ignored, new fields carry defaults, so that minor versions mix.
+
+Ids belong to the client. A request that was sent again under its id is the same request: it runs
+once within a daemon's life and gets exactly one answer, `Finished` or `Failed`. The seed is fixed
+before the first send, so that a request that runs again after a crash gives the same image.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+MAX_HEADER_BYTES = 64 * 1024
+MAX_ID_CHARS = 64
+MAX_SEED = 2**63 - 1
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Common to all: the protocol version the sender speaks."""
+
+    v: int = PROTOCOL_VERSION
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+class Generate(Message, frozen=True, kw_only=True, tag="generate"):
+    """Ask for images. None means the pipeline's own default.
+
+    `width` and `height` are pixels, `deadline_s` seconds from receipt, `priority` higher first.
+    `images` counts images per prompt. `format` is "png" or "raw" (H x W x 3 uint8 rows, see
+    `ImageInfo`). `progress` asks for `Progress` messages.
+    """
+
+    id: str
+    model: str
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    images: int = 1
+    priority: int = 0
+    deadline_s: float | None = None
+    format: str = "png"
+    progress: bool = True
+
+
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    """Take a request back. It is answered `Failed(code="cancelled")` unless it was answered already."""
+
+    id: str
+
+
+class ListModels(Message, frozen=True, kw_only=True, tag="list_models"):
+    """Ask for `ModelList`."""
+
+    id: str
+
+
+class Ping(Message, frozen=True, kw_only=True, tag="ping"):
+    """Heartbeat; ask for `Pong`. A client with open requests that stops pinging is expired."""
+
+    id: str
+
+
+Request = Generate | Cancel | ListModels | Ping
+
+# -- replies ---------------------------------------------------------------------------------------
+
+
+class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):
+    """The request waits. `position` counts requests before it, `tier` says where its model is."""
+
+    id: str
+    position: int
+    tier: str
+
+
+class Progress(Message, frozen=True, kw_only=True, tag="progress"):
+    """`step` of `steps` denoising steps are done. May be coalesced, never reordered."""
+
+    id: str
+    step: int
+    steps: int
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of a finished request; the first four add up to `total_s`.
+
+    `queued_s` from receipt until the stage was free for it, `switch_s` from then to its first stage
+    operation (the visible switch when work was waiting), `run_s` on stage, `encode_s` after it.
+    `gap_s` is None when the stage had been idle before this request could run; else it is the time
+    from the end of the previous request's last stage operation to this one's first.
+    """
+
+    queued_s: float
+    switch_s: float
+    run_s: float
+    encode_s: float
+    total_s: float
+    bind_s: float = 0.0
+    gap_s: float | None = None
+
+
+class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One payload frame: `format` "png", or "raw" with `height * width * channels` bytes."""
+
+    format: str
+    width: int
+    height: int
+    channels: int = 3
+
+
+class Finished(Message, frozen=True, kw_only=True, tag="finished"):
+    """The images are the payload frames, in order. `tier` is where the model was on receipt."""
+
+    id: str
+    model: str
+    seed: int
+    images: tuple[ImageInfo, ...]
+    timings: Timings
+    tier: str
+    switched: bool = False
+
+
+class Failed(Message, frozen=True, kw_only=True, tag="failed"):
+    """No images. `code` is stable, `message` says what to do, `retryable` whether again may help.
+
+    `id` is empty when the daemon could not read it.
+    """
+
+    id: str
+    code: str
+    message: str
+    retryable: bool = False
+
+
+class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that may be asked for."""
+
+    name: str
+    pipeline: str
+    size_bytes: int
+    tier: str
+
+
+class ModelList(Message, frozen=True, kw_only=True, tag="model_list"):
+    """Answer to `ListModels`; each payload frame is a msgpack array of `ModelEntry`.
+
+    The list travels as payload because hundreds of models outgrow a header.
+    """
+
+    id: str
+
+
+class Pong(Message, frozen=True, kw_only=True, tag="pong"):
+    """Answer to `Ping`. `daemon` changes when the daemon restarted."""
+
+    id: str
+    daemon: str
+
+
+Reply = Accepted | Progress | Finished | Failed | ModelList | Pong
+
+# -- codec -----------------------------------------------------------------------------------------
+
+
+class WireError(ValueError):
+    """A header that this side cannot accept: `code` as in `Failed`, `id` when it could be read."""
+
+    def __init__(self, code: str, message: str, message_id: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message_id = message_id
+
+
+class _Peek(msgspec.Struct):
+    v: Any = None
+    id: Any = ""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_peek_decoder = msgspec.msgpack.Decoder(_Peek)
+_entries_decoder = msgspec.msgpack.Decoder(list[ModelEntry])
+
+# Hostile msgpack raises the last two as well: deep nesting and broken UTF-8.
+DECODE_ERRORS = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+
+
+def encode(message: Message) -> bytes:
+    """The header frame of a message."""
+    header = _encoder.encode(message)
+    if len(header) > MAX_HEADER_BYTES:
+        raise WireError(
+            "bad_request",
+            f"header is {len(header)} bytes, the limit is {MAX_HEADER_BYTES}; shorten the prompt",
+            getattr(message, "id", ""),
+        )
+    return header
+
+
+def decode_request(header: bytes | memoryview) -> Request:
+    """The daemon's side. Raises `WireError`, nothing else."""
+    return _decode(_request_decoder, header)
+
+
+def decode_reply(header: bytes | memoryview) -> Reply:
+    """The client's side. Raises `WireError`, nothing else."""
+    return _decode(_reply_decoder, header)
+
+
+def encode_entries(entries: Sequence[ModelEntry]) -> bytes:
+    """The payload frame of `ModelList`."""
+    return _encoder.encode(entries)
+
+
+def decode_entries(payload: bytes | memoryview) -> list[ModelEntry]:
+    """Read the payload frame of `ModelList`. Raises `WireError`."""
+    try:
+        return _entries_decoder.decode(payload)
+    except DECODE_ERRORS as error:
+        raise WireError("bad_request", f"unreadable model list: {error}") from error
+
+
+_T = TypeVar("_T", bound=Message)
+
+
+def _decode(decoder: "msgspec.msgpack.Decoder[_T]", header: bytes | memoryview) -> _T:
+    if len(header) > MAX_HEADER_BYTES:
+        size = len(header)
+        raise WireError("bad_request", f"header is {size} bytes, the limit is {MAX_HEADER_BYTES}")
+    try:
+        message = decoder.decode(header)
+    except DECODE_ERRORS as error:
+        raise _explain(header, error) from error
+    if message.v != PROTOCOL_VERSION:
+        raise _wrong_version(message.v, getattr(message, "id", ""))
+    return message
+
+
+def _explain(header: bytes | memoryview, error: Exception) -> WireError:
+    """Say whose version or which field was wrong, with the id when there is one."""
+    try:
+        peek = _peek_decoder.decode(header)
+    except DECODE_ERRORS:
+        return WireError("bad_request", "the header is not a msgpack map of this protocol")
+    message_id = peek.id if isinstance(peek.id, str) and len(peek.id) <= MAX_ID_CHARS else ""
+    if peek.v is not None and peek.v != PROTOCOL_VERSION:
+        return _wrong_version(peek.v, message_id)
+    return WireError("bad_request", str(error), message_id)
+
+
+def _wrong_version(version: object, message_id: str) -> WireError:
+    return WireError(
+        "unsupported_version",
+        f"protocol version {version!r:.20} is not spoken here, version {PROTOCOL_VERSION} is; "
+        "install the client of the daemon's release",
+        message_id,
+    )

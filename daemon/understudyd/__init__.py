@@ -1,0 +1,1 @@
+"""Understudy's daemon: one parent that serves, child processes that load, one GPU."""

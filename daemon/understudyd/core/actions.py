@@ -1,0 +1,121 @@
+"""What to do: the only output of the core. Imperatives, immutable, performed in order by the shell.
+
+Each docstring says which event ends the action; the others are done when performed.
+"""
+
+from dataclasses import dataclass
+
+from understudyd.core.types import ErrorCode, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptRequest:
+    """Tell the client its place: `position` 0 is next on stage."""
+
+    request_id: str
+    position: int
+    tier: Tier
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRequest:
+    """The one answer of a request: images when `code` is None, else the error."""
+
+    request_id: str
+    code: ErrorCode | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StartLoad:
+    """Fill `[offset, offset + size_bytes)` of the arena with a blob.
+
+    Ends in `LoadFinished`, `LoadFailed`, `LoadCancelled`, or `LoaderLost` of its loader.
+    """
+
+    load_id: int
+    loader_id: int
+    blob: str
+    offset: int
+    size_bytes: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelLoad:
+    """Stop a load between two chunks. The load still ends in one of its own events."""
+
+    load_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class BuildViews:
+    """Prebuild the blob's tensors over its extent. Ends in `ViewsBuilt` or `ViewsFailed`."""
+
+    blob: str
+    offset: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropViews:
+    """Forget the blob's tensors before its extent is used again."""
+
+    blob: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareModel:
+    """Build skeletons, tokenizers, scheduler. Ends in `ModelPrepared` or `ModelPreparationFailed`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetModel:
+    """Drop the prepared parts of a removed model."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutOnDeck:
+    """Run this request when the stage is free. Its blobs are leased from now on.
+
+    Ends in `RunStarted` then `RunEnded`, or in `RunEnded` alone; then `LeaseEnded`; and after a
+    finished run in `ImagesEncoded` or `EncodingFailed`.
+    """
+
+    request_id: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRun:
+    """End the run at its next checkpoint. It still ends in `RunEnded`."""
+
+    request_id: str
+    code: ErrorCode
+
+
+@dataclass(frozen=True, slots=True)
+class RetireModel:
+    """The last user of a removed model is gone: its files may be deleted."""
+
+    name: str
+
+
+Action = (
+    AcceptRequest
+    | AnswerRequest
+    | StartLoad
+    | CancelLoad
+    | BuildViews
+    | DropViews
+    | PrepareModel
+    | ForgetModel
+    | PutOnDeck
+    | CancelRun
+    | RetireModel
+)

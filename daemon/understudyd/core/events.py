@@ -1,0 +1,234 @@
+"""What happened: the only input of the core. Nouns in the past tense, immutable.
+
+Each event names who reports it. The stage and the loader pool import these and emit them; they never
+see an action's consequences.
+"""
+
+from dataclasses import dataclass
+
+from understudyd.core.types import ErrorCode, ModelInfo, Outcome, RequestInfo
+
+# -- front end and admin socket ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReceived:
+    """A client asks. Ends in exactly one `AnswerRequest`."""
+
+    request: RequestInfo
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCancelled:
+    """The client or an operator takes a request back. Unknown and answered ids are ignored."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    """The client will not read answers any more: all its requests are cancelled."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAdded:
+    """The store has a new model."""
+
+    model: ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRemoved:
+    """An operator removes a model: waiting requests fail, running ones finish, then `RetireModel`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PinChanged:
+    """A pinned model is loaded when there is room and never evicted."""
+
+    name: str
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadWanted:
+    """An operator wants the model resident, once, as soon as no waiting request needs the loaders."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvictWanted:
+    """An operator wants the model's unshared, unleased blobs out of the arena."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionChanged:
+    """Draining starts (`is_open` false) or ends: new requests are refused with `draining`."""
+
+    is_open: bool
+
+
+# -- loader pool -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderReady:
+    """A loader process has opened the arena and takes loads."""
+
+    loader_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderLost:
+    """A loader is dead or declared dead; a copy of it may still be in flight."""
+
+    loader_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderReaped:
+    """The lost loader's process is gone for good (waited for). Always follows `LoaderLost`."""
+
+    loader_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFinished:
+    """Every byte of the load is in its extent and visible to the stage."""
+
+    load_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """The load wrote nothing that may be used. `code` is MODEL_CORRUPT or LOAD_FAILED."""
+
+    load_id: int
+    code: ErrorCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCancelled:
+    """The loader has stopped writing for this load, as it was told."""
+
+    load_id: int
+
+
+# -- stage -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ViewsBuilt:
+    """The blob's tensors can be bound."""
+
+    blob: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ViewsFailed:
+    """The blob's tensors could not be built."""
+
+    blob: str
+    generation: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPrepared:
+    """Skeletons, tokenizers and small parts of the model are at hand."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPreparationFailed:
+    """The model's small parts cannot be built: its requests fail."""
+
+    name: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """The request on deck holds the baton; the deck is free."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnded:
+    """The request gave the baton away, or never got it (cancelled or failed on deck)."""
+
+    request_id: str
+    outcome: Outcome
+    code: ErrorCode | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnded:
+    """The device has finished the last use of the request's blobs. Follows `RunEnded`."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesEncoded:
+    """The finished run's images are ready to be sent."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class EncodingFailed:
+    """The finished run's images could not be encoded."""
+
+    request_id: str
+    message: str
+
+
+# -- clock -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """`next_deadline_s()` has come."""
+
+
+Event = (
+    RequestReceived
+    | RequestCancelled
+    | ClientGone
+    | ModelAdded
+    | ModelRemoved
+    | PinChanged
+    | LoadWanted
+    | EvictWanted
+    | AdmissionChanged
+    | LoaderReady
+    | LoaderLost
+    | LoaderReaped
+    | LoadFinished
+    | LoadFailed
+    | LoadCancelled
+    | ViewsBuilt
+    | ViewsFailed
+    | ModelPrepared
+    | ModelPreparationFailed
+    | RunStarted
+    | RunEnded
+    | LeaseEnded
+    | ImagesEncoded
+    | EncodingFailed
+    | Ticked
+)

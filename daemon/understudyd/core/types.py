@@ -1,0 +1,73 @@
+"""Facts about models and requests that the core needs to decide, and nothing else.
+
+Sizes are bytes, times are seconds on one monotonic clock that the driver chooses.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Tier(StrEnum):
+    """Where a model's slowest blob is (DESIGN section 2)."""
+
+    DISK = "disk"
+    HOST = "host"
+    LOADING = "loading"
+    RESIDENT = "resident"
+    BOUND = "bound"
+
+
+class Outcome(StrEnum):
+    """How a run on the stage ended."""
+
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class ErrorCode(StrEnum):
+    """Why a request got no images. The strings are the wire protocol's."""
+
+    # the caller's fault
+    BAD_REQUEST = "bad_request"
+    UNKNOWN_MODEL = "unknown_model"
+    MODEL_REMOVED = "model_removed"
+    CANCELLED = "cancelled"
+    CLIENT_GONE = "client_gone"
+    # not enough of something
+    QUEUE_FULL = "queue_full"
+    DRAINING = "draining"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    MODEL_TOO_LARGE = "model_too_large"
+    OUT_OF_MEMORY = "out_of_memory"
+    # the daemon's fault
+    MODEL_CORRUPT = "model_corrupt"
+    LOAD_FAILED = "load_failed"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True, slots=True)
+class BlobInfo:
+    """Content-addressed weights of one component; `size_bytes` is what it takes in the arena."""
+
+    key: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model as the core sees it: its blobs in the order of their first use."""
+
+    name: str
+    blobs: tuple[BlobInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestInfo:
+    """One admitted or refused wish for images. The payload stays with the shell."""
+
+    request_id: str
+    client: str
+    model: str
+    priority: int = 0
+    deadline_at_s: float | None = None

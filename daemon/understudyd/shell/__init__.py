@@ -1,0 +1,1 @@
+"""The I/O shell around the core: sockets, child processes, memory, signals."""

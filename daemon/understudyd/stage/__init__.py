@@ -1,0 +1,1 @@
+"""Where pipelines run: skeletons, views, bind, the baton. Knows no socket."""

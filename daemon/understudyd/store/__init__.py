@@ -1,0 +1,1 @@
+"""Models on disk: content-addressed blobs, signatures, manifests (docs/architecture.md)."""

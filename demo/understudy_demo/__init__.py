@@ -1,0 +1,1 @@
+"""Small models, a workload and pictures: what `make demo` shows."""
