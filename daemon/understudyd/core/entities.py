@@ -1,0 +1,87 @@
+"""The things the machine keeps: blobs, models, loads, loaders. Data and questions, no decisions."""
+
+from dataclasses import dataclass, field
+
+from understudyd.core.extents import Extent
+from understudyd.core.states import BlobState, Lifecycle, LoaderState, PartsState
+from understudyd.core.types import BlobInfo, ModelInfo, Tier
+
+
+@dataclass(eq=False, slots=True)
+class Blob:
+    """Weights of one component. `failures` counts loads in a row that did not end well."""
+
+    info: BlobInfo
+    life: Lifecycle[BlobState]
+    models: set[str] = field(default_factory=set)
+    extent: Extent | None = None
+    load_id: int | None = None
+    failures: int = 0
+    retry_at_s: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """The blob's content address."""
+        return self.info.key
+
+    @property
+    def state(self) -> BlobState:
+        """Where it is in its life."""
+        return self.life.state
+
+
+@dataclass(eq=False, slots=True)
+class Model:
+    """A model and its blobs in order of first use. A retiring model takes no requests any more."""
+
+    info: ModelInfo
+    blobs: tuple[Blob, ...]
+    parts: Lifecycle[PartsState]
+    retiring: bool = False
+    leases: int = 0
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.info.name
+
+    @property
+    def is_resident(self) -> bool:
+        """Every blob can be bound."""
+        return all(b.state is BlobState.RESIDENT for b in self.blobs)
+
+    @property
+    def is_ready(self) -> bool:
+        """Resident, and its small parts are at hand: it can go on deck."""
+        return self.parts.state is PartsState.PREPARED and self.is_resident
+
+    @property
+    def tier(self) -> Tier:
+        """Where its slowest blob is."""
+        states = {b.state for b in self.blobs}
+        if states == {BlobState.RESIDENT}:
+            return Tier.RESIDENT
+        if states & {BlobState.ABSENT, BlobState.DAMAGED}:
+            return Tier.DISK
+        return Tier.LOADING
+
+
+@dataclass(eq=False, slots=True)
+class Load:
+    """A copy under way into one extent."""
+
+    id: int
+    blob: Blob
+    loader_id: int
+    extent: Extent
+    started_at_s: float
+    is_cancelling: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Loader:
+    """A loader process, as far as the core knows it."""
+
+    id: int
+    life: Lifecycle[LoaderState]
+    load_id: int | None = None

@@ -1,0 +1,185 @@
+"""The map of the arena: who owns which bytes.
+
+Best fit with coalescing; when no gap is large enough, `cheapest_window` finds the run of
+neighbouring extents and gaps whose eviction loses least. Every byte belongs to exactly one extent or
+one gap; `check` proves it.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from understudyd.core.states import EXTENT_TABLE, ExtentState, Lifecycle
+
+ALIGN_BYTES = 4096
+
+
+@dataclass(eq=False, slots=True)
+class Extent:
+    """A piece of the arena that holds, or will hold, one blob."""
+
+    offset: int
+    size_bytes: int
+    blob: str
+    generation: int
+    life: Lifecycle[ExtentState]
+    leases: int = 0
+
+    @property
+    def end(self) -> int:
+        """First byte after the extent."""
+        return self.offset + self.size_bytes
+
+    @property
+    def state(self) -> ExtentState:
+        """Where it is in its life."""
+        return self.life.state
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A contiguous run that would fit a blob once `victims` are evicted."""
+
+    offset: int
+    size_bytes: int
+    victims: tuple[Extent, ...]
+    cost: float
+
+
+@dataclass(slots=True)
+class ArenaMap:
+    """Extents and gaps of `[0, size_bytes)`, both sorted by offset."""
+
+    size_bytes: int
+    align_bytes: int = ALIGN_BYTES
+    _extents: dict[int, Extent] = field(default_factory=dict)
+    _offsets: list[int] = field(default_factory=list)
+    _gaps: dict[int, int] = field(default_factory=dict)
+    _gap_offsets: list[int] = field(default_factory=list)
+    _generation: int = 0
+
+    def __post_init__(self) -> None:
+        self.size_bytes -= self.size_bytes % self.align_bytes
+        if self.size_bytes > 0:
+            self._add_gap(0, self.size_bytes)
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Extent]:
+        """All extents by offset."""
+        return (self._extents[o] for o in self._offsets)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that belong to no extent."""
+        return sum(self._gaps.values())
+
+    @property
+    def largest_gap_bytes(self) -> int:
+        """The largest blob that fits without eviction."""
+        return max(self._gaps.values(), default=0)
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """`(offset, size_bytes)` of every gap, by offset."""
+        return [(o, self._gaps[o]) for o in self._gap_offsets]
+
+    def bytes_in(self, *states: ExtentState) -> int:
+        """Bytes of the extents in these states."""
+        return sum(e.size_bytes for e in self._extents.values() if e.state in states)
+
+    def rounded(self, size_bytes: int) -> int:
+        """What a blob of this size takes."""
+        return -(-size_bytes // self.align_bytes) * self.align_bytes
+
+    # -- changing -----------------------------------------------------------------------------------
+
+    def allocate(self, size_bytes: int, blob: str) -> Extent | None:
+        """A FILLING extent in the smallest gap that fits, or None."""
+        need = self.rounded(size_bytes)
+        fitting = [(size, offset) for offset, size in self._gaps.items() if size >= need]
+        if not fitting:
+            return None
+        size, offset = min(fitting)
+        self._drop_gap(offset)
+        if size > need:
+            self._add_gap(offset + need, size - need)
+        self._generation += 1
+        life = Lifecycle(f"extent {offset}+{need}", ExtentState.FILLING, EXTENT_TABLE)
+        extent = Extent(offset, need, blob, self._generation, life)
+        self._extents[offset] = extent
+        insort(self._offsets, offset)
+        return extent
+
+    def release(self, extent: Extent, now_s: float, why: str) -> None:
+        """The extent's bytes become a gap, merged with its neighbours."""
+        extent.life.to(ExtentState.FREE, now_s, why)
+        del self._extents[extent.offset]
+        del self._offsets[bisect_left(self._offsets, extent.offset)]
+        start, end = extent.offset, extent.end
+        i = bisect_left(self._gap_offsets, start)
+        if i < len(self._gap_offsets) and self._gap_offsets[i] == end:
+            end += self._drop_gap(end)
+        if i > 0:
+            before = self._gap_offsets[i - 1]
+            if before + self._gaps[before] == start:
+                self._drop_gap(before)
+                start = before
+        self._add_gap(start, end - start)
+
+    def cheapest_window(self, size_bytes: int, cost: Callable[[Extent], float | None]) -> Window | None:
+        """The run of neighbours that is cheapest to clear for `size_bytes`; None when there is none.
+
+        `cost(extent)` is what its eviction loses, None when it must stay. One pass with two pointers:
+        for every last piece the shortest run that is long enough.
+        """
+        need = self.rounded(size_bytes)
+        best: Window | None = None
+        run: list[tuple[int, int, Extent | None, float]] = []
+        first, length, total = 0, 0, 0.0
+        for offset, size, extent in self._pieces():
+            price = 0.0 if extent is None else cost(extent)
+            if price is None:
+                run, first, length, total = [], 0, 0, 0.0
+                continue
+            run.append((offset, size, extent, price))
+            length += size
+            total += price
+            while length - run[first][1] >= need:
+                length -= run[first][1]
+                total -= run[first][3]
+                first += 1
+            if length >= need and (best is None or (total, length) < (best.cost, best.size_bytes)):
+                victims = tuple(e for _, _, e, _ in run[first:] if e is not None)
+                best = Window(run[first][0], length, victims, total)
+        return best
+
+    # -- invariants ---------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Every byte has one owner, gaps are merged, leases and states agree."""
+        position, was_gap = 0, False
+        for offset, size, extent in self._pieces():
+            assert offset == position, f"hole or overlap at {position}, next piece at {offset}"
+            assert size > 0 and size % self.align_bytes == 0
+            assert not (extent is None and was_gap), f"unmerged gaps at {offset}"
+            if extent is not None:
+                assert (extent.leases > 0) == (extent.state is ExtentState.LEASED), extent
+                assert extent.state is not ExtentState.FREE, extent
+            position, was_gap = offset + size, extent is None
+        assert position == self.size_bytes, f"{self.size_bytes - position} bytes unaccounted for"
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _pieces(self) -> Iterator[tuple[int, int, Extent | None]]:
+        """Extents and gaps together, by offset."""
+        for offset in sorted(self._extents.keys() | self._gaps.keys()):
+            extent = self._extents.get(offset)
+            yield offset, extent.size_bytes if extent is not None else self._gaps[offset], extent
+
+    def _add_gap(self, offset: int, size: int) -> None:
+        self._gaps[offset] = size
+        insort(self._gap_offsets, offset)
+
+    def _drop_gap(self, offset: int) -> int:
+        del self._gap_offsets[bisect_left(self._gap_offsets, offset)]
+        return self._gaps.pop(offset)

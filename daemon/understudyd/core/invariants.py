@@ -1,0 +1,77 @@
+"""What must hold after every event; tests and the simulator call `check`, the daemon can afford not to."""
+
+from understudyd.core.machine import Machine
+from understudyd.core.states import BlobState, ExtentState, LoaderState, RequestState
+
+
+def check(machine: Machine) -> None:
+    """Raise AssertionError when the machine contradicts itself."""
+    machine.residency.arena.check()
+    machine.queue.check()
+    _check_blobs(machine)
+    _check_leases(machine)
+    _check_loaders(machine)
+    _check_stage(machine)
+
+
+def _check_blobs(machine: Machine) -> None:
+    """A blob owns the extent it says it owns, in the state that fits."""
+    residency = machine.residency
+    fitting = {
+        BlobState.ABSENT: {None},
+        BlobState.DAMAGED: {None},
+        BlobState.LOADING: {ExtentState.FILLING},
+        BlobState.VIEWING: {ExtentState.READY},
+        BlobState.RESIDENT: {ExtentState.READY, ExtentState.LEASED},
+    }
+    owners = {}
+    for blob in residency.blobs.values():
+        state = blob.extent.state if blob.extent is not None else None
+        assert state in fitting[blob.state], f"{blob.key}: {blob.state} over {state}"
+        assert (blob.load_id is not None) == (blob.state is BlobState.LOADING)
+        if blob.extent is not None:
+            owners[blob.extent.offset] = blob
+        assert blob.models or blob.state in (BlobState.LOADING, BlobState.VIEWING), f"{blob.key} is orphaned"
+        for name in blob.models:
+            assert blob in residency.models[name].blobs
+    for extent in residency.arena:
+        if extent.state is not ExtentState.QUARANTINED:
+            assert owners[extent.offset].extent is extent, f"extent at {extent.offset} has no owner"
+
+
+def _check_leases(machine: Machine) -> None:
+    """Leases are exactly those of requests that hold one."""
+    expected: dict[int, int] = {}
+    per_model: dict[str, int] = {}
+    for request in machine.queue.requests.values():
+        if request.holds_lease:
+            model = machine.residency.models[request.model]
+            per_model[model.name] = per_model.get(model.name, 0) + 1
+            for blob in model.blobs:
+                assert blob.state is BlobState.RESIDENT, f"{request.id} leases {blob.key}: {blob.state}"
+                assert blob.extent is not None
+                expected[blob.extent.offset] = expected.get(blob.extent.offset, 0) + 1
+        assert request.holds_lease or request.state not in (RequestState.ON_DECK, RequestState.RUNNING)
+    for extent in machine.residency.arena:
+        assert extent.leases == expected.get(extent.offset, 0), f"leases of extent at {extent.offset}"
+    for model in machine.residency.models.values():
+        assert model.leases == per_model.get(model.name, 0)
+
+
+def _check_loaders(machine: Machine) -> None:
+    """Loads and busy loaders are the same pairs."""
+    residency = machine.residency
+    busy = {loader.id: loader.load_id for loader in residency.loaders.values() if loader.load_id is not None}
+    assert busy == {load.loader_id: load.id for load in residency.loads.values()}
+    for loader in residency.loaders.values():
+        assert (loader.life.state is LoaderState.BUSY) == (loader.load_id is not None)
+
+
+def _check_stage(machine: Machine) -> None:
+    """The deck and the running set are what the requests' states say."""
+    on_deck = [r for r in machine.queue.requests.values() if r.state is RequestState.ON_DECK]
+    assert on_deck == ([machine.on_deck] if machine.on_deck is not None else [])
+    running = {r.id for r in machine.queue.requests.values() if r.state is RequestState.RUNNING}
+    assert running == set(machine.running)
+    assert set(machine.wanted) <= set(machine.residency.models)
+    assert set(machine.residency.pinned) <= set(machine.residency.models)
