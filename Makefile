@@ -1,0 +1,43 @@
+# Every target sets up what it needs in .venv first; a fresh machine wants Python 3.11-3.13 and make.
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint format bench-switch bench-serve clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+
+demo: $(STAMP)  ## a family of models served on a quarter of the memory: table, timeline, contact sheet
+	@$(BIN)/understudy-demo run --out demo-out
+
+test: $(STAMP)  ## the whole test suite
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff and strict type checks
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the sources in the house style
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench-switch: $(STAMP)  ## bind and visible switch at real size
+	@$(BIN)/python -m benchmarks.switch --json
+
+bench-serve: $(STAMP)  ## 200 models, room for 20
+	@$(BIN)/python -m benchmarks.serve --json
+
+clean:  ## forget the virtual environment and what the demo made
+	rm -rf $(VENV) demo-out
+
+# torch first and alone, so that no other package's requirement chooses its build.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Understudy needs Python 3.11 to 3.13; say: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[daemon,demo,bench,test,lint]'
+	@touch $@
