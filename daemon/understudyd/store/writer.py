@@ -1,0 +1,250 @@
+"""Changing a store: one process at a time, each change visible by one rename.
+
+What survives a crash at any point: a model is there whole or not at all. What a crash may leave is work in
+`tmp/` and blobs or signatures no manifest names; the next writer clears both.
+"""
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from understudyd.store.errors import StoreError, StoreErrorCode, translated_write_errors
+from understudyd.store.records import ModelRecord, SignatureRecord
+from understudyd.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def writer_lock(path: Path) -> Iterator[None]:
+    """Hold the store's lock file, which names its holder's pid. Raises `StoreError(store_locked)`."""
+    with translated_write_errors(f"cannot open {path}"):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise StoreError(
+                StoreErrorCode.STORE_LOCKED,
+                f"process {holder} is writing to the store {path.parent}; try again when it is done",
+            ) from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A model ready to be published: all its files lie in the writer's workspace.
+
+    `blobs` maps sha256 to a file, `folder` holds the small files, without the manifest.
+    """
+
+    record: ModelRecord
+    signatures: tuple[SignatureRecord, ...]
+    blobs: dict[str, Path]
+    folder: Path
+
+
+class Writer:
+    """What the holder of the writer lock may do. Made by `Store.writing` only."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._tmp = store.path / "tmp"
+
+    def workspace(self) -> Path:
+        """A new empty folder on the store's disk; gone when the writer is."""
+        with translated_write_errors(f"cannot write to {self._tmp}"):
+            self._tmp.mkdir(exist_ok=True)
+            return Path(tempfile.mkdtemp(dir=self._tmp))
+
+    def publish(
+        self, draft: Draft, *, replace: bool, on_step: Callable[[], None] = lambda: None
+    ) -> ModelRecord:
+        """Make a draft visible and durable; `on_step` is called before each change to the store.
+
+        The same content under the same name changes nothing and returns the record that is there. Other
+        content raises `StoreError(exists)` unless `replace`, which swaps the models in one step and brings
+        every blob anew, so that it also repairs a store with flipped bits.
+        """
+        existing = self.find(draft.record.name)
+        if existing is not None and not replace:
+            if same_content(existing, draft.record):
+                return existing
+            raise StoreError(
+                StoreErrorCode.EXISTS,
+                f"there is a model {existing.name!r} with other content; choose another name, remove it "
+                "first, or replace it (--replace)",
+            )
+        with translated_write_errors(f"cannot publish {draft.record.name}"):
+            self._publish_blobs(draft, replace, on_step)
+            self._publish_signatures(draft, on_step)
+            self._publish_folder(draft, on_step)
+        return draft.record
+
+    def find(self, name: str) -> ModelRecord | None:
+        """The usable model of this name, if there is one; a damaged one may be overwritten."""
+        try:
+            return self._store.model(name)
+        except StoreError as error:
+            if error.code in (StoreErrorCode.NOT_FOUND, StoreErrorCode.CORRUPT_STORE):
+                return None
+            raise
+
+    def remove(self, name: str) -> int:
+        """Delete a model, damaged or not, and whatever nobody uses then; the blob bytes freed."""
+        folder = self._store.model_folder(name)
+        if not folder.is_dir():
+            raise StoreError(
+                StoreErrorCode.NOT_FOUND, f"the store has no model {name!r}; see its list of models"
+            )
+        grave = self.workspace() / name
+        with translated_write_errors(f"cannot remove {name}"):
+            folder.rename(grave)  # from here on there is no such model, whatever happens
+            _sync_folder(folder.parent)
+            freed = self.collect_garbage()
+            shutil.rmtree(grave.parent)
+        return freed
+
+    def clean(self) -> None:
+        """Clear what a crashed writer left. Only whoever holds the lock may."""
+        with translated_write_errors(f"cannot clean the store {self._store.path}"):
+            self.empty_workspace()
+            freed = self.collect_garbage()
+        if freed:
+            _log.info("freed %d bytes that no model used", freed)
+
+    def empty_workspace(self) -> None:
+        """Delete everything in tmp/."""
+        for entry in list(self._tmp.iterdir()) if self._tmp.is_dir() else []:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def collect_garbage(self) -> int:
+        """Delete blobs and signatures that no manifest names; the blob bytes freed.
+
+        Does nothing while a manifest is damaged: what it names cannot be known.
+        """
+        models, damaged = self._store.scan()
+        if damaged:
+            return 0
+        components = [c for model in models.values() for c in model.components]
+        _delete_others(self._store.path / "signatures", {f"{c.signature}.json" for c in components})
+        return _delete_others(
+            self._store.path / "blobs", {self._store.blob_path(c.blob.sha256).name for c in components}
+        )
+
+    # -- publishing, in the order that keeps every visible model whole ------------------------------
+
+    def _publish_blobs(self, draft: Draft, replace: bool, on_step: Callable[[], None]) -> None:
+        for sha256, source in draft.blobs.items():
+            target = self._store.blob_path(sha256)
+            if not replace and _is_file_of(target, source.stat().st_size):
+                source.unlink()
+                continue
+            _sync_file(source)
+            on_step()
+            source.rename(target)
+        _sync_folder(self._store.path / "blobs")
+
+    def _publish_signatures(self, draft: Draft, on_step: Callable[[], None]) -> None:
+        for signature in draft.signatures:
+            target = self._store.signature_path(signature.id)
+            content = _pretty_json(signature)
+            if _is_file_of(target, len(content)) and target.read_bytes() == content:
+                continue
+            source = draft.folder.parent / target.name
+            source.write_bytes(content)
+            _sync_file(source)
+            on_step()
+            source.rename(target)
+        _sync_folder(self._store.path / "signatures")
+
+    def _publish_folder(self, draft: Draft, on_step: Callable[[], None]) -> None:
+        (draft.folder / "manifest.json").write_bytes(_pretty_json(draft.record))
+        for root, _, names in os.walk(draft.folder):
+            for name in names:
+                _sync_file(Path(root, name))
+            _sync_folder(Path(root))
+        target = self._store.model_folder(draft.record.name)
+        on_step()
+        if target.exists():
+            _exchange(draft.folder, target)
+        else:
+            draft.folder.rename(target)
+        _sync_folder(target.parent)
+
+
+def same_content(one: ModelRecord, other: ModelRecord) -> bool:
+    """Whether two records describe the same model, however and whenever they came into the store."""
+
+    def facts(record: ModelRecord) -> ModelRecord:
+        return msgspec.structs.replace(record, dtype="", source="", added_at_unix_s=0.0)
+
+    return facts(one) == facts(other)
+
+
+def _pretty_json(record: msgspec.Struct) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+
+
+def _is_file_of(path: Path, size_bytes: int) -> bool:
+    """Whether there is a regular file (no link) of this length."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == size_bytes
+
+
+def _delete_others(folder: Path, keep: set[str]) -> int:
+    freed = 0
+    for entry in list(folder.iterdir()):
+        if entry.name not in keep and not entry.is_dir():
+            freed += entry.lstat().st_size
+            entry.unlink()
+    return freed
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+_sync_folder = _sync_file  # a folder's entries are synced through its descriptor, too
+
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders in one step (Linux `renameat2`); in two steps where the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(code, os.strerror(code), str(other))
+    other.rename(one.with_name(one.name + ".old"))
+    one.rename(other)
