@@ -1,1 +1,85 @@
-"""Understudy's client library: ask a daemon for images. Imports neither torch nor the daemon."""
+"""Understudy's client library: ask a daemon for images. Imports neither torch nor the daemon.
+
+    from understudy import Client
+
+    with Client() as client:
+        client.generate("sd15-anime", "a red circle", steps=20).save("out.png")
+
+Names are loaded when they are first used, so that `import understudy` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from understudy.aio import AsyncClient, AsyncHandle
+    from understudy.errors import (
+        CallerError,
+        Cancelled,
+        CapacityError,
+        DaemonError,
+        DeadlineExceeded,
+        TransportError,
+        UnderstudyError,
+        UnknownModel,
+    )
+    from understudy.results import Pinged, Result
+    from understudy.sync import Client, Handle
+    from understudy.wire import Accepted, ModelEntry, Progress, Timings
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AsyncClient": "aio",
+    "AsyncHandle": "aio",
+    "Client": "sync",
+    "Handle": "sync",
+    "Pinged": "results",
+    "Result": "results",
+    "Accepted": "wire",
+    "ModelEntry": "wire",
+    "Progress": "wire",
+    "Timings": "wire",
+    "CallerError": "errors",
+    "Cancelled": "errors",
+    "CapacityError": "errors",
+    "DaemonError": "errors",
+    "DeadlineExceeded": "errors",
+    "TransportError": "errors",
+    "UnderstudyError": "errors",
+    "UnknownModel": "errors",
+}
+
+__all__ = [
+    "Accepted",
+    "AsyncClient",
+    "AsyncHandle",
+    "CallerError",
+    "Cancelled",
+    "CapacityError",
+    "Client",
+    "DaemonError",
+    "DeadlineExceeded",
+    "Handle",
+    "ModelEntry",
+    "Pinged",
+    "Progress",
+    "Result",
+    "Timings",
+    "TransportError",
+    "UnderstudyError",
+    "UnknownModel",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

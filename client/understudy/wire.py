@@ -219,6 +219,15 @@ def decode_reply(header: bytes | memoryview) -> Reply:
     return _decode(_reply_decoder, header)
 
 
+def peek_id(header: bytes | memoryview) -> str:
+    """The id in a header that cannot be accepted otherwise, or an empty string."""
+    try:
+        peek = _peek_decoder.decode(header)
+    except DECODE_ERRORS:
+        return ""
+    return peek.id if isinstance(peek.id, str) and len(peek.id) <= MAX_ID_CHARS else ""
+
+
 def encode_entries(entries: Sequence[ModelEntry]) -> bytes:
     """The payload frame of `ModelList`."""
     return _encoder.encode(entries)

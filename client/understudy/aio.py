@@ -1,0 +1,308 @@
+"""The asyncio client.
+
+    async with AsyncClient() as client:
+        result = await client.generate("sd15-anime", "a red circle", steps=20)
+        async for event in client.stream("sd15-anime", "a blue square"):
+            ...  # Accepted, Progress, ..., Result
+
+One client is one ZeroMQ connection and belongs to one event loop; it may carry any number of requests
+at a time. See `session.py` for what it survives.
+"""
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+
+from understudy.errors import CallerError, TransportError, UnderstudyError
+from understudy.paths import default_endpoint
+from understudy.results import Answer, Hint, Pinged, Result
+from understudy.session import Mailbox, Openable, Patience, Session
+from understudy.wire import Generate, ListModels, ModelEntry, Ping
+
+_MESSAGES_PER_TURN = 64
+_FAREWELL_MS = 250
+
+
+class AsyncHandle:
+    """One submitted request."""
+
+    def __init__(self, client: "AsyncClient", request: Generate, mailbox: Mailbox) -> None:
+        self._client = client
+        self._mailbox = mailbox
+        self._news = asyncio.Event()
+        mailbox.wake = self._news.set
+        self.id = request.id
+        self.seed = request.seed
+
+    async def result(self) -> Result:
+        """Wait for the images. Raises `UnderstudyError` when there are none."""
+        while not isinstance(event := await self.next_event(), Result):
+            pass
+        return event
+
+    async def events(self) -> AsyncIterator[Hint | Result]:
+        """`Accepted` and `Progress` as they come, then `Result`. Raises `UnderstudyError` instead of it."""
+        while True:
+            yield (event := await self.next_event())
+            if isinstance(event, Result):
+                return
+
+    async def next_event(self) -> Hint | Result:
+        """The next event; once there is an answer, that answer again and again."""
+        while (hint := self._mailbox.take_hint()) is None and self._mailbox.answer is None:
+            self._news.clear()
+            await self._news.wait()
+        return hint or _result_or_raise(self._mailbox.answer)
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is there."""
+        return self._mailbox.answer is not None
+
+    def cancel(self) -> None:
+        """Take the request back; `result()` then raises `Cancelled`, unless it was finished before."""
+        self._client._cancel(self.id)
+
+
+class AsyncClient:
+    """Asks a daemon for images.
+
+    `endpoint` is where the daemon listens (default: see `paths.py`); `timeout_s` the deadline of every
+    request that names none (None: as long as the daemon is there); `reconnect_s` how long to wait for a
+    daemon that cannot be reached before all open requests fail with `TransportError`.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        timeout_s: float | None = None,
+        reconnect_s: float = 30.0,
+        patience: Patience | None = None,
+    ) -> None:
+        self.endpoint = endpoint or default_endpoint()
+        self._timeout_s = timeout_s
+        self._session = Session(self.endpoint, patience or Patience(reconnect_s=reconnect_s))
+        # The daemon knows this client by its routing id, which must outlive any one connection.
+        self._routing_id = uuid.uuid4().hex.encode()
+        self._wire: _Wire | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        self._connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    async def generate(self, model: str, prompt: str, **options: Any) -> Result:
+        """Images for a prompt; see `submit` for the options. Cancelling the task cancels the request."""
+        handle = await self.submit(model, prompt, **{"progress": False} | options)
+        try:
+            return await handle.result()
+        finally:
+            handle.cancel()  # ignored once there is an answer
+
+    async def stream(self, model: str, prompt: str, **options: Any) -> AsyncGenerator[Hint | Result, None]:
+        """`Accepted`, `Progress`, ..., `Result`. Leaving the loop early cancels the request."""
+        handle = await self.submit(model, prompt, **options)
+        try:
+            async for event in handle.events():
+                yield event
+        finally:
+            handle.cancel()
+
+    async def submit(
+        self,
+        model: str,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        seed: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        images: int = 1,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        format: str = "png",
+        progress: bool = True,
+        request_id: str | None = None,
+    ) -> AsyncHandle:
+        """Send a request and return at once.
+
+        Sizes are pixels and multiples of 8; None means the pipeline's own default; `deadline_s` counts
+        from now; higher `priority` (-100..100) runs earlier; `format` is "png" or "raw". A seed that is
+        not given is chosen here and reported in the result. Raises `CallerError` for a wrong type.
+        """
+        request = Generate(
+            id=request_id or uuid.uuid4().hex,
+            model=model,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=secrets.randbits(32) if seed is None else seed,
+            width=width,
+            height=height,
+            steps=steps,
+            guidance=guidance,
+            images=images,
+            priority=priority,
+            deadline_s=self._timeout_s if deadline_s is None else deadline_s,
+            format=format,
+            progress=progress,
+        )
+        return AsyncHandle(self, request, self._open(request))
+
+    async def models(self) -> list[ModelEntry]:
+        """What may be asked for, with tiers. Raises `TransportError`."""
+        answer = await self._ask(ListModels(id=uuid.uuid4().hex))
+        assert isinstance(answer, list), answer
+        return answer
+
+    async def ping(self) -> Pinged:
+        """Is the daemon there, and how far? Raises `TransportError`."""
+        answer = await self._ask(Ping(id=uuid.uuid4().hex))
+        assert isinstance(answer, Pinged), answer
+        return answer
+
+    def close(self) -> None:
+        """Take all open requests back and disconnect. Waits at most a quarter of a second."""
+        self._closed = True
+        if self._wire is None:
+            return
+        self._session.cancel_all(self._wire.now())
+        self._wire.pump()
+        self._wire.close(_FAREWELL_MS if self._session.connected else 0)
+        self._session.abandon("the client was closed")
+        self._wire = None
+
+    # -- inside -------------------------------------------------------------------------------------------
+
+    def _connect(self) -> "_Wire":
+        if self._closed:
+            raise TransportError("this client was closed; make another", code="closed")
+        if self._wire is None:
+            self._wire = _Wire(self._session, self.endpoint, self._routing_id)
+        return self._wire
+
+    def _open(self, request: Openable) -> Mailbox:
+        wire = self._connect()
+        mailbox = self._session.open(request, wire.now())
+        wire.pump()
+        return mailbox
+
+    def _cancel(self, request_id: str) -> None:
+        if self._wire is not None:
+            self._session.cancel(request_id, self._wire.now())
+            self._wire.pump()
+
+    async def _ask(self, request: ListModels | Ping) -> Answer:
+        mailbox = self._open(request)
+        news = asyncio.Event()
+        mailbox.wake = news.set
+        try:
+            while mailbox.answer is None:
+                news.clear()
+                await news.wait()
+        finally:
+            self._cancel(request.id)
+        if isinstance(mailbox.answer, UnderstudyError):
+            raise mailbox.answer
+        return mailbox.answer
+
+
+class _Wire:
+    """Moves frames between a session and a DEALER socket on the running event loop."""
+
+    def __init__(self, session: Session, endpoint: str, routing_id: bytes) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._session = session
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._timer: asyncio.TimerHandle | None = None
+        self._turn: asyncio.Handle | None = None
+        self._socket.setsockopt(zmq.ROUTING_ID, routing_id)
+        # What waits to be sent is bounded by the caller's own open requests, so a send never blocks.
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._socket.close(linger=0)
+            self._context.term()
+            raise CallerError(
+                f"{endpoint!r} is no endpoint ({error}); write ipc:///path or tcp://host:port",
+                code="bad_endpoint",
+            ) from error
+        self._fd = int(self._socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._read)
+
+    @staticmethod
+    def now() -> float:
+        return time.monotonic()
+
+    def pump(self) -> None:
+        """Send what the session wants sent and come back when it wants to be woken."""
+        self._send()
+        self._rearm()
+
+    def close(self, linger_ms: int) -> None:
+        for pending in (self._timer, self._turn):
+            if pending is not None:
+                pending.cancel()
+        self._loop.remove_reader(self._fd)
+        self._socket.close(linger=linger_ms)
+        self._context.term()
+
+    def _read(self) -> None:
+        self._turn = None
+        try:
+            for _ in range(_MESSAGES_PER_TURN):
+                self._session.received(self._socket.recv_multipart(zmq.NOBLOCK), self.now())
+        except zmq.Again:
+            pass
+        self.pump()
+
+    def _send(self) -> None:
+        due_s = self._session.next_deadline_s()
+        if due_s is not None and due_s <= self.now():
+            self._session.tick(self.now())
+        for frames in self._session.take_outgoing():
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+
+    def _rearm(self) -> None:
+        # The descriptor signals an edge only: after each send and receive the socket itself is asked.
+        if self._turn is None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._turn = self._loop.call_soon(self._read)
+        due_s = self._session.next_deadline_s()
+        if due_s is None:
+            return
+        at = self._loop.time() + max(0.0, due_s - self.now())
+        if self._timer is not None:
+            if not self._timer.cancelled() and self._timer.when() <= at:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(at, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self.pump()
+
+
+def _result_or_raise(answer: Answer | None) -> Result:
+    if isinstance(answer, UnderstudyError):
+        raise answer
+    assert isinstance(answer, Result), answer
+    return answer

@@ -1,0 +1,322 @@
+"""`understudyctl`: operate a daemon over its admin socket.
+
+Exit codes: 0 done, 1 refused or failed, 2 usage, 5 the daemon cannot be reached. `-o json` prints the
+daemon's document as it came. Everything heavy is imported when it is needed: `--help` answers at once.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from understudy.paths import admin_socket
+
+EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 5, 130
+_UNREACHABLE = ("unreachable", "timeout")
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="understudy", message="understudyctl %(version)s")
+@click.option(
+    "--socket",
+    "socket_path",
+    type=click.Path(path_type=Path),
+    help="The daemon's admin socket. Default: admin.sock in the runtime directory.",
+)
+@click.pass_context
+def main(context: click.Context, socket_path: Path | None) -> None:
+    """Operate an Understudy daemon."""
+    context.obj = socket_path or admin_socket()
+
+
+def output_option(command: _F) -> _F:
+    """`-o table|json`."""
+    choices = click.Choice(["table", "json"])
+    return click.option(
+        "-o",
+        "--output",
+        type=choices,
+        default="table",
+        show_default=True,
+        help="For people, or for programs.",
+    )(command)
+
+
+# -- looking ---------------------------------------------------------------------------------------------
+
+
+@main.command()
+@output_option
+@click.pass_obj
+def status(socket_path: Path, output: str) -> None:
+    """The daemon at a glance."""
+    from understudy.admin import Status
+
+    _show(_ask(socket_path, Status()), output, "status")
+
+
+@main.command()
+@output_option
+@click.pass_obj
+def models(socket_path: Path, output: str) -> None:
+    """Every model and where it is: disk, host, loading, resident or bound."""
+    from understudy.admin import Models
+
+    _show(_ask(socket_path, Models()), output, "models_table")
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--arena", is_flag=True, help="Draw the map of the arena.")
+@output_option
+@click.pass_obj
+def show(socket_path: Path, name: str | None, arena: bool, output: str) -> None:
+    """One model in full, or the map of the arena."""
+    if (name is None) == (not arena):
+        raise click.UsageError("give a model's NAME, or --arena")
+    from understudy.admin import Show
+
+    _show(_ask(socket_path, Show(name=name or "", arena=arena)), output, "arena" if arena else "model")
+
+
+@main.command()
+@output_option
+@click.pass_obj
+def queue(socket_path: Path, output: str) -> None:
+    """Running and waiting requests, in the order they will run."""
+    from understudy.admin import Queue
+
+    _show(_ask(socket_path, Queue()), output, "queue_table")
+
+
+@main.command()
+@output_option
+@click.pass_obj
+def loaders(socket_path: Path, output: str) -> None:
+    """The loader processes and what they do."""
+    from understudy.admin import Loaders
+
+    _show(_ask(socket_path, Loaders()), output, "loaders_table")
+
+
+@main.command()
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), default=Path("trace.json"))
+@click.pass_obj
+def trace(socket_path: Path, seconds: float, output: Path) -> None:
+    """Write what stage and loaders did as a Chrome trace (open it in ui.perfetto.dev); "-" is stdout."""
+    from understudy.admin import Trace
+
+    spans = _ask(socket_path, Trace(seconds=seconds)).get("spans", [])
+    text = json.dumps(chrome_trace(spans))
+    if str(output) == "-":
+        click.echo(text)
+        return
+    try:
+        output.write_text(text)
+    except OSError as error:
+        _exit(f"cannot write {output}: {error.strerror}", EXIT_REFUSED)
+    click.echo(f"{output}: {len(spans)} spans; open it in ui.perfetto.dev")
+
+
+# -- changing --------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("name")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--dtype", default="keep", show_default=True, help="keep, float16, bfloat16 or float32.")
+@click.option("--variant", help="Which weight files to read, for example fp16.")
+@click.option("--ignore-pickle", is_flag=True, help="Skip pickled weights where safetensors lie beside them.")
+@output_option
+@click.pass_obj
+def add(
+    socket_path: Path,
+    name: str,
+    source: Path,
+    dtype: str,
+    variant: str | None,
+    ignore_pickle: bool,
+    output: str,
+) -> None:
+    """Ingest SOURCE, a model's folder on the daemon's machine, and serve it as NAME."""
+    from understudy.admin import Add
+
+    command = Add(
+        name=name, source=str(source.absolute()), dtype=dtype, variant=variant, ignore_pickle=ignore_pickle
+    )
+    _show(_ask_long(socket_path, command, f"adding {name}"), output, "facts")
+
+
+@main.command()
+@click.argument("name")
+@output_option
+@click.pass_obj
+def remove(socket_path: Path, name: str, output: str) -> None:
+    """Stop serving a model and delete it when its last request is done."""
+    from understudy.admin import Remove
+
+    _show(_ask(socket_path, Remove(name=name)), output, "facts")
+
+
+@main.command()
+@click.argument("name")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Answer when it is resident.")
+@output_option
+@click.pass_obj
+def load(socket_path: Path, name: str, wait: bool, output: str) -> None:
+    """Make a model resident."""
+    from understudy.admin import Load
+
+    _show(_ask_long(socket_path, Load(name=name, wait=wait), f"loading {name}"), output, "facts")
+
+
+@main.command()
+@click.argument("name")
+@output_option
+@click.pass_obj
+def evict(socket_path: Path, name: str, output: str) -> None:
+    """Take a model out of the arena."""
+    from understudy.admin import Evict
+
+    _show(_ask(socket_path, Evict(name=name)), output, "facts")
+
+
+@main.command()
+@click.argument("name")
+@output_option
+@click.pass_obj
+def pin(socket_path: Path, name: str, output: str) -> None:
+    """Load a model and keep it resident."""
+    from understudy.admin import Pin
+
+    _show(_ask(socket_path, Pin(name=name)), output, "facts")
+
+
+@main.command()
+@click.argument("name")
+@output_option
+@click.pass_obj
+def unpin(socket_path: Path, name: str, output: str) -> None:
+    """Let a model be evicted again."""
+    from understudy.admin import Unpin
+
+    _show(_ask(socket_path, Unpin(name=name)), output, "facts")
+
+
+@main.command()
+@click.argument("request_id", metavar="ID")
+@output_option
+@click.pass_obj
+def cancel(socket_path: Path, request_id: str, output: str) -> None:
+    """Cancel a request by the ID that `queue` shows."""
+    from understudy.admin import CancelRequest
+
+    _show(_ask(socket_path, CancelRequest(id=request_id)), output, "facts")
+
+
+@main.command()
+@click.option(
+    "--drain",
+    "drain_s",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long requests in flight may take to finish.",
+)
+@output_option
+@click.pass_obj
+def shutdown(socket_path: Path, drain_s: float, output: str) -> None:
+    """Stop the daemon."""
+    from understudy.admin import Shutdown
+
+    command = Shutdown(drain_s=drain_s)
+    _show(_ask(socket_path, command, timeout_s=drain_s + 30.0), output, "facts")
+
+
+@main.group()
+def config() -> None:
+    """The configuration file."""
+
+
+@config.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+def check(file: Path | None) -> None:
+    """Check FILE, or the one the daemon would read, without starting anything."""
+    if find_spec("understudyd") is None:
+        _exit("the daemon is not installed here: pip install 'understudy[daemon]'", EXIT_REFUSED)
+    # The daemon's package knows its options; a process of its own keeps the client free of it.
+    command = [sys.executable, "-m", "understudyd.config", "check", *([str(file)] if file else [])]
+    code = subprocess.run(command, check=False).returncode
+    sys.exit(code if code in (0, EXIT_USAGE) else EXIT_REFUSED)
+
+
+# -- inside ----------------------------------------------------------------------------------------------
+
+
+def chrome_trace(spans: list[dict[str, Any]]) -> dict[str, Any]:
+    """Spans as Chrome trace events: one thread a lane, microseconds from the first span."""
+    lanes = list(dict.fromkeys(span.get("lane", "?") for span in spans))
+    begin_s = min((span.get("start_s", 0.0) for span in spans), default=0.0)
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": lane}}
+        for tid, lane in enumerate(lanes)
+    ]
+    for span in spans:
+        start_s = span.get("start_s", begin_s)
+        events.append(
+            {
+                "ph": "X",
+                "pid": 1,
+                "tid": lanes.index(span.get("lane", "?")),
+                "name": span.get("name", "?"),
+                "ts": (start_s - begin_s) * 1e6,
+                "dur": max(0.0, span.get("end_s", start_s) - start_s) * 1e6,
+            }
+        )
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _ask(socket_path: Path, command: Any, *, timeout_s: float | None = 30.0, on_note: Any = None) -> Any:
+    from understudy.admin import AdminError, call
+
+    try:
+        return call(socket_path, command, timeout_s=timeout_s, on_note=on_note)
+    except AdminError as error:
+        _exit(str(error), EXIT_UNREACHABLE if error.code in _UNREACHABLE else EXIT_REFUSED)
+    except KeyboardInterrupt:
+        _exit("interrupted; the daemon may go on with it", EXIT_INTERRUPTED)
+
+
+def _ask_long(socket_path: Path, command: Any, what: str) -> Any:
+    """A command that may take minutes, with a progress bar on stderr."""
+    from understudy.render import NoteBar
+
+    with NoteBar(what) as bar:
+        return _ask(socket_path, command, timeout_s=None, on_note=bar.update)
+
+
+def _show(document: Any, output: str, view: str) -> None:
+    if output == "json":
+        click.echo(json.dumps(document, indent=2))
+        return
+    from understudy import render
+
+    render.show(getattr(render, view)(document))
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    click.echo(f"understudyctl: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

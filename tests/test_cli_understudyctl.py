@@ -1,0 +1,284 @@
+"""`understudyctl` against a scripted admin socket."""
+
+import json
+import resource
+import socketserver
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from understudy import admin
+from understudy.ctl import chrome_trace, main
+
+MIB = 1024 * 1024
+LOADERS = [
+    {"id": 4, "slot": 0, "pid": 11, "state": "ready", "load": "sdxl/unet", "bytes_done": 3 * MIB,
+     "size_bytes": 4 * MIB, "loads_done": 7, "bytes_total": 70 * MIB, "rate_bytes_per_s": 2.0 * MIB,
+     "restarts": 1},
+    {"id": 2, "slot": 1, "pid": 12, "state": "starting"},
+]  # fmt: skip
+STATUS = {
+    "daemon": "d-77", "version": "0.1.0", "pid": 4242, "state": "ready", "uptime_s": 7500.0, "device": "cpu",
+    "models": 24, "models_resident": 6, "requests_waiting": 3, "requests_done": 1200, "requests_failed": 2,
+    "request_running": {"id": "r9", "model": "sd15-red", "step": 3, "steps": 20},
+    "arena": {"size_bytes": 100 * MIB, "ready_bytes": 40 * MIB, "leased_bytes": 10 * MIB,
+              "filling_bytes": 25 * MIB, "quarantined_bytes": 0, "free_bytes": 25 * MIB},
+    "loaders": LOADERS, "last_error": "blob 12 is corrupt",
+    "visible_switch_ms": {"p50": 0.8, "p99": 2.25, "count": 99},
+}  # fmt: skip
+MODELS = [
+    {"name": "sd15-[red]", "pipeline": "StableDiffusionPipeline", "size_bytes": 2048 * MIB, "tier": "bound",
+     "pinned": True, "requests": 12, "last_used_s_ago": 3.0},
+    {"name": "sdxl", "pipeline": "XL", "size_bytes": 5, "tier": "disk", "pinned": False, "requests": 0,
+     "last_used_s_ago": None},
+]  # fmt: skip
+ARENA = {
+    "size_bytes": 512,
+    "extents": [
+        {"offset": 256, "size_bytes": 128, "state": "leased", "blob": "b" * 64, "models": ["a", "b"],
+         "leases": 2},
+        {"offset": 0, "size_bytes": 128, "state": "filling", "blob": "c" * 64, "models": ["c"], "leases": 0},
+    ],
+}  # fmt: skip
+ANSWERS: dict[str, Any] = {
+    "status": STATUS,
+    "models": MODELS,
+    "queue": [
+        {"id": "r9", "client": "c#1", "model": "sd15-red", "state": "running", "waited_s": 0.25,
+         "priority": 5, "tier": "bound", "step": 3, "steps": 20},
+        {"id": "r10", "client": "c#1", "model": "sdxl", "state": "waiting", "waited_s": 61.0, "priority": 0,
+         "tier": "loading", "step": None, "steps": None},
+    ],
+    "loaders": LOADERS,
+    "trace": {"spans": [
+        {"lane": "stage", "name": "r9", "start_s": 10.0, "end_s": 12.5},
+        {"lane": "loader 0", "name": "sdxl", "start_s": 11.0, "end_s": 11.5},
+    ]},
+}  # fmt: skip
+
+
+class FakeDaemon:
+    """An admin socket that answers from a table and remembers what it was asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.asked: list[admin.Command] = []
+        self.answers: dict[str, Any] = dict(ANSWERS)
+        self.notes: list[admin.Note] = []
+        self.error: admin.Error | None = None
+        daemon = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                command = admin.decode_command(self.rfile.readline())
+                daemon.asked.append(command)
+                for note in daemon.notes:
+                    self.wfile.write(admin.encode_line(note))
+                name = command.__struct_config__.tag
+                line = daemon.error or admin.Done(
+                    result=daemon.answers.get(str(name), {"name": "m", "ok": True})
+                )
+                self.wfile.write(admin.encode_line(line))
+
+        self.server = socketserver.UnixStreamServer(str(path), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+
+    def run(self, *arguments: str) -> Result:
+        return CliRunner().invoke(main, ["--socket", str(self.path), *arguments])
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
+    daemon = FakeDaemon(tmp_path / "admin.sock")
+    daemon.thread.start()
+    yield daemon
+    daemon.server.shutdown()
+    daemon.server.server_close()
+    daemon.thread.join(10)
+
+
+def test_status(daemon: FakeDaemon) -> None:
+    text = daemon.run("status").stdout
+    for fact in ("ready", "up 2 h 5 min", "24, 6 resident", "3 waiting, 1200 done, 2 failed", "pid 4242"):
+        assert fact in text
+    assert "sd15-red, step 3/20 (r9)" in text
+    assert "p50 0.80 ms, p99 2.25 ms over 99" in text
+    assert "blob 12 is corrupt" in text
+    assert "75 % of 4.0 MiB" in text and "2.0 MiB/s" in text
+    bar = next(line for line in text.splitlines() if "█" in line and "▓" in line and "leased" not in line)
+    cells = [bar.count(glyph) for glyph in "█▓▒·"]
+    assert sum(cells) == 64 and cells == [6, 26, 16, 16]
+
+
+def test_models_and_names_are_shown_as_they_are(daemon: FakeDaemon) -> None:
+    lines = daemon.run("models").stdout.splitlines()
+    red = next(line for line in lines if "sd15" in line)
+    assert red.split()[0] == "sd15-[red]" and "2.0 GiB" in red and "pinned" in red and "3.0 s ago" in red
+    assert "never" in next(line for line in lines if "sdxl" in line)
+
+
+def test_show_a_model(daemon: FakeDaemon) -> None:
+    part = {
+        "name": "unet",
+        "signature": "s" * 64,
+        "blob": "b" * 64,
+        "size_bytes": MIB,
+        "tier": "host",
+        "shared_by": 3,
+    }
+    daemon.answers["show"] = MODELS[0] | {"components": [part]}
+    text = daemon.run("show", "sd15-[red]").stdout
+    assert "sd15-[red]" in text and "unet" in text and "1.0 MiB" in text and "host" in text
+    assert daemon.asked == [admin.Show(name="sd15-[red]")]
+
+
+def test_the_map_of_the_arena_is_to_scale(daemon: FakeDaemon) -> None:
+    daemon.answers["show"] = ARENA
+    lines = daemon.run("show", "--arena").stdout.splitlines()
+    assert [line[0] for line in lines[:8]] == ["▒", "▒", "·", "·", "█", "█", "·", "·"]
+    assert all(line == line[0] * 64 for line in lines[:8])
+    assert "leased 128 B" in lines[9] and "free 256 B" in lines[9]
+    assert any("a, b" in line for line in lines)
+    assert daemon.asked == [admin.Show(arena=True)]
+
+
+def test_queue(daemon: FakeDaemon) -> None:
+    lines = daemon.run("queue").stdout.splitlines()
+    assert "3/20" in lines[2] and "running" in lines[2] and "bound" in lines[2]
+    assert "1 min 1 s" in lines[3]
+    daemon.answers["queue"] = []
+    assert "no requests" in daemon.run("queue").stdout
+
+
+@pytest.mark.parametrize("command", ["status", "models", "queue", "loaders"])
+def test_json_is_the_document(daemon: FakeDaemon, command: str) -> None:
+    result = daemon.run(command, "-o", "json")
+    assert result.exit_code == 0 and json.loads(result.stdout) == ANSWERS[command]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ("status", {}),
+        ("status", {"arena": {}, "loaders": None, "visible_switch_ms": {}, "request_running": {}}),
+        ("models", [{}]),
+        ("models", [{"requests": 1}]),
+        ("show m", {}),
+        ("show m", {"components": [{}]}),
+        ("show --arena", {}),
+        ("show --arena", {"arena": {"size_bytes": 10, "extents": [{}, {"state": "new", "size_bytes": 3}]}}),
+        ("queue", [{}]),
+        ("loaders", [{}]),
+        ("loaders", []),
+        ("load m", None),
+        ("pin m", {}),
+        ("evict m", {"freed_bytes": 1024, "shared": ["a"], "took_s": 0.5}),
+    ],
+)
+def test_missing_keys_are_no_crash(daemon: FakeDaemon, arguments: str, answer: Any) -> None:
+    daemon.answers[arguments.split()[0]] = answer
+    result = daemon.run(*arguments.split())
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip()
+
+
+def test_commands_say_what_was_meant(daemon: FakeDaemon, tmp_path: Path) -> None:
+    daemon.notes = [admin.Note(phase="copying", done=5, total=10), admin.Note(phase="hashing")]
+    for line in (
+        f"add name {tmp_path} --dtype float16 --variant fp16 --ignore-pickle",
+        "remove m",
+        "load m --no-wait",
+        "evict m",
+        "pin m",
+        "unpin m",
+        "cancel r9",
+        "shutdown --drain 3",
+    ):
+        result = daemon.run(*line.split())
+        assert result.exit_code == 0, result.output
+    assert daemon.asked == [
+        admin.Add(name="name", source=str(tmp_path), dtype="float16", variant="fp16", ignore_pickle=True),
+        admin.Remove(name="m"),
+        admin.Load(name="m", wait=False),
+        admin.Evict(name="m"),
+        admin.Pin(name="m"),
+        admin.Unpin(name="m"),
+        admin.CancelRequest(id="r9"),
+        admin.Shutdown(drain_s=3.0),
+    ]
+
+
+def test_trace_is_written_for_chrome(daemon: FakeDaemon, tmp_path: Path) -> None:
+    out = tmp_path / "trace.json"
+    assert "2 spans" in daemon.run("trace", "--seconds", "5", "-o", str(out)).stdout
+    events = json.loads(out.read_text())["traceEvents"]
+    assert [event["args"]["name"] for event in events if event["ph"] == "M"] == ["stage", "loader 0"]
+    spans = [(e["tid"], e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"]
+    assert spans == [(0, "r9", 0.0, 2.5e6), (1, "sdxl", 1e6, 0.5e6)]
+    assert daemon.asked == [admin.Trace(seconds=5.0)]
+    assert json.loads(daemon.run("trace", "-o", "-").stdout)["traceEvents"] == events
+    assert chrome_trace([])["traceEvents"] == [] and chrome_trace([{}])["traceEvents"]
+
+
+def test_a_refusal_is_one_line_and_exit_code_1(daemon: FakeDaemon) -> None:
+    daemon.error = admin.Error(code="unknown_model", message="no model 'm'; see `understudyctl models`")
+    result = daemon.run("evict", "m")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr == "understudyctl: no model 'm'; see `understudyctl models`\n"
+
+
+def test_no_daemon_is_exit_code_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNDERSTUDY_RUNTIME_DIR", str(tmp_path))
+    result = CliRunner().invoke(main, ["status"])
+    assert result.exit_code == 5
+    assert f"{tmp_path}/admin.sock" in result.stderr and "is it running?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", ["show", "show m --arena", "dance", "status -o xml", "trace --seconds 0"]
+)
+def test_usage_is_exit_code_2(daemon: FakeDaemon, arguments: str) -> None:
+    assert daemon.run(*arguments.split()).exit_code == 2
+    assert daemon.asked == []
+
+
+@pytest.mark.parametrize(("returned", "exit_code"), [(0, 0), (1, 1), (2, 2), (3, 1), (-9, 1)])
+def test_config_check_asks_the_daemons_package(
+    monkeypatch: pytest.MonkeyPatch, returned: int, exit_code: int
+) -> None:
+    asked: list[list[str]] = []
+
+    def runs(command: list[str], check: bool) -> Any:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, returned)
+
+    monkeypatch.setattr("understudy.ctl.subprocess.run", runs)
+    assert CliRunner().invoke(main, ["config", "check", "/etc/u.toml"]).exit_code == exit_code
+    assert asked == [[sys.executable, "-m", "understudyd.config", "check", "/etc/u.toml"]]
+    monkeypatch.setattr("understudy.ctl.find_spec", lambda name: None)
+    missing = CliRunner().invoke(main, ["config", "check"])
+    assert missing.exit_code == 1 and "pip install" in missing.stderr
+
+
+def test_help_answers_at_once_and_loads_nothing_heavy() -> None:
+    def help_cpu_s() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "understudy.ctl", "--help"]
+        done = subprocess.run(command, capture_output=True, timeout=30, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert b"Operate an Understudy daemon" in done.stdout
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # It waits for nothing, so this is its wall time on an idle machine, whatever else runs on this one.
+    assert min(help_cpu_s() for _ in range(3)) < 0.2
+    code = (
+        "import sys, understudy.ctl; "
+        "heavy = {'rich', 'zmq', 'torch', 'asyncio', 'msgspec'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
