@@ -41,7 +41,8 @@ class FileVersion(msgspec.Struct, frozen=True, kw_only=True):
 class Load(Order, frozen=True, kw_only=True, tag="load"):
     """Read `[file_offset, file_offset + size_bytes)` of `path` to `arena_offset`.
 
-    `xxh3` (one per `checksum_chunk_bytes`) is given when the file version is not yet verified.
+    `xxh3` (one per `checksum_chunk_bytes`) is compared unless the file is still the version `expect`, which
+    was verified before. With `expect` and no `xxh3`, another version is a fault.
     """
 
     load_id: int
@@ -87,7 +88,10 @@ class Heartbeat(Report, frozen=True, kw_only=True, tag="heartbeat"):
 
 
 class Loaded(Report, frozen=True, kw_only=True, tag="loaded"):
-    """The load is in the arena, synchronised. `version` is the file as it was read."""
+    """The load is in the arena, synchronised. `version` is the file as it was read.
+
+    `verified` means that its bytes match the checksums, now or when that version was read before.
+    """
 
     load_id: int
     started_at_s: float

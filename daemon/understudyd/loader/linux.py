@@ -1,0 +1,42 @@
+"""System calls that the standard library lacks or that it makes while it holds the interpreter lock."""
+
+import ctypes
+import mmap
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+MADV_POPULATE_READ = 22
+MADV_POPULATE_WRITE = 23
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that spawned it ends.
+
+    The caller must compare `os.getppid()` with its parent's pid afterwards: the parent may be gone already.
+    """
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0))
+
+
+def set_process_name(name: str) -> None:
+    """What `ps` and `top` show; at most 15 bytes."""
+    _check(_libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0))
+
+
+def populate(mapping: mmap.mmap, start: int, size_bytes: int, advice: int) -> None:
+    """Build the page table of a part of the mapping. Raises `OSError` (EINVAL before Linux 5.14).
+
+    `mmap.madvise` holds the interpreter lock for the whole call; a heartbeat could not be sent meanwhile.
+    """
+    anchor = ctypes.c_char.from_buffer(mapping)
+    _check(_libc.madvise(ctypes.addressof(anchor) + start, size_bytes, advice))
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
