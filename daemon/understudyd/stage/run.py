@@ -1,0 +1,149 @@
+"""One request on its way over the stage: what was asked, what has happened so far, what came out."""
+
+import functools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from understudy.wire import ImageInfo
+from understudyd.core.types import ErrorCode
+from understudyd.stage.baton import Turn
+from understudyd.stage.errors import BadRequest, RunCancelled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunParams:
+    """What the client asked for. None means the pipeline's own default; sizes are pixels."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    images: int = 1
+    format: str = "png"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunTimings:
+    """Moments on the monotonic clock, in the order they come.
+
+    `deck_at_s` put on deck; `free_at_s` the stage was free for it; `first_op_at_s` its first stage operation;
+    `run_ended_at_s` the end of its last; `encoded_at_s` its images are bytes. `bind_s` is a duration.
+    `gap_s` is the visible switch, from the previous run's last stage operation to this one's first;
+    None when the stage was idle before this request was on deck.
+    """
+
+    deck_at_s: float
+    free_at_s: float
+    first_op_at_s: float
+    run_ended_at_s: float
+    encoded_at_s: float
+    bind_s: float
+    gap_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """A finished run. `components_bound` names the components whose weights had to be switched."""
+
+    images: tuple[bytes, ...]
+    infos: tuple[ImageInfo, ...]
+    timings: RunTimings
+    components_bound: tuple[str, ...]
+
+
+class Run:
+    """The mutable side, owned by one worker thread; `cancel` comes from another."""
+
+    def __init__(self, request_id: str, model: str, params: RunParams, turn: Turn, deck_at_s: float) -> None:
+        self.request_id = request_id
+        self.model = model
+        self.params = params
+        self.turn = turn
+        self.cancel_code: ErrorCode | None = None
+        self.is_on_stage = False
+        self.steps_done = 0
+        self.components_bound: tuple[str, ...] = ()
+        self.deck_at_s = deck_at_s
+        self.previous_ended_at_s: float | None = None
+        self.first_op_at_s = 0.0
+        self.ended_at_s = 0.0
+        self.bind_s = 0.0
+
+    def cancel(self, code: ErrorCode) -> None:
+        """End the run at its next checkpoint. Any thread; never blocks."""
+        if self.cancel_code is None:
+            self.cancel_code = code
+        self.turn.wake()
+
+    def check_cancelled(self) -> None:
+        """A checkpoint. Raises `RunCancelled`."""
+        if self.cancel_code is not None:
+            raise RunCancelled(self.cancel_code)
+
+    def timings(self, encoded_at_s: float) -> RunTimings:
+        """The moments of a finished run."""
+        waited_for = self.previous_ended_at_s
+        waited = waited_for is not None and waited_for > self.deck_at_s
+        return RunTimings(
+            deck_at_s=self.deck_at_s,
+            free_at_s=waited_for if waited and waited_for is not None else self.deck_at_s,
+            first_op_at_s=self.first_op_at_s,
+            run_ended_at_s=self.ended_at_s,
+            encoded_at_s=encoded_at_s,
+            bind_s=self.bind_s,
+            gap_s=self.first_op_at_s - waited_for if waited and waited_for is not None else None,
+        )
+
+
+def call_arguments(params: RunParams, known: Collection[str], pipeline: str) -> dict[str, Any]:
+    """The pipeline's keyword arguments. Raises `BadRequest` naming what it does not take."""
+    wanted = {
+        "prompt": ("prompt", params.prompt),
+        "negative prompt": ("negative_prompt", params.negative_prompt),
+        "width": ("width", params.width),
+        "height": ("height", params.height),
+        "steps": ("num_inference_steps", params.steps),
+        "guidance": ("guidance_scale", params.guidance),
+        "images": ("num_images_per_prompt", None if params.images == 1 else params.images),
+    }
+    arguments: dict[str, Any] = {}
+    for word, (name, value) in wanted.items():
+        if value is None:
+            continue
+        if name not in known:
+            raise BadRequest(f"{pipeline} takes no {word}; leave it out")
+        arguments[name] = value
+    if "generator" in known:
+        # On the CPU whatever the device, as users of diffusers do to get the same image everywhere.
+        arguments["generator"] = torch.Generator("cpu").manual_seed(params.seed)
+    if "output_type" in known:
+        arguments["output_type"] = "pt"
+    return arguments
+
+
+def watch_steps(scheduler: Any, before: Callable[[], None], after: Callable[[int], None]) -> None:
+    """Call `before()` and `after(total_steps)` around the scheduler's steps.
+
+    On the instance, with the signature kept: pipelines inspect it. `unwatch_steps` ends it.
+    """
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before()
+        result = step(*args, **kwargs)
+        after(len(scheduler.timesteps))
+        return result
+
+    scheduler.step = watched
+
+
+def unwatch_steps(scheduler: Any) -> None:
+    """Break the reference cycle, which would keep the last latents until the next garbage collection."""
+    vars(scheduler).pop("step", None)

@@ -1,0 +1,186 @@
+"""Tensors over the arena: what a skeleton is bound to.
+
+They are made once, when a blob becomes resident, outside `inference_mode` and without gradients, so that
+binding them later costs neither an allocation nor a kernel.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from understudyd.stage.errors import NotResident, StageError
+from understudyd.store.records import SignatureRecord, TensorRecord
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Safetensors names to torch's."""
+
+TENSORS_PER_SLICE = 64
+"""Views made between two breaths: about 0.5 ms on a slow core."""
+
+
+def dtype_of(record: TensorRecord) -> torch.dtype:
+    """The record's dtype. Raises `StageError` for one that torch does not have."""
+    try:
+        return DTYPES[record.dtype]
+    except KeyError as error:
+        raise StageError(
+            f"{record.path} has dtype {record.dtype}, which this release cannot serve"
+        ) from error
+
+
+class WeightArena:
+    """The arena as torch sees it: flat tensors of every dtype over the same bytes."""
+
+    def __init__(self, memory: Tensor) -> None:
+        """`memory` is the whole arena, shape [bytes], uint8, its length a multiple of 16."""
+        if memory.dtype != torch.uint8 or memory.dim() != 1 or memory.numel() % 16:
+            raise StageError("the arena must be one flat uint8 tensor whose length is a multiple of 16")
+        self._memory = memory
+        self._typed: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def address_range(self) -> range:
+        """The addresses of the arena's bytes."""
+        start = self._memory.data_ptr()
+        return range(start, start + self._memory.numel())
+
+    def tensor(self, record: TensorRecord, extent_offset: int) -> Tensor:
+        """The record's tensor where its blob lies at `extent_offset` bytes. No copy."""
+        dtype = dtype_of(record)
+        flat = self._typed.get(dtype)
+        if flat is None:
+            flat = self._typed[dtype] = self._memory.view(dtype)
+        start = (extent_offset + record.offset) // dtype.itemsize
+        return flat.as_strided(record.shape, _contiguous_strides(record.shape), start)
+
+
+def _contiguous_strides(shape: Sequence[int]) -> list[int]:
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 1, 0, -1):
+        strides[axis - 1] = strides[axis] * max(shape[axis], 1)
+    return strides
+
+
+class BlobViews:
+    """One blob's tensors in the order of its signature's records.
+
+    `bound` is what goes into the module: a `Parameter` or a plain tensor, the same object for tied
+    paths. Parameters are mutable (`module.to` changes their `data` in place), so `_pristine` keeps plain
+    tensors to set them right again.
+    """
+
+    def __init__(self, signature: SignatureRecord) -> None:
+        self.signature = signature
+        self.bound: list[Tensor] = []
+        self._pristine: list[tuple[nn.Parameter, Tensor]] = []
+
+    @classmethod
+    def build(
+        cls,
+        arena: WeightArena,
+        signature: SignatureRecord,
+        extent_offset: int,
+        breathe: Callable[[], None],
+    ) -> "BlobViews":
+        """Make all views, calling `breathe` between slices so that the stage is not held up."""
+        views = cls(signature)
+        by_path: dict[str, Tensor] = {}
+        for index, record in enumerate(signature.tensors):
+            if index % TENSORS_PER_SLICE == TENSORS_PER_SLICE - 1:
+                breathe()
+            if record.alias_of is None:
+                by_path[record.path] = views._make(record, arena.tensor(record, extent_offset))
+            views.bound.append(by_path[record.alias_of or record.path])
+        return views
+
+    def _make(self, record: TensorRecord, view: Tensor) -> Tensor:
+        if record.kind != "parameter":
+            return view
+        parameter = nn.Parameter(view, requires_grad=False)
+        self._pristine.append((parameter, view))
+        return parameter
+
+    def restore(self) -> list[Tensor]:
+        """Point every parameter at the arena again; returns what they held, for the caller to free."""
+        displaced = [parameter.data for parameter, _ in self._pristine]
+        for parameter, view in self._pristine:
+            parameter.data = view
+        return displaced
+
+
+@dataclass(slots=True)
+class _Resident:
+    offset: int
+    generation: int
+    views: dict[str, BlobViews]  # by signature id; empty while they are being built
+
+
+class ResidentBlobs:
+    """The blobs that have views now. Thread-safe."""
+
+    def __init__(self, arena: WeightArena) -> None:
+        self._arena = arena
+        self._lock = threading.Lock()
+        self._blobs: dict[str, _Resident] = {}
+
+    def expect(self, blob: str, offset: int, generation: int) -> None:
+        """From now on the blob lies at `offset`; its views will be built."""
+        with self._lock:
+            self._blobs[blob] = _Resident(offset, generation, {})
+
+    def build(
+        self, blob: str, generation: int, signatures: Sequence[SignatureRecord], breathe: Callable[[], None]
+    ) -> None:
+        """Build the views of an expected blob, once for each signature it is used with.
+
+        A blob that was dropped meanwhile is left alone.
+        """
+        resident = self._blobs.get(blob)
+        if resident is None or resident.generation != generation:
+            return
+        for signature in signatures:
+            views = BlobViews.build(self._arena, signature, resident.offset, breathe)
+            with self._lock:
+                if self._blobs.get(blob) is resident:
+                    resident.views[signature.id] = views
+
+    def views(self, blob: str, signature: SignatureRecord) -> BlobViews:
+        """The views to bind. Raises `NotResident`.
+
+        A signature that became known only after the blob was resident has its views built here and now.
+        """
+        resident = self._blobs.get(blob)
+        if resident is None or not resident.views:
+            raise NotResident(f"blob {blob[:12]} has no views in the arena")
+        if signature.id not in resident.views:
+            self.build(blob, resident.generation, [signature], lambda: None)
+        return resident.views[signature.id]
+
+    def drop(self, blob: str, generation: int) -> list[BlobViews]:
+        """Forget the blob if it is still of this generation; returns the views nobody may use any more."""
+        with self._lock:
+            resident = self._blobs.get(blob)
+            if resident is None or resident.generation != generation:
+                return []
+            del self._blobs[blob]
+            return list(resident.views.values())
