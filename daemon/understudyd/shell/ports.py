@@ -4,11 +4,14 @@ Only the event loop's thread calls these, except where a docstring says otherwis
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
-from understudy.wire import Generate, ModelEntry, Reply
-
+from understudy.wire import Generate, ImageInfo, ModelEntry, Reply, Timings
+from understudyd.core.actions import StartLoad
 from understudyd.core.events import Event
+from understudyd.core.types import ErrorCode
+from understudyd.store.records import BlobRecord
 
 Emit = Callable[[Event], None]
 """Give the core an event; callable from any thread."""
@@ -38,3 +41,58 @@ class ReplySink(Protocol):
 
     def send(self, client: str, reply: Reply, payload: Sequence[bytes] = ()) -> None:
         """Queue a reply for this client. Never blocks; a client that is gone is ignored."""
+
+
+class LoadRunner(Protocol):
+    """What performs loads: the loader pool."""
+
+    def start_load(self, order: StartLoad, label: str, path: Path, blob: BlobRecord) -> None:
+        """Have the loader `order.loader_id` fill the extent; `label` names the load in the timeline."""
+
+    def cancel_load(self, load_id: int) -> None:
+        """Stop it between two chunks."""
+
+
+class RunResult(Protocol):
+    """What a finished run left: encoded images and how long everything took."""
+
+    @property
+    def images(self) -> Sequence[bytes]:
+        """One encoded image each."""
+
+    @property
+    def infos(self) -> Sequence[ImageInfo]:
+        """What each of them is."""
+
+    @property
+    def timings(self) -> Timings:
+        """Durations in seconds, as the client sees them."""
+
+    @property
+    def switched(self) -> bool:
+        """Some component's weights had to be bound for it."""
+
+
+class StageDoor(Protocol):
+    """What the runtime has the stage do. Nothing here blocks; core events tell how it went."""
+
+    def prepare_model(self, name: str) -> None:
+        """Build the model's small parts."""
+
+    def forget_model(self, name: str) -> None:
+        """Drop them."""
+
+    def build_views(self, blob: str, offset: int, generation: int) -> None:
+        """Prebuild the blob's tensors."""
+
+    def drop_views(self, blob: str, generation: int) -> None:
+        """Forget them, before this returns."""
+
+    def put_on_deck(self, request_id: str, model: str, request: Generate) -> None:
+        """Run the request when the stage is free."""
+
+    def cancel_run(self, request_id: str, code: ErrorCode) -> None:
+        """End it at its next checkpoint."""
+
+    def take_result(self, request_id: str, received_at_s: float) -> RunResult:
+        """The finished run's result, once; its timings count from `received_at_s`."""

@@ -1,0 +1,222 @@
+"""The daemon's configuration: one TOML file, checked whole, overridden by environment variables.
+
+Unknown keys are refused. Sizes are written "60GiB", rates "200MiB/s". `UNDERSTUDY__SECTION__KEY` overrides
+a key; its value is read as TOML, or as a string where it is none. `python -m understudyd.config check FILE`
+says what is wrong and where.
+"""
+
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from understudy.paths import runtime_dir
+
+ENV_PREFIX = "UNDERSTUDY__"
+SYSTEM_PATH = Path("/etc/understudy/understudyd.toml")
+_UNITS = {"": 1, "B": 1} | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
+_UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)\s*(/s)?\s*")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names the key and says what is allowed."""
+
+
+class Size(int):
+    """Bytes, written with a unit: "60GiB", "512MB"."""
+
+
+class Rate(int):
+    """Bytes per second, written "200MiB/s"; 0 is no limit."""
+
+
+AUTO = Size(-1)
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+def default_store() -> Path:
+    """The system's store where the package made it, else one in the user's home."""
+    system = Path("/var/lib/understudy")
+    if os.access(system, os.W_OK):
+        return system / "store"
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
+    return Path(home) / "understudy" / "store"
+
+
+class StoreConfig(_Section, frozen=True, kw_only=True):
+    """Where models are kept."""
+
+    path: Path = msgspec.field(default_factory=default_store)
+
+
+class ServerConfig(_Section, frozen=True, kw_only=True):
+    """Doors and limits. `endpoints` are added to the ipc socket in `runtime_dir`."""
+
+    runtime_dir: Path = msgspec.field(default_factory=runtime_dir)
+    endpoints: tuple[str, ...] = ()
+    max_pixels: Positive = 2048 * 2048
+    max_steps: Positive = 500
+    max_images: Positive = 16
+    max_prompt_chars: Positive = 8192
+    max_open_per_client: Positive = 256
+    outbox_bytes: Size = Size(64 * 1024**2)
+    answer_ttl_s: Seconds = 60.0
+    client_timeout_s: Seconds = 30.0
+    drain_s: Seconds = 30.0
+
+
+class DeviceConfig(_Section, frozen=True, kw_only=True):
+    """Which device computes and how much of it holds weights.
+
+    `kind = "auto"` is CUDA where there is an NVIDIA GPU. `arena = "auto"` is what is free less `reserve` for
+    activations on a GPU, and half of the available memory on the CPU.
+    """
+
+    kind: Literal["auto", "cpu", "cuda"] = "auto"
+    gpu: str = "0"
+    arena: Size = AUTO
+    reserve: Size = Size(8 * 1024**3)
+
+
+class LoaderConfig(_Section, frozen=True, kw_only=True):
+    """Loader processes. `rate_limit` bounds each of them."""
+
+    count: Annotated[int, msgspec.Meta(ge=1, le=32)] = 2
+    rate_limit: Rate = Rate(0)
+    chunk: Size = Size(16 * 1024**2)
+    threads: Positive = 2
+    dead_after_s: Seconds = 3.0
+
+
+class StageConfig(_Section, frozen=True, kw_only=True):
+    """The stage. `threads` are torch's on the CPU; `warm_up` runs each architecture once before ready."""
+
+    threads: Positive = 1
+    warm_up: bool = True
+    warm_up_limit_s: Seconds = 300.0
+
+
+class PolicyConfig(_Section, frozen=True, kw_only=True):
+    """See `core.policy.PolicySettings`."""
+
+    order: Literal["resident_first", "fcfs"] = "resident_first"
+    lookahead: Annotated[int, msgspec.Meta(ge=0)] = 4
+    max_wait_s: Seconds = 30.0
+    max_skips: Positive = 64
+    prefetch: bool = True
+
+
+class QueueConfig(_Section, frozen=True, kw_only=True):
+    """How many requests may wait."""
+
+    max_waiting: Positive = 1000
+
+
+class LogConfig(_Section, frozen=True, kw_only=True):
+    """What is logged."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(_Section, frozen=True, kw_only=True):
+    """The whole file."""
+
+    store: StoreConfig = msgspec.field(default_factory=StoreConfig)
+    server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+    device: DeviceConfig = DeviceConfig()
+    loader: LoaderConfig = LoaderConfig()
+    stage: StageConfig = StageConfig()
+    policy: PolicyConfig = PolicyConfig()
+    queue: QueueConfig = QueueConfig()
+    log: LogConfig = LogConfig()
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "60GiB", "512 MB", "4096". Raises `ConfigError`."""
+    matched = _SIZE.fullmatch(text)
+    if matched is None:
+        raise ConfigError(f'{text!r} is no size; write it like "60GiB" or "512MB"')
+    return int(float(matched[1]) * _UNITS[matched[2]])
+
+
+def find(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """`$UNDERSTUDY_CONFIG`, else the system's file where there is one, else None: defaults."""
+    if chosen := environ.get("UNDERSTUDY_CONFIG"):
+        return Path(chosen)
+    return SYSTEM_PATH if SYSTEM_PATH.exists() else None
+
+
+def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration of `path` (defaults alone when None), with overrides. Raises `ConfigError`."""
+    document: dict[str, Any] = {}
+    if path is not None:
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from error
+    for key, text in environ.items():
+        if key.startswith(ENV_PREFIX):
+            _override(document, key, text)
+    try:
+        return msgspec.convert(document, Config, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path or 'environment'}: {error}") from error
+
+
+def _override(document: dict[str, Any], key: str, text: str) -> None:
+    section, _, name = key.removeprefix(ENV_PREFIX).lower().partition("__")
+    table = document.setdefault(section, {})
+    if not isinstance(table, dict) or not name:
+        raise ConfigError(f"{key} must be {ENV_PREFIX}SECTION__KEY")
+    try:
+        table[name] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[name] = text
+
+
+def _decode(kind: type, value: Any) -> Any:
+    """Sizes, rates and paths for msgspec. ConfigError becomes a ValidationError with the key's path."""
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is Size and value == "auto":
+        return AUTO
+    if kind in (Size, Rate) and isinstance(value, str | int) and not isinstance(value, bool):
+        try:
+            parsed = parse_size(str(value))
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return kind(parsed)
+    raise ValueError(f"cannot make a {kind.__name__} of {value!r}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`check [FILE]`: 0 when the file can be used, 1 with the reason when not."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] != "check" or len(args) > 2:
+        print("usage: python -m understudyd.config check [FILE]", file=sys.stderr)
+        return 2
+    path = Path(args[1]) if len(args) == 2 else find()
+    try:
+        config = load(path)
+    except ConfigError as error:
+        print(f"bad configuration: {error}", file=sys.stderr)
+        return 1
+    print(f"{path or 'no file, defaults'}: good; store {config.store.path}, device {config.device.kind}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,77 @@
+"""`understudyd`: the daemon's command line."""
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from understudyd import config as configuration
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="understudy")
+def main() -> None:
+    """Serve hundreds of diffusion models from one GPU."""
+
+
+@main.command()
+@click.option(
+    "--config", "path", type=click.Path(path_type=Path), help="TOML file; see `understudyd config`."
+)
+def serve(path: Path | None) -> None:
+    """Serve until SIGTERM, which finishes what is open first."""
+    try:
+        config = configuration.load(path or configuration.find())
+    except configuration.ConfigError as error:
+        raise click.ClickException(str(error)) from error
+    logging.basicConfig(
+        level=config.log.level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    raise SystemExit(_serve(config))
+
+
+def _serve(config: configuration.Config) -> int:
+    import uvloop
+
+    from understudyd.shell.daemon import Daemon
+    from understudyd.shell.lock import AlreadyRunning
+    from understudyd.shell.memory import ArenaError
+    from understudyd.store.errors import StoreError
+
+    async def life() -> int:
+        return await Daemon(config).serve()
+
+    try:
+        return int(uvloop.run(life()))
+    except (AlreadyRunning, ArenaError, StoreError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def ingest(arguments: tuple[str, ...]) -> None:
+    """Add a model to a store without a daemon: --store DIR --name NAME --source FOLDER."""
+    from understudyd.store.ingest import run_cli
+
+    raise SystemExit(run_cli(list(arguments)))
+
+
+@main.group()
+def config() -> None:
+    """Look at the configuration."""
+
+
+@config.command()
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+def check(path: Path | None) -> None:
+    """Say whether a configuration file can be used."""
+    raise SystemExit(configuration.main(["check", *([str(path)] if path else [])]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Fits the loader pool and the stage to the runtime's ports. Records become arguments here only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from understudy.wire import Generate, ImageInfo, Timings
+from understudyd.core.actions import StartLoad
+from understudyd.shell.loading import LoadTask
+from understudyd.shell.supervisor import LoaderPool
+from understudyd.store.records import BlobRecord, ModelRecord
+from understudyd.store.store import Store
+
+if TYPE_CHECKING:
+    from understudyd.stage.run import RunTimings
+    from understudyd.stage.stage import Stage
+
+
+class PoolAdapter:
+    """`LoadRunner` over the loader pool."""
+
+    def __init__(self, pool: LoaderPool) -> None:
+        self._pool = pool
+
+    def start_load(self, order: StartLoad, label: str, path: Path, blob: BlobRecord) -> None:
+        """See `LoadRunner`."""
+        task = LoadTask(
+            load_id=order.load_id,
+            name=label,
+            path=str(path),
+            file_offset=blob.data_start_bytes,
+            size_bytes=order.size_bytes,
+            arena_offset=order.offset,
+            checksum_chunk_bytes=blob.chunk_bytes,
+            xxh3=blob.xxh3,
+        )
+        self._pool.start_load(order.loader_id, task)
+
+    def cancel_load(self, load_id: int) -> None:
+        """See `LoadRunner`."""
+        self._pool.cancel_load(load_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`RunResult` of the ports."""
+
+    images: Sequence[bytes]
+    infos: Sequence[ImageInfo]
+    timings: Timings
+    switched: bool
+
+
+class ServedModels:
+    """The store as the stage sees it: the records that the runtime serves, without reading the disk again.
+
+    Called from the stage's threads; `records` changes on the event loop's.
+    """
+
+    def __init__(self, store: Store, records: dict[str, ModelRecord]) -> None:
+        self._records = records
+        self.signature = store.signature
+        self.model_folder = store.model_folder
+
+    def model(self, name: str) -> ModelRecord:
+        """One model's record. Raises KeyError when it is not served any more."""
+        return self._records[name]
+
+    def models(self) -> dict[str, ModelRecord]:
+        """A copy, because the original may change while the caller walks it."""
+        return dict(self._records)
+
+
+class StageAdapter:
+    """`StageDoor` over the stage. This module imports no torch: the stage is given."""
+
+    def __init__(self, stage: "Stage") -> None:
+        self._stage = stage
+        self.prepare_model = stage.prepare_model
+        self.forget_model = stage.forget_model
+        self.build_views = stage.build_views
+        self.drop_views = stage.drop_views
+        self.cancel_run = stage.cancel_run
+        self.close = stage.close
+
+    def put_on_deck(self, request_id: str, model: str, request: Generate) -> None:
+        """See `StageDoor`."""
+        from understudyd.stage.run import RunParams  # imported by whoever made the stage
+
+        params = RunParams(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=request.seed,
+            width=request.width,
+            height=request.height,
+            steps=request.steps,
+            guidance=request.guidance,
+            images=request.images,
+            format=request.format,
+        )
+        self._stage.put_on_deck(request_id, model, params)
+
+    def take_result(self, request_id: str, received_at_s: float) -> Answer:
+        """See `StageDoor`."""
+        result = self._stage.take_result(request_id)
+        timings = timings_since(received_at_s, result.timings)
+        return Answer(result.images, result.infos, timings, switched=bool(result.components_bound))
+
+
+def timings_since(received_at_s: float, moments: "RunTimings") -> Timings:
+    """Moments on the clock as the durations that a client sees; the first four add up to the total."""
+    return Timings(
+        queued_s=moments.free_at_s - received_at_s,
+        switch_s=moments.first_op_at_s - moments.free_at_s,
+        run_s=moments.run_ended_at_s - moments.first_op_at_s,
+        encode_s=moments.encoded_at_s - moments.run_ended_at_s,
+        total_s=moments.encoded_at_s - received_at_s,
+        bind_s=moments.bind_s,
+        gap_s=moments.gap_s,
+    )

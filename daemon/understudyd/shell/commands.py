@@ -1,0 +1,264 @@
+"""What each admin command does and the document it answers with (plain JSON, stable keys)."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, Protocol, assert_never
+
+from understudy import admin as proto
+from understudy.admin import AdminError
+from understudyd.core import events as ev
+from understudyd.core import snapshot
+from understudyd.core.states import BlobState, PartsState
+from understudyd.core.types import Tier
+from understudyd.shell.admin import Notify
+from understudyd.shell.ingesting import IngestFailed, ingest
+from understudyd.shell.runtime import Runtime
+from understudyd.shell.supervisor import LoaderPool
+from understudyd.shell.timeline import Timeline
+from understudyd.store.errors import StoreError
+from understudyd.store.store import Store
+
+VERSION = "0.1.0"
+
+
+class Lifecycle(Protocol):
+    """The daemon's own state."""
+
+    state: str
+    device: str
+    started_at_s: float
+
+    def request_shutdown(self, drain_s: float) -> None:
+        """Stop serving and exit."""
+
+
+class Commands:
+    """Carries out admin commands; `execute` is what `AdminServer` calls."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        pool: LoaderPool,
+        timeline: Timeline,
+        store: Store,
+        daemon: Lifecycle,
+        clock: Callable[[], float],
+    ) -> None:
+        self._runtime = runtime
+        self._machine = runtime.machine
+        self._pool = pool
+        self._timeline = timeline
+        self._store = store
+        self._daemon = daemon
+        self._clock = clock
+
+    async def execute(self, command: proto.Command, notify: Notify) -> Any:
+        """The command's result document. Raises `AdminError`."""
+        match command:
+            case proto.Status():
+                return self._status()
+            case proto.Models():
+                return [self._model_row(view) for view in snapshot.models(self._machine)]
+            case proto.Show(arena=True):
+                return self._arena()
+            case proto.Show(name=name):
+                return self._show(name)
+            case proto.Queue():
+                return [self._request_row(v) for v in snapshot.requests(self._machine, self._clock())]
+            case proto.Loaders():
+                return self._loaders()
+            case proto.Trace(seconds=seconds):
+                return {"spans": [dataclasses.asdict(s) for s in self._timeline.last(seconds)]}
+            case proto.Add():
+                return await self._add(command, notify)
+            case proto.Remove(name=name):
+                return await self._remove(name)
+            case proto.Load(name=name, wait=wait):
+                return await self._load(name, wait)
+            case proto.Evict(name=name):
+                return self._evict(name)
+            case proto.Pin(name=name):
+                return self._pin(name, pinned=True)
+            case proto.Unpin(name=name):
+                return self._pin(name, pinned=False)
+            case proto.CancelRequest(id=request_id):
+                if request_id not in self._runtime.pending:
+                    raise AdminError("not_found", f"no open request {request_id!r}; `queue` lists them")
+                self._runtime.handle(ev.RequestCancelled(request_id))
+                return {"id": request_id}
+            case proto.Shutdown(drain_s=drain_s):
+                self._daemon.request_shutdown(drain_s)
+                return {"draining": len(self._runtime.pending)}
+            case _:
+                assert_never(command)
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def _status(self) -> dict[str, Any]:
+        machine, runtime = self._machine, self._runtime
+        models = machine.residency.models.values()
+        tally = runtime.tally
+        return {
+            "daemon": "understudyd",
+            "version": VERSION,
+            "pid": os.getpid(),
+            "state": self._daemon.state,
+            "uptime_s": round(self._clock() - self._daemon.started_at_s, 1),
+            "device": self._daemon.device,
+            "models": len(machine.residency.models),
+            "models_resident": sum(m.is_resident for m in models),
+            "requests_waiting": len(machine.queue),
+            "request_running": self._running(),
+            "requests_done": tally.done,
+            "requests_failed": sum(tally.failed.values()),
+            "failures": dict(tally.failed),
+            "arena": dataclasses.asdict(snapshot.arena(machine)),
+            "loaders": self._loaders(),
+            "last_error": tally.last_error,
+            "visible_switch_ms": tally.visible_switch_ms(),
+        }
+
+    def _loaders(self) -> list[dict[str, Any]]:
+        rows = []
+        for status in self._pool.status():
+            row = dataclasses.asdict(status)
+            row["id"] = row.pop("loader_id")
+            rows.append(row)
+        return rows
+
+    def _running(self) -> dict[str, Any] | None:
+        for request_id, request in self._machine.running.items():
+            pending = self._runtime.pending.get(request_id)
+            step, steps = (pending.step, pending.steps) if pending is not None else (0, 0)
+            return {"id": request_id, "model": request.model, "step": step, "steps": steps}
+        return None
+
+    def _model_row(self, view: snapshot.ModelView) -> dict[str, Any]:
+        tally = self._runtime.tally
+        used_at_s = tally.last_used_at_s.get(view.name)
+        record = self._runtime.records.get(view.name)
+        return {
+            "name": view.name,
+            "pipeline": record.pipeline_class if record is not None else "",
+            "size_bytes": view.size_bytes,
+            "tier": view.tier.value,
+            "pinned": view.pinned,
+            "requests": tally.by_model[view.name],
+            "last_used_s_ago": None if used_at_s is None else round(self._clock() - used_at_s, 1),
+        }
+
+    def _show(self, name: str) -> dict[str, Any]:
+        self._known(name)
+        view = snapshot.model(self._machine, name)
+        record = self._runtime.records[name]
+        blobs = {b.key: b for b in snapshot.blobs(self._machine, name)}
+        components = [
+            {
+                "name": c.name,
+                "signature": c.signature,
+                "blob": c.blob.sha256,
+                "size_bytes": c.blob.size_bytes,
+                "tier": _blob_tier(blobs[c.blob.sha256].state).value,
+                "shared_by": list(blobs[c.blob.sha256].shared_by),
+                "history": blobs[c.blob.sha256].story,
+            }
+            for c in record.components
+        ]
+        more = {
+            "parts": view.parts,
+            "waiting": view.waiting,
+            "leases": view.leases,
+            "chance_next": round(view.chance, 4),
+            "dtype": record.dtype,
+            "source": record.source,
+            "components": components,
+        }
+        return self._model_row(view) | more
+
+    def _arena(self) -> dict[str, Any]:
+        views = snapshot.extents(self._machine)
+        return {
+            "size_bytes": self._machine.residency.arena.size_bytes,
+            "extents": [dataclasses.asdict(v) for v in views],
+        }
+
+    def _request_row(self, view: snapshot.RequestView) -> dict[str, Any]:
+        pending = self._runtime.pending.get(view.id)
+        row = dataclasses.asdict(view)
+        row["tier"] = view.tier.value
+        row["waited_s"] = round(view.waited_s, 3)
+        row["step"], row["steps"] = (pending.step, pending.steps) if pending is not None else (0, 0)
+        return row
+
+    # -- changing -----------------------------------------------------------------------------------
+
+    async def _add(self, command: proto.Add, notify: Notify) -> dict[str, Any]:
+        if command.name in self._runtime.records:
+            raise AdminError("exists", f"{command.name!r} exists; remove it first, or choose another name")
+        try:
+            async with self._runtime.store_lock:  # one writer at a time
+                await ingest(self._store.path, command, notify)
+        except IngestFailed as error:
+            raise AdminError(error.code, str(error)) from error
+        record = self._store.model(command.name)
+        if command.name not in self._runtime.records:
+            self._runtime.add_model(record)
+        return {"name": record.name, "pipeline": record.pipeline_class, "size_bytes": record.size_bytes}
+
+    async def _remove(self, name: str) -> dict[str, Any]:
+        self._known(name)
+        try:
+            return {"name": name, "freed_bytes": await self._runtime.remove_model(name)}
+        except StoreError as error:
+            raise AdminError(error.code.value, f"{name!r} is served no more, but: {error}") from error
+
+    async def _load(self, name: str, wait: bool) -> dict[str, Any]:
+        self._known(name)
+        models = self._machine.residency.models
+        self._runtime.handle(ev.LoadWanted(name))
+        if wait:
+            await self._runtime.until(lambda: name not in self._machine.wanted)
+            if name not in models or not models[name].is_ready:
+                raise AdminError("load_failed", f"{name!r} could not be loaded; `show {name}` says why")
+        return {"name": name, "tier": models[name].tier.value}
+
+    def _evict(self, name: str) -> dict[str, Any]:
+        self._known(name)
+        if name in self._machine.residency.pinned:
+            raise AdminError("pinned", f"{name!r} is pinned; unpin it first")
+        before = self._machine.residency.arena.free_bytes
+        self._runtime.handle(ev.EvictWanted(name))
+        model = self._machine.residency.models[name]
+        if model.leases:
+            raise AdminError("in_use", f"{name!r} is on stage or next; try again when it is not")
+        freed = max(0, self._machine.residency.arena.free_bytes - before)
+        return {"name": name, "freed_bytes": freed, "tier": model.tier.value}
+
+    def _pin(self, name: str, *, pinned: bool) -> dict[str, Any]:
+        model = self._known(name)
+        residency = self._machine.residency
+        if pinned and residency.required_bytes(model) > residency.arena.size_bytes:
+            raise AdminError(
+                "no_room", f"{name!r} does not fit beside what is pinned already; unpin something"
+            )
+        if pinned and model.parts.state is PartsState.BROKEN:
+            raise AdminError("broken", f"{name!r} cannot be prepared: {model.parts.story()}")
+        self._runtime.handle(ev.PinChanged(name, pinned))
+        return {"name": name, "pinned": pinned, "tier": model.tier.value}
+
+    def _known(self, name: str) -> Any:
+        model = self._machine.residency.models.get(name)
+        if model is None or model.retiring:
+            raise AdminError("unknown_model", f"no model {name!r}; `models` lists them")
+        return model
+
+
+def _blob_tier(state: str) -> Tier:
+    match BlobState(state):
+        case BlobState.RESIDENT:
+            return Tier.RESIDENT
+        case BlobState.LOADING | BlobState.VIEWING:
+            return Tier.LOADING
+        case _:
+            return Tier.DISK

@@ -1,0 +1,185 @@
+"""The ROUTER socket on an event loop: frames in, frames out, nothing about their meaning.
+
+`ZMQ_FD` signals edges: it may stay quiet while messages wait. So the socket's own EVENTS are read after every
+drain and after every send, and a drain that stopped at its bound comes back with `call_soon`. Draining
+is bounded, so that a flood from one client does not stall the loop.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+
+import zmq
+
+MESSAGES_PER_TURN = 64
+_IPC_PATH_BYTES = 107  # sun_path of a Unix socket, less its closing zero
+
+
+class EndpointError(Exception):
+    """An endpoint that cannot be served; the message says what to do."""
+
+
+class Sent(Enum):
+    """What became of a message that was given to the socket."""
+
+    YES = "yes"
+    FULL = "full"
+    GONE = "gone"
+
+
+class Router:
+    """Owns context and socket. Belongs to the loop's thread.
+
+    `on_message(identity, frames)` gets every message, cut after `max_frames` + 1 frames;
+    `on_writable()` is called after each drain, when a client that was full may have room again.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        endpoints: Sequence[str],
+        on_message: Callable[[bytes, list[bytes]], None],
+        on_writable: Callable[[], None],
+        *,
+        max_frames: int,
+        max_frame_bytes: int,
+        send_high_water_mark: int,
+        receive_high_water_mark: int,
+        socket_mode: int = 0o660,
+        directory_mode: int = 0o700,
+    ) -> None:
+        self._loop = loop
+        self._on_message = on_message
+        self._on_writable = on_writable
+        self._frames_kept = max_frames + 1
+        self._turn: asyncio.Handle | None = None
+        self._draining = False
+        self._socket_files: dict[Path, int] = {}
+        for endpoint in endpoints:
+            check_endpoint(endpoint)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        # A client that comes back under its routing id takes it over; one that is away is an error here.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+        self._socket.setsockopt(zmq.SNDHWM, send_high_water_mark)
+        self._socket.setsockopt(zmq.RCVHWM, receive_high_water_mark)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        try:
+            self.endpoints = [self._bind(end, socket_mode, directory_mode) for end in endpoints]
+        except EndpointError:
+            self._release(0)
+            raise
+        self._fd = int(self._socket.getsockopt(zmq.FD))
+        loop.add_reader(self._fd, self._drain)
+        self._rearm()
+
+    def send(self, identity: bytes, frames: Sequence[bytes]) -> Sent:
+        """Hand a message to the socket, whole or not at all. Never blocks."""
+        socket = self._socket
+        try:
+            # Only the first frame can be refused: the peer's pipe is chosen and has room, or not.
+            socket.send(identity, zmq.NOBLOCK | zmq.SNDMORE)
+            for frame in frames[:-1]:
+                socket.send(frame, zmq.NOBLOCK | zmq.SNDMORE)
+            socket.send(frames[-1], zmq.NOBLOCK)
+        except zmq.Again:
+            return Sent.FULL
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return Sent.GONE
+        finally:
+            self._rearm()
+        return Sent.YES
+
+    def close(self, linger_s: float = 0.0) -> None:
+        """Stop listening; what is in the socket may still leave for `linger_s` (blocks that long at most)."""
+        if self._turn is not None:
+            self._turn.cancel()
+        self._loop.remove_reader(self._fd)
+        self._release(int(linger_s * 1000))
+
+    def _drain(self) -> None:
+        self._turn = None
+        self._draining = True
+        try:
+            for _ in range(MESSAGES_PER_TURN):
+                self._on_message(*self._receive())
+        except zmq.Again:
+            pass
+        finally:  # a bug above must not leave the edge unread
+            self._draining = False
+            self._rearm()
+        self._on_writable()
+
+    def _receive(self) -> tuple[bytes, list[bytes]]:
+        socket = self._socket
+        identity = socket.recv(zmq.NOBLOCK)
+        frames: list[bytes] = []
+        while socket.getsockopt(zmq.RCVMORE):
+            frame = socket.recv(zmq.NOBLOCK)  # a message arrives whole
+            if len(frames) < self._frames_kept:
+                frames.append(frame)
+        return identity, frames
+
+    def _rearm(self) -> None:
+        if self._turn is not None or self._draining:
+            return
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._turn = self._loop.call_soon(self._drain)
+
+    def _bind(self, endpoint: str, socket_mode: int, directory_mode: int) -> str:
+        path = Path(endpoint.removeprefix("ipc://")) if endpoint.startswith("ipc://") else None
+        try:
+            if path is not None:
+                path.parent.mkdir(mode=directory_mode, parents=True, exist_ok=True)
+            self._socket.setsockopt(zmq.IPV6, "[" in endpoint)
+            self._socket.bind(endpoint)
+            if path is not None:
+                path.chmod(socket_mode)
+                self._socket_files[path] = path.stat().st_ino
+        except (OSError, zmq.ZMQError) as error:
+            reason = error.strerror or str(error)
+            raise EndpointError(f"cannot listen on {endpoint}: {reason}; choose another endpoint") from error
+        return bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
+
+    def _release(self, linger_ms: int) -> None:
+        self._socket.close(linger=linger_ms)
+        self._context.term()
+        for path, inode in self._socket_files.items():  # ZeroMQ leaves them
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == inode:  # else it is another daemon's by now
+                    path.unlink()
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Raise `EndpointError` for an endpoint that is malformed or not safe to serve."""
+    scheme, separator, address = endpoint.partition("://")
+    if not separator or scheme not in ("ipc", "tcp") or not address:
+        raise EndpointError(
+            f"{endpoint!r} is no endpoint; write ipc:///path/to/socket or tcp://127.0.0.1:PORT"
+        )
+    if scheme == "tcp":
+        host = address.rpartition(":")[0]
+        if not _is_loopback(host):
+            raise EndpointError(
+                f"{endpoint} can be reached from other machines, and this release cannot encrypt or tell who "
+                "calls; listen on tcp://127.0.0.1:PORT and forward the port (ssh -L)"
+            )
+    elif not address.startswith("/"):
+        raise EndpointError(f"{endpoint!r}: an ipc endpoint is an absolute path, ipc:///path/to/socket")
+    elif len(os.fsencode(address)) > _IPC_PATH_BYTES:
+        raise EndpointError(f"{endpoint!r} is longer than a Unix socket's path may be; choose a shorter one")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

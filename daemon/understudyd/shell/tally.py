@@ -1,0 +1,44 @@
+"""Counters and recent figures for `status`: what an operator asks first."""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+RECENT = 2048
+
+
+def percentile(values: list[float], share: float) -> float | None:
+    """The smallest value that `share` (0 to 1) of the values do not exceed; None without values."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Requests by outcome and model, and the visible switch times of the last `RECENT` switches."""
+
+    done: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    by_model: Counter[str] = field(default_factory=Counter)
+    last_used_at_s: dict[str, float] = field(default_factory=dict)
+    last_error: str = ""
+    _switches_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def finished(self, model: str, now_s: float, visible_switch_s: float | None) -> None:
+        """A request got its images; `visible_switch_s` is None when nothing waited or nothing changed."""
+        self.done += 1
+        self.by_model[model] += 1
+        self.last_used_at_s[model] = now_s
+        if visible_switch_s is not None:
+            self._switches_s.append(visible_switch_s)
+
+    def failure(self, code: str, message: str) -> None:
+        """A request got an error."""
+        self.failed[code] += 1
+        self.last_error = f"{code}: {message}"
+
+    def visible_switch_ms(self) -> dict[str, float | int | None]:
+        """p50 and p99 of recent visible switches, milliseconds."""
+        values = [1e3 * s for s in self._switches_s]
+        return {"p50": percentile(values, 0.5), "p99": percentile(values, 0.99), "count": len(values)}

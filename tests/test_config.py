@@ -1,0 +1,76 @@
+"""The configuration file: sizes, overrides, and errors that name the key."""
+
+from pathlib import Path
+
+import pytest
+
+from understudyd import config
+from understudyd.config import AUTO, ConfigError, load, parse_size
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "understudyd.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4096", 4096), ("60GiB", 60 * 2**30), ("1.5 MiB", 3 * 2**19), ("512MB", 512_000_000), ("2KiB/s", 2048)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1 XB", "1GiB please", "1e9"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="no size"):
+        parse_size(text)
+
+
+def test_a_file_with_units_and_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, '[device]\narena = "2GiB"\n[loader]\nrate_limit = "200MiB/s"\ncount = 3\n')
+    environ = {"UNDERSTUDY__DEVICE__KIND": "cpu", "UNDERSTUDY__LOADER__COUNT": "1", "PATH": "/bin"}
+    loaded = load(path, environ)
+    assert loaded.device.arena == 2 * 2**30 and loaded.device.kind == "cpu"
+    assert loaded.loader.rate_limit == 200 * 2**20 and loaded.loader.count == 1
+
+
+def test_auto_is_the_default_size() -> None:
+    assert load(None, {}).device.arena == AUTO
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[device]\nmagic = 1\n", "magic"),
+        ("[nonsense]\n", "nonsense"),
+        ('[device]\narena = "big"\n', "no size.*device.arena"),
+        ("[loader]\ncount = 0\n", "loader.count"),
+        ('[policy]\norder = "random"\n', "policy.order"),
+        ("[policy\n", "not TOML"),
+        ("[stage]\nwarm_up_limit_s = 0\n", "warm_up_limit_s"),
+    ],
+)
+def test_errors_name_the_key(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(write(tmp_path, text), {})
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(tmp_path / "none.toml", {})
+
+
+def test_an_override_must_name_section_and_key() -> None:
+    with pytest.raises(ConfigError, match="SECTION__KEY"):
+        load(None, {"UNDERSTUDY__DEVICE": "cpu"})
+
+
+def test_check_says_yes_or_no(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = write(tmp_path, '[device]\nkind = "cpu"\n'), tmp_path / "bad.toml"
+    bad.write_text("[device]\nkind = 3\n")
+    assert config.main(["check", str(good)]) == 0
+    assert config.main(["check", str(bad)]) == 1
+    assert "device.kind" in capsys.readouterr().err
+    assert config.main(["chekc"]) == 2
