@@ -1,27 +1,25 @@
 """A world for the core machine: virtual time, scripted fakes, and a ledger that trusts nothing.
 
-`Ledger` keeps its own books from the events that went in and the actions that came out, by the contract
-in `core/actions.py`, and complains when the machine breaks it. `World` drives a machine: by hand (`tell`)
-or, with `ScriptedLoaders` and `ScriptedStage`, through virtual time (`run`). As a context manager it runs
-to the end and checks that everything was answered and every byte came back.
+`World` drives a machine: by hand (`tell`) or, with `ScriptedLoaders` and `ScriptedStage`, through virtual
+time (`run`). As a context manager it runs to the end and checks that everything was answered and every byte
+came back.
 """
 
 import heapq
 import itertools
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from core_ledger import PAGE, Ledger
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core import invariants
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
 from understudyd.core.types import BlobInfo, ErrorCode, ModelInfo, Outcome, RequestInfo
-
-PAGE = 4096
 
 
 def blob(key: str, pages: int) -> BlobInfo:
@@ -39,252 +37,6 @@ class VirtualClock:
 
     def __init__(self) -> None:
         self.now_s = 100.0
-
-
-# -- the ledger ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Held:
-    """Bytes of the arena that nobody else may touch, in the ledger's opinion."""
-
-    start: int
-    end: int
-    blob: str
-    generation: int
-    kind: str  # filling, viewing, resident, quarantined
-    free_at_s: float | None = None
-
-
-@dataclass
-class Waiting:
-    info: RequestInfo
-    received_at_s: float
-    overtaken: int = 0
-
-
-@dataclass
-class Ledger:
-    """What is under way, who was answered, and whose bytes are whose; told by events and actions alone."""
-
-    machine: Machine
-    arena_bytes: int
-    grace_s: float
-    models: dict[str, ModelInfo] = field(default_factory=dict)
-    retiring: set[str] = field(default_factory=set)
-    loaders: dict[int, int | None] = field(default_factory=dict)
-    lost: dict[int, list[Held]] = field(default_factory=dict)
-    loads: dict[int, ac.StartLoad] = field(default_factory=dict)
-    told_to_stop: set[int] = field(default_factory=set)
-    held: list[Held] = field(default_factory=list)
-    views: dict[tuple[str, int], ac.BuildViews] = field(default_factory=dict)
-    preparing: set[str] = field(default_factory=set)
-    prepared: set[str] = field(default_factory=set)
-    received: Counter[str] = field(default_factory=Counter)
-    answers: dict[str, ac.AnswerRequest] = field(default_factory=dict)
-    accepted: dict[str, ac.AcceptRequest] = field(default_factory=dict)
-    waiting: dict[str, Waiting] = field(default_factory=dict)
-    leases: dict[str, str] = field(default_factory=dict)
-    deck: str | None = None
-    running: set[str] = field(default_factory=set)
-    unreleased: set[str] = field(default_factory=set)
-    encoding: set[str] = field(default_factory=set)
-    infos: dict[str, RequestInfo] = field(default_factory=dict)
-    last_generation: int = 0
-    evictions: list[str] = field(default_factory=list)
-
-    # -- what goes in, before the machine sees it -----------------------------------------------------
-
-    def before(self, event: ev.Event, now_s: float) -> None:
-        match event:
-            case ev.RequestReceived(request=info):
-                self.received[info.request_id] += 1
-                self.infos[info.request_id] = info
-                self.waiting[info.request_id] = Waiting(info, now_s)
-            case ev.ModelAdded(model=info):
-                self.models[info.name] = info
-            case ev.ModelRemoved(name=name):
-                self.retiring.add(name)
-            case ev.LoaderReady(loader_id=loader_id):
-                self.loaders[loader_id] = None
-            case ev.LoaderLost(loader_id=loader_id):
-                load_id = self.loaders.pop(loader_id, None)
-                self.lost[loader_id] = []
-                if load_id is not None:
-                    held = self._filling(self.loads.pop(load_id))
-                    held.kind = "quarantined"
-                    self.lost[loader_id].append(held)
-            case ev.LoaderReaped(loader_id=loader_id):
-                for held in self.lost.pop(loader_id, []):
-                    held.free_at_s = now_s + self.grace_s
-            case ev.LoadFinished(load_id=load_id):
-                self._load_ended(load_id).kind = "viewing"
-            case ev.LoadFailed(load_id=load_id) | ev.LoadCancelled(load_id=load_id):
-                self.held.remove(self._load_ended(load_id))
-            case ev.ViewsBuilt(blob=key, generation=generation):
-                del self.views[key, generation]
-                self._holder(key, generation).kind = "resident"
-            case ev.ViewsFailed(blob=key, generation=generation):
-                del self.views[key, generation]
-            case ev.ModelPrepared(name=name):
-                self.preparing.remove(name)
-                self.prepared.add(name)
-            case ev.ModelPreparationFailed(name=name):
-                self.preparing.remove(name)
-            case ev.RunStarted(request_id=request_id):
-                assert self.deck == request_id
-                self.deck = None
-                self.running.add(request_id)
-            case ev.RunEnded(request_id=request_id, outcome=outcome):
-                if self.deck == request_id:
-                    self.deck = None
-                self.running.discard(request_id)
-                self.unreleased.add(request_id)
-                if outcome is Outcome.FINISHED:
-                    self.encoding.add(request_id)
-            case ev.LeaseEnded(request_id=request_id):
-                self.unreleased.remove(request_id)
-                del self.leases[request_id]
-            case ev.ImagesEncoded(request_id=request_id) | ev.EncodingFailed(request_id=request_id):
-                self.encoding.remove(request_id)
-            case _:
-                pass
-        self.held = [h for h in self.held if h.free_at_s is None or h.free_at_s > now_s]
-
-    def _filling(self, load: ac.StartLoad) -> Held:
-        return next(h for h in self.held if h.kind == "filling" and h.generation == load.generation)
-
-    def _load_ended(self, load_id: int) -> Held:
-        load = self.loads.pop(load_id)
-        self.loaders[load.loader_id] = None
-        return self._filling(load)
-
-    def _holder(self, key: str, generation: int) -> Held:
-        return next(h for h in self.held if (h.blob, h.generation) == (key, generation))
-
-    # -- what comes out -------------------------------------------------------------------------------
-
-    def after(self, event: ev.Event, actions: Iterable[ac.Action], now_s: float) -> None:
-        actions = list(actions)
-        if isinstance(event, ev.LoadFinished):  # nobody wants it any more: no views, its bytes are free
-            building = {(a.blob, a.generation) for a in actions if isinstance(a, ac.BuildViews)}
-            pending = building | self.views.keys()
-            self.held = [h for h in self.held if h.kind != "viewing" or (h.blob, h.generation) in pending]
-        for action in actions:
-            self._take(action, now_s)
-        self._same_as_machine()
-
-    def _take(self, action: ac.Action, now_s: float) -> None:
-        match action:
-            case ac.AcceptRequest(request_id=request_id):
-                assert request_id in self.waiting and request_id not in self.accepted
-                self.accepted[request_id] = action
-            case ac.AnswerRequest(request_id=request_id):
-                assert self.received[request_id] == 1, f"{request_id} was never received"
-                assert request_id not in self.answers, f"{request_id} is answered twice"
-                self.answers[request_id] = action
-                self.waiting.pop(request_id, None)
-            case ac.StartLoad():
-                self._start_load(action)
-            case ac.CancelLoad(load_id=load_id):
-                assert load_id in self.loads and load_id not in self.told_to_stop
-                self.told_to_stop.add(load_id)
-            case ac.BuildViews(blob=key, generation=generation):
-                assert self._holder(key, generation).kind == "viewing"
-                self.views[key, generation] = action
-            case ac.DropViews(blob=key, generation=generation):
-                held = self._holder(key, generation)
-                assert held.kind in ("resident", "viewing"), f"{key} was evicted while {held.kind}"
-                assert key not in self.leased_blobs(), f"{key} was evicted while leased"
-                assert (key, generation) not in self.views, f"{key} lost its views while they were built"
-                self.held.remove(held)
-                self.evictions.append(key)
-            case ac.PrepareModel(name=name):
-                assert name in self.models and name not in self.preparing | self.prepared
-                self.preparing.add(name)
-            case ac.PutOnDeck(request_id=request_id, model=name):
-                self._put_on_deck(request_id, name, now_s)
-            case ac.CancelRun(request_id=request_id):
-                assert request_id == self.deck or request_id in self.running
-            case ac.ForgetModel(name=name):
-                assert name in self.retiring
-                self.prepared.discard(name)
-            case ac.RetireModel(name=name):
-                assert name in self.retiring and name not in self.leases.values()
-                assert name not in self.preparing
-                assert all(w.info.model != name for w in self.waiting.values())
-                self.retiring.remove(name)
-                del self.models[name]
-
-    def _start_load(self, load: ac.StartLoad) -> None:
-        assert self.loaders[load.loader_id] is None, "a loader has one load at a time"
-        self.loaders[load.loader_id] = load.load_id
-        assert load.generation > self.last_generation
-        self.last_generation = load.generation
-        assert all(h.blob != load.blob or h.kind == "quarantined" for h in self.held), "resident twice"
-        end = load.offset + -(-max(1, load.size_bytes) // PAGE) * PAGE
-        assert 0 <= load.offset < end <= self.arena_bytes
-        clash = [h for h in self.held if load.offset < h.end and h.start < end]
-        assert not clash, f"{load} over {clash}"
-        self.held.append(Held(load.offset, end, load.blob, load.generation, "filling"))
-        self.loads[load.load_id] = load
-
-    def _put_on_deck(self, request_id: str, name: str, now_s: float) -> None:
-        assert self.deck is None, "one on deck at a time"
-        chosen = self.waiting.pop(request_id)
-        assert chosen.info.model == name and name in self.prepared
-        resident = {h.blob for h in self.held if h.kind == "resident"}
-        assert {b.key for b in self.models[name].blobs} <= resident, f"{name} is not all there"
-        self.deck, self.leases[request_id] = request_id, name
-        self._overtaking(chosen, now_s)
-
-    def _overtaking(self, chosen: Waiting, now_s: float) -> None:
-        """Nobody is overtaken beyond the bounds, unless nothing can be done for it at the moment."""
-        bounds = self.machine.policy.settings
-        if bounds.order == "fcfs":
-            assert all(w.info.priority <= chosen.info.priority for w in self._earlier(chosen))
-            return
-        for waiting in self._earlier(chosen):
-            at_bound = (
-                waiting.overtaken >= bounds.max_skips
-                or now_s >= waiting.received_at_s + bounds.max_wait_s
-            )
-            entity = self.machine.residency.models[waiting.info.model]
-            held_up = self.machine.residency.is_held_up(entity, now_s)
-            assert not at_bound or held_up, f"{waiting} was overtaken by {chosen.info} beyond its bound"
-            waiting.overtaken += 1
-
-    def _earlier(self, chosen: Waiting) -> list[Waiting]:
-        order = list(self.received)
-        rank = order.index(chosen.info.request_id)
-        return [w for w in self.waiting.values() if order.index(w.info.request_id) < rank]
-
-    def leased_blobs(self) -> set[str]:
-        return {b.key for name in self.leases.values() for b in self.models[name].blobs}
-
-    def _same_as_machine(self) -> None:
-        """The machine believes the same about every byte."""
-        mine = {(h.start, h.end - h.start, h.blob) for h in self.held}
-        theirs = {(e.offset, e.size_bytes, e.blob) for e in self.machine.residency.arena}
-        assert mine == theirs, f"ledger {mine - theirs}, machine {theirs - mine}"
-        assert self.waiting.keys() == {r.id for r in self.machine.queue.waiting()}
-
-    @property
-    def is_nothing_under_way(self) -> bool:
-        return not (
-            self.loads
-            or self.views
-            or self.preparing
-            or self.deck
-            or self.running
-            or self.unreleased
-            or self.encoding
-            or self.lost
-        )
-
-    def resident(self) -> list[str]:
-        """Blobs that can be bound, by offset."""
-        return [h.blob for h in sorted(self.held, key=lambda h: h.start) if h.kind == "resident"]
 
 
 # -- fakes --------------------------------------------------------------------------------------------
@@ -458,7 +210,7 @@ class World:
         self.tell(ev.RequestReceived(RequestInfo(request_id, client, name, priority, deadline)))
         return request_id
 
-    def answer(self, request_id: str) -> ErrorCode | None | str:
+    def answer(self, request_id: str) -> ErrorCode | str | None:
         """The answer's code, None when there are images, "none yet" when there is no answer."""
         found = self.ledger.answers.get(request_id)
         return "none yet" if found is None else found.code
@@ -584,6 +336,31 @@ def busy_world(pages: int, *infos: ModelInfo, **options: Any) -> World:
     return World(pages, models=infos, loaders=loaders, stage=stage, policy=policy, **options)
 
 
+QUIET = PolicySettings(prefetch=False)
+
+
+def by_hand(
+    pages: int, *names_and_pages: tuple[str, int], policy: PolicySettings = QUIET, loaders: int = 1
+) -> World:
+    """Nothing happens but what the test tells."""
+    world = World(pages, models=[model(n, p) for n, p in names_and_pages], policy=policy)
+    for loader_id in range(loaders):
+        world.tell(ev.LoaderReady(loader_id))
+    return world
+
+
+def on_stage(world: World, name: str) -> str:
+    """A request that runs on and on."""
+    world.make_resident(name)
+    request = world.ask(name)
+    world.tell(ev.RunStarted(request))
+    return request
+
+
+def loading(world: World) -> list[str]:
+    return [load.blob.split(".")[0] for load in world.ledger.loads.values()]
+
+
 def photograph(thing: Any, seen: dict[int, int] | None = None) -> Any:
     """A machine's whole state as plain nested tuples, to compare before and after."""
     seen = {} if seen is None else seen
@@ -601,5 +378,8 @@ def photograph(thing: Any, seen: dict[int, int] | None = None) -> Any:
         return (type(thing).__name__, tuple(photograph(x, seen) for x in thing))
     if callable(thing):
         return ("callable",)
-    names = [*getattr(thing, "__dict__", ()), *(s for c in type(thing).__mro__ for s in getattr(c, "__slots__", ()))]
+    names = [
+        *getattr(thing, "__dict__", ()),
+        *(s for c in type(thing).__mro__ for s in getattr(c, "__slots__", ())),
+    ]
     return (type(thing).__name__, tuple((n, photograph(getattr(thing, n), seen)) for n in names))

@@ -13,7 +13,7 @@ from understudyd.stage import skeleton as skeleton_module
 from understudyd.stage.classes import resolve
 from understudyd.stage.errors import NotResident, SkeletonMismatch, StageError, UnknownClass
 from understudyd.stage.skeleton import Skeleton
-from understudyd.stage.views import BlobViews, ResidentBlobs, WeightArena
+from understudyd.stage.views import BlobViews, ResidentBlobs, ViewShelf, WeightArena
 from understudyd.store.records import SignatureRecord
 
 
@@ -250,3 +250,31 @@ def test_a_dropped_generation_does_not_come_back() -> None:
     resident.build("blob", 2, [filled.signature], lambda: resident.drop("blob", 2) and None)
     with pytest.raises(NotResident):
         resident.views("blob", filled.signature)
+
+
+def test_kept_views_serve_the_next_blob_at_their_place_and_no_other() -> None:
+    filled = Filled(tiny.vae())
+    resident = ResidentBlobs(filled.arena)
+
+    def build(blob: str, offset: int, generation: int) -> BlobViews:
+        resident.expect(blob, offset, generation)
+        resident.build(blob, generation, [filled.signature], lambda: None)
+        return resident.views(blob, filled.signature)
+
+    first = build("a", 4096, 1)
+    for views in resident.drop("a", 1):
+        resident.keep(views)
+    elsewhere = build("b", 0, 2)
+    assert elsewhere is not first and elsewhere.bound[0].data_ptr() == first.bound[0].data_ptr() - 4096
+    assert build("c", 4096, 3) is first
+    resident.drop("c", 3)
+    assert build("d", 4096, 4) is not first, "dropped but not kept"
+
+
+def test_the_shelf_forgets_the_longest_unused() -> None:
+    filled = Filled(tiny.vae())
+    shelf = ViewShelf(capacity=2 * len(filled.signature.tensors))
+    for offset in (0, 512, 4096):
+        shelf.put(BlobViews.build(filled.arena, filled.signature, offset, lambda: None))
+    assert shelf.take(filled.signature, 0) is None
+    assert shelf.take(filled.signature, 512) is not None and shelf.take(filled.signature, 512) is None

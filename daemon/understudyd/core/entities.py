@@ -9,7 +9,11 @@ from understudyd.core.types import BlobInfo, ModelInfo, Tier
 
 @dataclass(eq=False, slots=True)
 class Blob:
-    """Weights of one component. `failures` counts loads in a row that did not end well."""
+    """Weights of one component.
+
+    `failures` counts loads in a row that did not end well, `corrupt_reads` those of them that read wrong
+    bytes, `give_ups` how often that was too many. It is not loaded before `retry_at_s`.
+    """
 
     info: BlobInfo
     life: Lifecycle[BlobState]
@@ -17,6 +21,8 @@ class Blob:
     extent: Extent | None = None
     load_id: int | None = None
     failures: int = 0
+    corrupt_reads: int = 0
+    give_ups: int = 0
     retry_at_s: float = 0.0
 
     @property
@@ -48,7 +54,15 @@ class Model:
     @property
     def is_resident(self) -> bool:
         """Every blob can be bound."""
-        return all(b.state is BlobState.RESIDENT for b in self.blobs)
+        for blob in self.blobs:  # noqa: SIM110  asked of hundreds of models per event, `all` takes twice as long
+            if blob.life.state is not BlobState.RESIDENT:
+                return False
+        return True
+
+    @property
+    def is_unfit(self) -> bool:
+        """It cannot run until it is added anew: parts that cannot be built, or a damaged file."""
+        return self.parts.state is PartsState.BROKEN or any(b.state is BlobState.DAMAGED for b in self.blobs)
 
     @property
     def is_ready(self) -> bool:

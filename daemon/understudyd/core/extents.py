@@ -6,7 +6,7 @@ one gap; `check` proves it.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from understudyd.core.states import EXTENT_TABLE, ExtentState, Lifecycle
@@ -34,6 +34,10 @@ class Extent:
     def state(self) -> ExtentState:
         """Where it is in its life."""
         return self.life.state
+
+
+Prices = Mapping[Extent, float]
+"""What evicting an extent loses; those that are not in it must stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +92,8 @@ class ArenaMap:
         return sum(e.size_bytes for e in self._extents.values() if e.state in states)
 
     def rounded(self, size_bytes: int) -> int:
-        """What a blob of this size takes."""
-        return -(-size_bytes // self.align_bytes) * self.align_bytes
+        """What a blob of this size takes; an empty one too has an address of its own."""
+        return -(-max(size_bytes, 1) // self.align_bytes) * self.align_bytes
 
     # -- changing -----------------------------------------------------------------------------------
 
@@ -126,18 +130,19 @@ class ArenaMap:
                 start = before
         self._add_gap(start, end - start)
 
-    def cheapest_window(self, size_bytes: int, cost: Callable[[Extent], float | None]) -> Window | None:
+    def cheapest_window(self, size_bytes: int, prices: Prices) -> Window | None:
         """The run of neighbours that is cheapest to clear for `size_bytes`; None when there is none.
 
-        `cost(extent)` is what its eviction loses, None when it must stay. One pass with two pointers:
-        for every last piece the shortest run that is long enough.
+        One pass with two pointers: for every last piece the shortest run that is long enough.
         """
         need = self.rounded(size_bytes)
+        if self.free_bytes + sum(extent.size_bytes for extent in prices) < need:
+            return None
         best: Window | None = None
         run: list[tuple[int, int, Extent | None, float]] = []
         first, length, total = 0, 0, 0.0
         for offset, size, extent in self._pieces():
-            price = 0.0 if extent is None else cost(extent)
+            price = 0.0 if extent is None else prices.get(extent)
             if price is None:
                 run, first, length, total = [], 0, 0, 0.0
                 continue
@@ -153,12 +158,31 @@ class ArenaMap:
                 best = Window(run[first][0], length, victims, total)
         return best
 
+    def would_fit(self, sizes_bytes: Iterable[int], kept: Callable[[Extent], bool]) -> bool:
+        """Whether `allocate` would place all these, one after another, if only `kept` extents were left."""
+        gaps, start = [], 0
+        for extent in self:
+            if kept(extent):
+                gaps.append((extent.offset - start, start))
+                start = extent.end
+        gaps.append((self.size_bytes - start, start))
+        for need in map(self.rounded, sizes_bytes):
+            best = min((gap for gap in gaps if gap[0] >= need), default=None)
+            if best is None:
+                return False
+            gaps.remove(best)
+            gaps.append((best[0] - need, best[1] + need))
+        return True
+
     # -- invariants ---------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Every byte has one owner, gaps are merged, leases and states agree."""
+        assert self._offsets == sorted(self._extents)
+        assert self._gap_offsets == sorted(self._gaps)
+        pieces = [*((e.offset, e.size_bytes, e) for e in self), *((o, s, None) for o, s in self.gaps())]
         position, was_gap = 0, False
-        for offset, size, extent in self._pieces():
+        for offset, size, extent in sorted(pieces, key=lambda piece: piece[0]):
             assert offset == position, f"hole or overlap at {position}, next piece at {offset}"
             assert size > 0 and size % self.align_bytes == 0
             assert not (extent is None and was_gap), f"unmerged gaps at {offset}"
@@ -171,10 +195,13 @@ class ArenaMap:
     # -- inside -------------------------------------------------------------------------------------
 
     def _pieces(self) -> Iterator[tuple[int, int, Extent | None]]:
-        """Extents and gaps together, by offset."""
-        for offset in sorted(self._extents.keys() | self._gaps.keys()):
+        """Extents and gaps together, by offset: where one ends, the next begins."""
+        offset = 0
+        while offset < self.size_bytes:
             extent = self._extents.get(offset)
-            yield offset, extent.size_bytes if extent is not None else self._gaps[offset], extent
+            size = extent.size_bytes if extent is not None else self._gaps[offset]
+            yield offset, size, extent
+            offset += size
 
     def _add_gap(self, offset: int, size: int) -> None:
         self._gaps[offset] = size

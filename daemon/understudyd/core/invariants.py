@@ -17,13 +17,14 @@ def check(machine: Machine) -> None:
 def _check_blobs(machine: Machine) -> None:
     """A blob owns the extent it says it owns, in the state that fits."""
     residency = machine.residency
-    fitting = {
+    fitting: dict[BlobState, set[ExtentState | None]] = {
         BlobState.ABSENT: {None},
         BlobState.DAMAGED: {None},
         BlobState.LOADING: {ExtentState.FILLING},
         BlobState.VIEWING: {ExtentState.READY},
         BlobState.RESIDENT: {ExtentState.READY, ExtentState.LEASED},
     }
+    assert residency.ready == {name: model for name, model in residency.models.items() if model.is_ready}
     owners = {}
     for blob in residency.blobs.values():
         state = blob.extent.state if blob.extent is not None else None
@@ -56,6 +57,7 @@ def _check_leases(machine: Machine) -> None:
         assert extent.leases == expected.get(extent.offset, 0), f"leases of extent at {extent.offset}"
     for model in machine.residency.models.values():
         assert model.leases == per_model.get(model.name, 0)
+    assert machine.residency.leases == sum(per_model.values())
 
 
 def _check_loaders(machine: Machine) -> None:

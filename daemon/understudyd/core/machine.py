@@ -8,17 +8,17 @@ The deck: while one request runs, the next one is already chosen, leased and pre
 stage changes over without asking anybody. Its choice is final, except for cancellation.
 """
 
-from collections import OrderedDict
 from typing import assert_never
 
 from understudyd.core import events as ev
 from understudyd.core.actions import AcceptRequest, Action, AnswerRequest, CancelRun, PutOnDeck
 from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
+from understudyd.core.lookahead import Lookahead
 from understudyd.core.policy import Policy, PolicySettings
 from understudyd.core.queueing import Request, RequestQueue
-from understudyd.core.residency import Price, Residency
-from understudyd.core.states import BlobState, IllegalEvent, PartsState, RequestState
+from understudyd.core.residency import Residency
+from understudyd.core.states import IllegalEvent, PartsState, RequestState
 from understudyd.core.types import ErrorCode, Outcome, RequestInfo, Tier
 
 
@@ -26,7 +26,8 @@ class Machine:
     """Queue, residency and forecast under one `handle`.
 
     `arena_bytes` is the size of the arena; `quarantine_grace_s` how long a dead loader's extents stay
-    out of use after its process was reaped (a copy may still be in flight on the device).
+    out of use after its process was reaped (a copy may still be in flight on the device). `wanted` are the
+    models that an operator wants resident and that are neither so nor given up yet.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class Machine:
         self.policy = Policy(policy or PolicySettings(), self.forecast)
         self.queue = RequestQueue(max_waiting)
         self.residency = Residency(arena_bytes, quarantine_grace_s, self._actions)
+        self._lookahead = Lookahead(self.policy, self.queue, self.residency)
+        self.wanted = self._lookahead.wanted
         self.on_deck: Request | None = None
         self.running: dict[str, Request] = {}
         self.on_stage: str | None = None
-        self.wanted: OrderedDict[str, None] = OrderedDict()
         self.is_open = True
+        self._handled_at_s = float("-inf")
 
     # -- the two calls of a driver -------------------------------------------------------------------
 
@@ -56,17 +59,23 @@ class Machine:
         try:
             self._take_in(event, now_s)
             self._settle(now_s)
+            self._handled_at_s = now_s
             return list(self._actions)
         finally:
             self._actions.clear()
 
     def next_deadline_s(self, now_s: float) -> float | None:
-        """When to send `Ticked` at the latest; None when only an event can change anything."""
-        times = list(self.residency.deadlines(now_s))
-        deadline = self.queue.next_deadline_s()
-        if deadline is not None:
-            times.append(deadline)
-        return min(times, default=None)
+        """When to send `Ticked` at the latest, `now_s` at the earliest; None: only an event changes anything.
+
+        What came due since the last event is still due, however late this is asked.
+        """
+        times = [
+            *self.residency.deadlines(),
+            self.queue.next_deadline_s(),
+            self.policy.next_change_s(self.queue, self._handled_at_s),
+        ]
+        earliest_s = min((at_s for at_s in times if at_s is not None), default=None)
+        return None if earliest_s is None else max(earliest_s, now_s)
 
     # -- events -------------------------------------------------------------------------------------
 
@@ -86,13 +95,13 @@ class Machine:
                 self._administer(event, now_s)
             case ev.ModelPrepared(name=name):
                 model = self._preparing(name)
-                model.parts.to(PartsState.PREPARED, now_s)
-                self.residency.retire_if_unused(model, now_s)
+                self.residency.parts_prepared(model, now_s)
+                self._retire_if_unused(model, now_s)
             case ev.ModelPreparationFailed(name=name, message=message):
                 model = self._preparing(name)
                 model.parts.to(PartsState.BROKEN, now_s, message)
-                self._fail_waiting([name], ErrorCode.INTERNAL, message, now_s)
-                self.residency.retire_if_unused(model, now_s)
+                self._give_up([name], ErrorCode.INTERNAL, message, now_s)
+                self._retire_if_unused(model, now_s)
             case ev.LoaderReady() | ev.LoaderLost() | ev.LoaderReaped():
                 self._loader_changed(event, now_s)
             case ev.LoadFinished() | ev.LoadFailed() | ev.LoadCancelled():
@@ -124,7 +133,8 @@ class Machine:
             self._actions.append(AnswerRequest(info.request_id, *refusal))
             return
         model = self.residency.models[info.model]
-        self.forecast.saw(info.model)
+        self.policy.saw(model)
+        self.residency.retries.end_rest(model)
         tier = Tier.BOUND if model.is_ready and self.on_stage == info.model else model.tier
         position = len(self.queue)
         self.queue.admit(info, tier, now_s)
@@ -138,13 +148,17 @@ class Machine:
             return ErrorCode.DRAINING, "the daemon is draining; try another one or later"
         if self.queue.is_full:
             return ErrorCode.QUEUE_FULL, f"{len(self.queue)} requests are waiting already; try again later"
+        return self._unservable(model)
+
+    def _unservable(self, model: Model) -> tuple[ErrorCode, str] | None:
+        """Why the model cannot run here, whoever asks."""
         if model.parts.state is PartsState.BROKEN:
-            return ErrorCode.INTERNAL, f"{info.model} could not be prepared: {model.parts.story()}"
-        if any(b.state is BlobState.DAMAGED for b in model.blobs):
-            return ErrorCode.MODEL_CORRUPT, f"{info.model} is damaged on disk; remove it and add it again"
+            return ErrorCode.INTERNAL, f"{model.name} could not be prepared: {model.parts.story()}"
+        if model.is_unfit:
+            return ErrorCode.MODEL_CORRUPT, f"{model.name} is damaged on disk; remove it and add it again"
         needed, size = self.residency.required_bytes(model), self.residency.arena.size_bytes
         if needed > size:
-            why = f"{info.model} needs {needed} bytes beside what is pinned, the arena has {size}"
+            why = f"{model.name} needs {needed} bytes beside what is pinned, the arena has {size}"
             return ErrorCode.MODEL_TOO_LARGE, f"{why}; unpin models or enlarge the arena"
         return None
 
@@ -165,7 +179,7 @@ class Machine:
         now_s: float,
     ) -> None:
         if isinstance(event, ev.ModelAdded):
-            self.residency.add_model(event.model)
+            self.residency.add_model(event.model, now_s)
             return
         model = self.residency.models.get(event.name)
         if model is None or model.retiring:
@@ -174,17 +188,21 @@ class Machine:
             case ev.ModelRemoved(name=name):
                 model.retiring = True
                 self.residency.pin(model, False)
-                self.wanted.pop(name, None)
-                self.forecast.forget(name)
                 message = f"{name} was removed while the request waited"
-                self._fail_waiting([name], ErrorCode.MODEL_REMOVED, message, now_s)
-                self.residency.retire_if_unused(model, now_s)
+                self._give_up([name], ErrorCode.MODEL_REMOVED, message, now_s)
+                self.forecast.forget(name)
+                self._retire_if_unused(model, now_s)
             case ev.PinChanged(pinned=pinned):
                 self.residency.pin(model, pinned)
+                self.residency.retries.end_rest(model)
             case ev.LoadWanted(name=name):
-                self.wanted[name] = None
+                if self._unservable(model) is None:
+                    self.wanted[name] = None
+                    self.residency.retries.end_rest(model)
             case ev.EvictWanted(name=name):
                 self.wanted.pop(name, None)
+                self.forecast.forget(name)  # else it were prefetched again at once
+                self._lookahead.cancel_needless(model)
                 self._evict_model(model, now_s)
             case _:
                 assert_never(event)
@@ -204,7 +222,7 @@ class Machine:
                 self.residency.loader_ready(loader_id)
             case ev.LoaderLost(loader_id=loader_id, reason=reason):
                 blob = self.residency.loader_lost(loader_id, now_s, reason)
-                if blob is not None and blob.models:
+                if blob is not None:
                     message = f"{blob.key[:12]} killed its loader several times: {reason}"
                     self._count_failure(blob, ErrorCode.LOAD_FAILED, message, now_s)
             case ev.LoaderReaped(loader_id=loader_id):
@@ -219,15 +237,12 @@ class Machine:
                 self.residency.load_ended_empty(load, now_s, "cancelled")
             case ev.LoadFailed(code=code, message=message):
                 self.residency.load_ended_empty(load, now_s, message)
-                if load.blob.models:
-                    self._count_failure(load.blob, code, message, now_s)
+                self._count_failure(load.blob, code, message, now_s)
 
     def _count_failure(self, blob: Blob, code: ErrorCode, message: str, now_s: float) -> None:
         """A load went wrong: try again later, or give up and fail who waits for it."""
-        if self.residency.failed(blob, code, now_s):
-            self._fail_waiting(sorted(blob.models), code, message, now_s)
-            for name in blob.models:
-                self.wanted.pop(name, None)
+        if blob.models and self.residency.retries.failed(blob, code, now_s):
+            self._give_up(sorted(blob.models), code, message, now_s)
 
     def _stage_changed(self, event: ev.RunStarted | ev.RunEnded | ev.LeaseEnded, now_s: float) -> None:
         match event:
@@ -245,7 +260,7 @@ class Machine:
                 request.holds_lease = False
                 model = self.residency.models[request.model]
                 self.residency.unlease(model, now_s)
-                self.residency.retire_if_unused(model, now_s)
+                self._retire_if_unused(model, now_s)
                 self.queue.forget_if_done(request)
 
     def _run_ended(
@@ -264,13 +279,19 @@ class Machine:
     # -- settling -----------------------------------------------------------------------------------
 
     def _settle(self, now_s: float) -> None:
-        self.residency.release_quarantined(now_s)
+        self.residency.pass_time(now_s)
         for request in self.queue.expired(now_s):
             self._cancel(request, ErrorCode.DEADLINE_EXCEEDED, "the request's deadline has passed", now_s)
+        self._advance(now_s)
+        while (model := self._lookahead.stuck_on(self._stage_is_busy, now_s)) is not None:
+            if not self.residency.make_room(model, now_s):
+                message = f"pinned models leave no gap for {model.name}; unpin some"
+                self._give_up([model.name], ErrorCode.MODEL_TOO_LARGE, message, now_s)
+            self._advance(now_s)
+
+    def _advance(self, now_s: float) -> None:
         self._fill_deck(now_s)
-        self._start_loads(now_s)
-        if self._is_stuck(now_s):
-            self._unstick(now_s)
+        self._lookahead.start_loads(self.on_stage, self._stage_is_busy, now_s)
 
     def _fill_deck(self, now_s: float) -> None:
         if self.on_deck is not None:
@@ -284,111 +305,9 @@ class Machine:
         self.on_deck = request
         self._actions.append(PutOnDeck(request.id, request.model))
 
-    def _start_loads(self, now_s: float) -> None:
-        """Have loaded, in this order: what waits, what an operator wants, what is likely to be asked for."""
-        models = self.residency.models
-        expected = self.policy.expected_order(self.queue, models, self.on_stage, now_s)
-        busy = bool(self.running) or self.on_deck is not None
-        queued = self.policy.to_load(expected, models, busy)
-        for name in queued:
-            self.residency.prepare(models[name], now_s)
-        for name in queued:
-            if not self._load_model(models[name], expected, name, now_s):
-                self._make_way(queued, now_s)
-                return
-        for name in [n for n in self.wanted if models[n].is_ready]:
-            del self.wanted[name]
-        asked = [*self.wanted, *(m.name for m in self.residency.pinned.values() if not m.is_ready)]
-        for name in asked:
-            self.residency.prepare(models[name], now_s)
-            if not self._load_model(models[name], expected, None, now_s):
-                return
-        if self.policy.settings.prefetch and self.policy.settings.lookahead:
-            self._prefetch(now_s)
-
-    def _load_model(self, model: Model, expected: list[str], requester: str | None, now_s: float) -> bool:
-        """Start loads for what the model lacks; False when a loader or room is wanting."""
-
-        def pricing() -> Price:
-            return self.policy.price(self.residency.evictable, expected, requester)
-
-        for blob in model.blobs:
-            if blob.state is not BlobState.ABSENT or blob.retry_at_s > now_s:
-                continue
-            loader = next(self.residency.idle_loaders(), None)
-            if loader is None or not self.residency.begin_load(blob, loader, pricing, now_s):
-                return False
-        return True
-
-    def _make_way(self, queued: list[str], now_s: float) -> None:
-        """All loaders are busy while a request waits for one: stop a load that nobody waits for."""
-        if next(self.residency.idle_loaders(), None) is not None:
-            return
-        needed = set(queued) | set(self.wanted)
-        for load in self.residency.loads.values():
-            if load.is_cancelling:
-                return
-        for load in self.residency.loads.values():
-            if not load.blob.models & needed and not self.residency.is_pinned(load.blob):
-                self.residency.cancel_load(load)
-                return
-
-    def _prefetch(self, now_s: float) -> None:
-        """Idle loaders fill free memory with what is likeliest to be asked for; nothing is evicted."""
-        room = self.residency.arena.largest_gap_bytes
-        for name in self.forecast.ranked() if next(self.residency.idle_loaders(), None) else ():
-            model = self.residency.models[name]
-            if model.is_ready or self._refusal_of_parts(model):
-                continue
-            if sum(b.info.size_bytes for b in model.blobs if b.state is BlobState.ABSENT) > room:
-                return
-            self.residency.prepare(model, now_s)
-            for blob in model.blobs:
-                loader = next(self.residency.idle_loaders(), None)
-                if loader is None:
-                    return
-                if blob.state is BlobState.ABSENT and blob.retry_at_s <= now_s:
-                    self.residency.begin_load(blob, loader, None, now_s)
-
-    @staticmethod
-    def _refusal_of_parts(model: Model) -> bool:
-        return model.parts.state is PartsState.BROKEN or any(
-            b.state is BlobState.DAMAGED for b in model.blobs
-        )
-
-    # -- liveness -----------------------------------------------------------------------------------
-
-    def _is_stuck(self, now_s: float) -> bool:
-        """Requests wait, a loader is idle, and nothing at all is under way that could help them."""
-        residency = self.residency
-        return (
-            len(self.queue) > 0
-            and not self.running
-            and self.on_deck is None
-            and not residency.loads
-            and not residency.has_quarantine
-            and not any(r.holds_lease for r in self.queue.requests.values())
-            and next(residency.idle_loaders(), None) is not None
-            and not any(
-                b.state is BlobState.VIEWING or b.retry_at_s > now_s for b in residency.blobs.values()
-            )
-            and not any(m.parts.state is PartsState.PREPARING for m in residency.models.values())
-        )
-
-    def _unstick(self, now_s: float) -> None:
-        """Fragments keep the first model out: clear what may be cleared, then try once more.
-
-        What then still does not fit is kept out by pins that lie in its way: that is the operator's.
-        """
-        for extent in list(self.residency.arena):
-            blob = self.residency.evictable(extent)
-            if blob is not None:
-                self.residency.evict(blob, now_s, "fragmentation")
-        self._start_loads(now_s)
-        oldest = self.queue.oldest()
-        if not self.residency.loads and oldest is not None:
-            message = f"pinned models leave no gap for {oldest.model}; unpin some"
-            self._fail_waiting([oldest.model], ErrorCode.MODEL_TOO_LARGE, message, now_s)
+    @property
+    def _stage_is_busy(self) -> bool:
+        return bool(self.running) or self.on_deck is not None
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -410,7 +329,15 @@ class Machine:
         self.queue.answered(request, now_s, code.value if code is not None else "finished")
         self._actions.append(AnswerRequest(request.id, code, message))
 
-    def _fail_waiting(self, names: list[str], code: ErrorCode, message: str, now_s: float) -> None:
+    def _give_up(self, names: list[str], code: ErrorCode, message: str, now_s: float) -> None:
+        """Nobody gets these models: fail who waits for them, and the operator's wish."""
         for name in names:
+            self.wanted.pop(name, None)
             for request in self.queue.waiting_for(name):
                 self._answer(request, code, message, now_s)
+
+    def _retire_if_unused(self, model: Model, now_s: float) -> None:
+        if self.residency.retire_if_unused(model, now_s):
+            self.policy.forget(model)
+            if self.on_stage == model.name:
+                self.on_stage = None

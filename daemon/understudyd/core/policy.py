@@ -1,6 +1,6 @@
 """What to run next, what to load next, what to evict: every judgement of the core, and no bookkeeping.
 
-The order in which waiting requests are expected to run is computed once and used for all three:
+The order in which waiting requests are expected to run is used for all three:
 
 1. *pressing* requests by arrival: those that were overtaken half as often, or waited half as long, as the
    bounds allow. They are loaded for first, so that they are ready before a bound is reached.
@@ -8,21 +8,30 @@ The order in which waiting requests are expected to run is computed once and use
 3. the others by priority and arrival.
 
 A request at a bound is never overtaken again, whatever the others' priority, unless nothing can be done
-for its model at the moment (a pause after a failed load). Loading for a request may evict only what no
-request before it in this order needs.
+for its model at the moment (a pause after a failed load, or no loader lives). Loading for a request may
+evict only what no request before it in this order needs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
-from understudyd.core.entities import Blob, Model
-from understudyd.core.extents import Extent
+from understudyd.core.entities import Model
+from understudyd.core.extents import Extent, Prices
 from understudyd.core.forecast import Forecast
 from understudyd.core.queueing import Request, RequestQueue
-from understudyd.core.residency import Price, Residency
+from understudyd.core.residency import Residency
 
 Order = Literal["resident_first", "fcfs"]
+
+PRESSING_SHARE = 0.5
+
+Need = tuple[int, int, bool, int]
+"""Class, negative priority, whether the stage changes over, arrival: sorts as things are expected to run."""
+
+_STRICT = _PRESSING = 0
+_READY, _REST, _WISHED = range(1, 4)
+LAST: Need = (_WISHED + 1, 0, False, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,36 +48,60 @@ class PolicySettings:
     max_skips: int = 64
     prefetch: bool = True
 
+    def reaches(self, request: Request, now_s: float, share: float) -> bool:
+        """The request was overtaken so often, or waited so long, as this share of the bounds."""
+        return (
+            request.skips >= self.max_skips * share
+            or now_s >= request.received_at_s + self.max_wait_s * share
+        )
+
 
 class Policy:
-    """Pure judgements over the queue, the models and the forecast."""
+    """Judgements over the queue, the models and the forecast."""
 
     def __init__(self, settings: PolicySettings, forecast: Forecast) -> None:
         self.settings = settings
         self.forecast = forecast
+        self._demand = Forecast()  # per blob: what a blob's models have in common, without adding them up
+
+    # -- what history says --------------------------------------------------------------------------
+
+    def saw(self, model: Model) -> None:
+        """A request for the model was admitted."""
+        self.forecast.saw(model.name)
+        self._demand.saw(*{blob.key for blob in model.blobs})
+
+    def forget(self, model: Model) -> None:
+        """The model is retired; blobs that it shares stay in demand."""
+        self.forecast.forget(model.name)
+        for blob in model.blobs:
+            if not blob.models:
+                self._demand.forget(blob.key)
 
     # -- what runs next -----------------------------------------------------------------------------
 
     def is_bound_reached(self, request: Request, now_s: float) -> bool:
         """The request must not be overtaken any more."""
-        return self._reaches(request, now_s, 1.0)
+        return self.settings.reaches(request, now_s, 1.0)
 
     def next_to_run(
         self, queue: RequestQueue, residency: Residency, on_stage: str | None, now_s: float
     ) -> Request | None:
         """The request to put on deck now, or None when the stage should wait."""
-        models = residency.models
-        oldest = queue.oldest()
-        if oldest is None:
-            return None
+        ready = residency.ready
         if self.settings.order == "fcfs":
-            first = min(queue.heads())
-            return first if models[first.model].is_ready else None
-        held_up = residency.is_held_up(models[oldest.model], now_s)
-        if self.is_bound_reached(oldest, now_s) and not held_up:
-            return oldest if models[oldest.model].is_ready else None
-        runnable = [r for r in queue.heads() if models[r.model].is_ready]
-        return min(runnable, key=lambda r: self._run_rank(r, on_stage), default=None)
+            first = next(queue.heads(), None)
+            return first if first is not None and first.model in ready else None
+        for request in queue.waiting():
+            if not self.is_bound_reached(request, now_s):
+                break
+            if not residency.is_held_up(residency.models[request.model], now_s):
+                return request if request.model in ready else None
+        best = next((r for r in queue.heads() if r.model in ready), None)
+        staged = queue.head_of(on_stage)
+        if best is None or staged is None or staged.info.priority < best.info.priority:
+            return best
+        return staged if staged.model in ready else best
 
     # -- what is loaded next ------------------------------------------------------------------------
 
@@ -76,60 +109,110 @@ class Policy:
         self, queue: RequestQueue, models: dict[str, Model], on_stage: str | None, now_s: float
     ) -> list[str]:
         """Waiting models, each once, in the order in which they are expected to run."""
-        heads = queue.heads()
-        if self.settings.order == "fcfs":
-            return [r.model for r in sorted(heads)]
-        pressing: dict[str, None] = {}
-        for request in queue.waiting():
-            if not self._reaches(request, now_s, 0.5):
-                break
-            pressing[request.model] = None
-        ready = [r for r in heads if models[r.model].is_ready and r.model not in pressing]
-        rest = [r for r in heads if not models[r.model].is_ready and r.model not in pressing]
-        ready.sort(key=lambda r: self._run_rank(r, on_stage))
-        return [*pressing, *(r.model for r in ready), *(r.model for r in sorted(rest))]
+        needs = Needs(self.settings, queue, models, on_stage, now_s)
+        return sorted(queue.models(), key=needs.rank)
 
-    def to_load(self, expected: Sequence[str], models: dict[str, Model], stage_is_busy: bool) -> list[str]:
-        """The models of `expected` to have loaded now: the first `lookahead` that are not ready."""
-        if self.settings.lookahead == 0:
-            return [] if stage_is_busy else list(expected[:1])
-        return [name for name in expected if not models[name].is_ready][: self.settings.lookahead]
+    def to_load(
+        self, queue: RequestQueue, ready: Container[str], stage_is_busy: bool, now_s: float
+    ) -> list[str]:
+        """The models to have loaded now: the first `lookahead` of the expected order that are not ready."""
+        if self.settings.lookahead == 0 and stage_is_busy:
+            return []
+        names: dict[str, None] = {}
+        for request in self._by_need(queue, now_s):
+            if request.model not in ready:
+                names[request.model] = None
+                if len(names) >= max(1, self.settings.lookahead):
+                    break
+        return list(names)
+
+    def next_change_s(self, queue: RequestQueue, handled_at_s: float) -> float | None:
+        """When a request becomes pressing by time alone."""
+        age_s = self.settings.max_wait_s * PRESSING_SHARE
+        request = queue.first_younger_than(age_s, handled_at_s)
+        if request is None or self.settings.order == "fcfs":
+            return None
+        return request.received_at_s + age_s
 
     # -- what is evicted ----------------------------------------------------------------------------
 
-    def price(
-        self, evictable: Callable[[Extent], Blob | None], expected: Sequence[str], requester: str | None
-    ) -> Price:
-        """What evicting an extent loses, for a load on behalf of `requester` (None: nobody waits).
+    def prices(self, residency: Residency, needs: "Needs", requester: str) -> Prices:
+        """What evicting each extent loses, for a load on behalf of the model `requester`.
 
-        None: it must stay. Below 1: the chance that one of its models is asked for next, so the sum over a
-        window is the expected number of reloads caused, the same bytes being gained. From 1e6: a later
-        request waits for it, the later the cheaper.
+        Below 1: the chance that it is asked for next, so the sum over a window is the expected number of
+        reloads caused, the same bytes being gained. From 1e6: something later needs it, the later the
+        cheaper. What is needed sooner stays, or as soon: the requester's own blobs must not evict each other.
         """
-        needed_at: dict[str, int] = {name: i for i, name in enumerate(expected)}
-        allowed_from = needed_at.get(requester, len(expected)) if requester is not None else len(expected)
-
-        def of(extent: Extent) -> float | None:
-            blob = evictable(extent)
-            if blob is None:
-                return None
-            first = min((needed_at[m] for m in blob.models if m in needed_at), default=None)
-            if first is None:
-                return sum(self.forecast.chance(m) for m in blob.models)
-            if first <= allowed_from:
-                return None
-            return 1e6 * (1 + len(expected) - first)
-
-        return of
+        limit = needs.rank(requester)
+        sooner = needs.awaited & residency.ready.keys()
+        if limit[0] <= _READY:
+            sooner = {name for name in sooner if needs.rank(name) < limit}
+        kept = {blob.key for name in sooner for blob in residency.models[name].blobs}
+        prices: dict[Extent, float] = {}
+        later: list[tuple[Need, Extent]] = []
+        for extent in residency.arena:
+            if extent.blob in kept or (blob := residency.evictable(extent)) is None:
+                continue
+            awaited = needs.awaited & blob.models
+            if not awaited:
+                prices[extent] = self._demand.chance(blob.key)
+            elif (need := min(map(needs.rank, awaited))) > limit:
+                later.append((need, extent))
+        place = {need: i for i, need in enumerate(sorted({need for need, _ in later}, reverse=True))}
+        return prices | {extent: 1e6 * (1 + place[need]) for need, extent in later}
 
     # -- inside -------------------------------------------------------------------------------------
 
-    def _reaches(self, request: Request, now_s: float, share: float) -> bool:
-        waited_s = now_s - request.received_at_s
-        return (
-            request.skips >= self.settings.max_skips * share or waited_s >= self.settings.max_wait_s * share
-        )
+    def _by_need(self, queue: RequestQueue, now_s: float) -> Iterator[Request]:
+        """The expected order of what is not ready; models may come twice."""
+        if self.settings.order == "resident_first":
+            yield from self._pressing(queue, now_s)
+        yield from queue.heads()
 
-    @staticmethod
-    def _run_rank(request: Request, on_stage: str | None) -> tuple[int, bool, int]:
-        return (-request.info.priority, request.model != on_stage, request.seq)
+    def _pressing(self, queue: RequestQueue, now_s: float) -> Iterator[Request]:
+        skips, wait_s = self.settings.max_skips * PRESSING_SHARE, self.settings.max_wait_s * PRESSING_SHARE
+        for request in queue.waiting():  # `reaches`, written out: this goes over hundreds at every event
+            if request.skips < skips and now_s < request.received_at_s + wait_s:
+                return
+            yield request
+
+
+class Needs:
+    """How soon each model is expected to run, at one moment; found out once and when asked.
+
+    `wanted` are the models that an operator wants: they come after all that waits.
+    """
+
+    def __init__(
+        self,
+        settings: PolicySettings,
+        queue: RequestQueue,
+        models: Mapping[str, Model],
+        on_stage: str | None,
+        now_s: float,
+        wanted: Iterable[str] = (),
+    ) -> None:
+        self._settings, self._queue, self._models = settings, queue, models
+        self._on_stage, self._now_s = on_stage, now_s
+        self._wished = {name: i for i, name in enumerate(wanted)}
+        self._ranks: dict[str, Need] = {}
+        self.awaited: Set[str] = queue.models() | self._wished.keys() if self._wished else queue.models()
+
+    def rank(self, name: str) -> Need:
+        """The smaller the sooner; LAST when nobody waits for the model."""
+        if name not in self._ranks:
+            self._ranks[name] = self._find(name)
+        return self._ranks[name]
+
+    def _find(self, name: str) -> Need:
+        head, oldest = self._queue.head_of(name), self._queue.oldest_of(name)
+        if head is None or oldest is None:
+            return (_WISHED, 0, False, self._wished[name]) if name in self._wished else LAST
+        priority = head.info.priority
+        if self._settings.order == "fcfs":
+            return (_STRICT, -priority, False, head.seq)
+        if self._settings.reaches(oldest, self._now_s, PRESSING_SHARE):
+            return (_PRESSING, 0, False, oldest.seq)
+        if self._models[name].is_ready:
+            return (_READY, -priority, name != self._on_stage, head.seq)
+        return (_REST, -priority, False, head.seq)

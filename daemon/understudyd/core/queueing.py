@@ -5,8 +5,9 @@ knows no policy: `policy.py` ranks what `heads` returns.
 """
 
 import heapq
-from bisect import insort
-from collections.abc import Iterator
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
 from understudyd.core.states import REQUEST_TABLE, Lifecycle, RequestState
@@ -41,19 +42,32 @@ class Request:
         """Where it is in its life."""
         return self.life.state
 
-    def __lt__(self, other: "Request") -> bool:
-        """Order within a model: priority, then arrival."""
-        return (-self.info.priority, self.seq) < (-other.info.priority, other.seq)
+    @property
+    def place(self) -> "Place":
+        """Where it stands among others: by priority, then by arrival."""
+        return (-self.info.priority, self.seq, self)
+
+
+Place = tuple[int, int, Request]
+"""Sorts in C, and never looks at the request: no two have the same arrival number."""
 
 
 @dataclass(slots=True)
 class RequestQueue:
-    """Every request from admission until it is answered and its lease has ended."""
+    """Every request from admission until it is answered and its lease has ended.
+
+    `_by_model` and `_heads` (the first of every model) are kept sorted, so that nothing is sorted, and
+    little is walked through, per event. `withdrawals` counts those who left without running.
+    """
 
     max_waiting: int
     requests: dict[str, Request] = field(default_factory=dict)
+    withdrawals: int = 0
     _waiting: dict[str, Request] = field(default_factory=dict)
-    _by_model: dict[str, list[Request]] = field(default_factory=dict)
+    _by_arrival: dict[str, dict[int, Request]] = field(default_factory=dict)
+    _by_model: dict[str, list[Place]] = field(default_factory=dict)
+    _heads: list[Place] = field(default_factory=list)
+    _young: deque[Request] = field(default_factory=deque)
     _deadlines: list[tuple[float, int, str]] = field(default_factory=list)
     _seq: int = 0
 
@@ -73,7 +87,8 @@ class RequestQueue:
         request = Request(info, self._seq, now_s, tier, life)
         self.requests[request.id] = request
         self._waiting[request.id] = request
-        insort(self._by_model.setdefault(info.model, []), request)
+        self._young.append(request)
+        self._join(request)
         if info.deadline_at_s is not None:
             heapq.heappush(self._deadlines, (info.deadline_at_s, request.seq, request.id))
         return request
@@ -92,6 +107,7 @@ class RequestQueue:
         was_waiting = request.state is RequestState.WAITING
         request.life.to(RequestState.ANSWERED, now_s, why)
         if was_waiting:
+            self.withdrawals += 1
             self._leave(request)
         self.forget_if_done(request)
 
@@ -108,13 +124,35 @@ class RequestQueue:
         """Waiting requests by arrival."""
         return iter(self._waiting.values())
 
-    def heads(self) -> list[Request]:
-        """The first waiting request of every model."""
-        return [group[0] for group in self._by_model.values()]
+    def heads(self) -> Iterator[Request]:
+        """The first waiting request of every model, by priority and arrival."""
+        return (place[2] for place in self._heads)
+
+    def head_of(self, model: str | None) -> Request | None:
+        """The first waiting request of one model."""
+        group = self._by_model.get(model) if model is not None else None
+        return group[0][2] if group else None
+
+    def oldest_of(self, model: str) -> Request | None:
+        """The request for this model that came first."""
+        return next(iter(self._by_arrival.get(model, {}).values()), None)
+
+    def models(self) -> Set[str]:
+        """The models that somebody waits for."""
+        return self._by_model.keys()
 
     def waiting_for(self, model: str) -> list[Request]:
         """Waiting requests of one model, first to run first."""
-        return list(self._by_model.get(model, ()))
+        return [place[2] for place in self._by_model.get(model, ())]
+
+    def first_younger_than(self, age_s: float, now_s: float) -> Request | None:
+        """The oldest waiting request that has not waited `age_s` yet. `age_s` and time never go back."""
+        while self._young:
+            request = self._young[0]
+            if request.state is RequestState.WAITING and now_s < request.received_at_s + age_s:
+                return request
+            self._young.popleft()
+        return None
 
     def expired(self, now_s: float) -> list[Request]:
         """Requests that are not answered and whose deadline has passed; each is returned once."""
@@ -136,16 +174,41 @@ class RequestQueue:
             heapq.heappop(self._deadlines)
         return None
 
+    def _join(self, request: Request) -> None:
+        group = self._by_model.setdefault(request.model, [])
+        if not group or request.place < group[0]:
+            if group:
+                self._drop_head(group[0])
+            insort(self._heads, request.place)
+        insort(group, request.place)
+        self._by_arrival.setdefault(request.model, {})[request.seq] = request
+
     def _leave(self, request: Request) -> None:
         del self._waiting[request.id]
+        del self._by_arrival[request.model][request.seq]
         group = self._by_model[request.model]
-        group.remove(request)
-        if not group:
-            del self._by_model[request.model]
+        index = bisect_left(group, request.place)
+        del group[index]
+        if index == 0:
+            self._drop_head(request.place)
+            if group:
+                insort(self._heads, group[0])
+            else:
+                del self._by_model[request.model], self._by_arrival[request.model]
+
+    def _drop_head(self, place: Place) -> None:
+        del self._heads[bisect_left(self._heads, place)]
 
     def check(self) -> None:
-        """Groups and waiting list agree; answered requests stay only while they hold a lease."""
-        assert sum(map(len, self._by_model.values())) == len(self._waiting)
+        """Groups, heads and waiting list agree; answered requests stay only while they hold a lease."""
+        grouped = [place for group in self._by_model.values() for place in group]
+        assert sorted(grouped) == sorted(r.place for r in self._waiting.values())
+        assert all(group == sorted(group) for group in self._by_model.values())
+        arrived = {m: list(group.values()) for m, group in self._by_arrival.items()}
+        assert all(r == sorted(r, key=lambda x: x.seq) for r in arrived.values())
+        assert sorted(r.place for group in arrived.values() for r in group) == sorted(grouped)
+        assert arrived.keys() == self._by_model.keys()
+        assert self._heads == sorted(group[0] for group in self._by_model.values())
         assert len(self._waiting) <= self.max_waiting
         seqs = [r.seq for r in self._waiting.values()]
         assert seqs == sorted(seqs)

@@ -18,7 +18,9 @@ from understudyd.core.actions import (
     StartLoad,
 )
 from understudyd.core.entities import Blob, Load, Loader, Model
-from understudyd.core.extents import ArenaMap, Extent
+from understudyd.core.extents import ArenaMap, Extent, Prices
+from understudyd.core.quarantine import Quarantine
+from understudyd.core.retries import Retries
 from understudyd.core.states import (
     BLOB_TABLE,
     LOADER_TABLE,
@@ -30,41 +32,46 @@ from understudyd.core.states import (
     LoaderState,
     PartsState,
 )
-from understudyd.core.types import BlobInfo, ErrorCode, ModelInfo
-
-MAX_ATTEMPTS = 3
-RETRY_AFTER_S = (0.1, 0.4)
-
-Price = Callable[[Extent], float | None]
-"""What evicting an extent loses; None when it must stay."""
+from understudyd.core.types import BlobInfo, ModelInfo
 
 
 class Residency:
-    """Models, blobs, loads, loaders and the arena's map, always consistent with each other."""
+    """Models, blobs, loads, loaders and the arena's map, always consistent with each other.
+
+    `ready` are the models that can go on deck, as `Model.is_ready` says; it is asked of very many at every
+    event. `changes` counts what may make room: while it stands, what found no room finds none.
+    """
 
     def __init__(self, arena_bytes: int, quarantine_grace_s: float, actions: list[Action]) -> None:
         self.arena = ArenaMap(arena_bytes)
         self.models: dict[str, Model] = {}
+        self.ready: dict[str, Model] = {}
         self.pinned: dict[str, Model] = {}
         self.blobs: dict[str, Blob] = {}
         self.loads: dict[int, Load] = {}
         self.loaders: dict[int, Loader] = {}
         self.evictions = 0
-        self._grace_s = quarantine_grace_s
+        self.retries = Retries()
+        self.leases = 0
+        self.changes = 0
         self._actions = actions
-        self._quarantine: list[tuple[float | None, int, Extent]] = []
-        self._retrying: set[Blob] = set()
+        self._quarantine = Quarantine(quarantine_grace_s)
         self._next_load_id = 0
 
     # -- models -------------------------------------------------------------------------------------
 
-    def add_model(self, info: ModelInfo) -> Model:
+    def add_model(self, info: ModelInfo, now_s: float) -> Model:
         """A model that may be asked for. Its blobs are shared with every model that has the same."""
         if info.name in self.models:
             raise IllegalEvent(f"model {info.name} exists already")
+        for known in (self.blobs[blob.key].info for blob in info.blobs if blob.key in self.blobs):
+            if known not in info.blobs:
+                raise IllegalEvent(f"blob {known.key[:12]} of {info.name} has another size than before")
         blobs = tuple(self._blob(blob) for blob in info.blobs)
         for blob in blobs:
             blob.models.add(info.name)
+            if blob.state is BlobState.DAMAGED:
+                blob.life.to(BlobState.ABSENT, now_s, f"{info.name} was added anew")
         parts = Lifecycle(f"parts of {info.name}", PartsState.UNPREPARED, PARTS_TABLE)
         model = self.models[info.name] = Model(info, blobs, parts)
         return model
@@ -81,6 +88,7 @@ class Residency:
         if not model.retiring or model.leases or model.parts.state is PartsState.PREPARING:
             return False
         del self.models[model.name]
+        self.ready.pop(model.name, None)
         for blob in model.blobs:
             blob.models.discard(model.name)
             if not blob.models:
@@ -103,6 +111,14 @@ class Residency:
             model.parts.to(PartsState.PREPARING, now_s)
             self._actions.append(PrepareModel(model.name))
 
+    def parts_prepared(self, model: Model, now_s: float) -> None:
+        """The model's small parts are at hand."""
+        model.parts.to(PartsState.PREPARED, now_s)
+        self._note_ready([model])
+
+    def _note_ready(self, models: Iterable[Model]) -> None:
+        self.ready |= {model.name: model for model in models if model.is_ready}
+
     def required_bytes(self, model: Model) -> int:
         """Arena bytes that must exist for the model to run beside everything pinned."""
         needed = set(model.blobs).union(*(other.blobs for other in self.pinned.values()))
@@ -110,6 +126,7 @@ class Residency:
 
     def pin(self, model: Model, pinned: bool) -> None:
         """Keep the model's blobs in the arena once they are there, or stop doing so."""
+        self.changes += 1
         if pinned:
             self.pinned[model.name] = model
         else:
@@ -122,7 +139,11 @@ class Residency:
     def is_held_up(self, model: Model, now_s: float) -> bool:
         """Nothing can be done for the model now: a pause after a failed load, or no loader lives."""
         lacking = [b for b in model.blobs if b.state is BlobState.ABSENT]
-        return bool(lacking) and (not self.loaders or any(b.retry_at_s > now_s for b in lacking))
+        return bool(lacking) and (not self._has_loader() or any(b.retry_at_s > now_s for b in lacking))
+
+    def _has_loader(self) -> bool:
+        """Some loader lives. A lost one is still known until it is reaped."""
+        return any(x.life.state in (LoaderState.IDLE, LoaderState.BUSY) for x in self.loaders.values())
 
     # -- leases and eviction ------------------------------------------------------------------------
 
@@ -134,6 +155,7 @@ class Residency:
                 blob.extent.life.to(ExtentState.LEASED, now_s, model.name)
             blob.extent.leases += 1
         model.leases += 1
+        self.leases += 1
 
     def unlease(self, model: Model, now_s: float) -> None:
         """One use of the model's blobs has completed on the device."""
@@ -143,6 +165,8 @@ class Residency:
             if blob.extent.leases == 0:
                 blob.extent.life.to(ExtentState.READY, now_s, model.name)
         model.leases -= 1
+        self.leases -= 1
+        self.changes += 1
 
     def evict(self, blob: Blob, now_s: float, why: str) -> None:
         """Take a resident, unleased blob out of the arena."""
@@ -153,16 +177,35 @@ class Residency:
         self._actions.append(DropViews(blob.key, extent.generation))
         self.arena.release(extent, now_s, why)
         blob.extent = None
+        for name in blob.models:
+            self.ready.pop(name, None)
         self.evictions += 1
+        self.changes += 1
 
     def evictable(self, extent: Extent) -> Blob | None:
         """The blob of an extent that may be evicted: ready, with views, not leased, not pinned."""
+        if extent.life.state is not ExtentState.READY:
+            return None
         blob = self.blobs.get(extent.blob)
-        if blob is None or blob.extent is not extent or blob.state is not BlobState.RESIDENT:
+        if blob is None or blob.extent is not extent or blob.life.state is not BlobState.RESIDENT:
             return None
-        if extent.state is not ExtentState.READY or self.is_pinned(blob):
-            return None
-        return blob
+        return None if self.pinned and self.is_pinned(blob) else blob
+
+    def make_room(self, model: Model, now_s: float) -> bool:
+        """Against fragmentation: evict all that may be evicted, if then the model's blobs find room.
+
+        For when nothing is under way. What is pinned stays, and may leave no gap that is large enough.
+        """
+        sizes = {
+            b.key: b.info.size_bytes for b in model.blobs if b.extent is None or self.evictable(b.extent)
+        }
+        if not self.arena.would_fit(sizes.values(), kept=lambda extent: self.evictable(extent) is None):
+            return False
+        for extent in list(self.arena):
+            blob = self.evictable(extent)
+            if blob is not None:
+                self.evict(blob, now_s, "fragmentation")
+        return True
 
     # -- loads --------------------------------------------------------------------------------------
 
@@ -171,11 +214,11 @@ class Residency:
         return (loader for loader in self.loaders.values() if loader.life.state is LoaderState.IDLE)
 
     def begin_load(
-        self, blob: Blob, loader: Loader, pricing: Callable[[], Price] | None, now_s: float
+        self, blob: Blob, loader: Loader, pricing: Callable[[], Prices] | None, now_s: float
     ) -> bool:
         """Start loading into a gap, or into the window that is cheapest to clear; False when no room.
 
-        `pricing` makes the price function, which costs something, only when it is needed.
+        `pricing` prices what may be evicted, which costs something, only when it is needed.
         """
         extent = self.arena.allocate(blob.info.size_bytes, blob.key)
         if extent is None and pricing is not None:
@@ -236,27 +279,11 @@ class Residency:
     def _drop_extent(self, blob: Blob, now_s: float, why: str) -> None:
         assert blob.extent is not None
         self.arena.release(blob.extent, now_s, why)
+        self.changes += 1
         blob.extent = None
         blob.life.to(BlobState.ABSENT, now_s, why)
         if not blob.models:
             self.blobs.pop(blob.key, None)
-
-    def failed(self, blob: Blob, code: ErrorCode, now_s: float) -> bool:
-        """Count a load that did not end well; True when the blob is given up for now.
-
-        Wrong bytes get one second chance (a bad read), then the blob is DAMAGED until its models are
-        added anew. Anything else is tried `MAX_ATTEMPTS` times with growing pauses.
-        """
-        blob.failures += 1
-        limit = 2 if code is ErrorCode.MODEL_CORRUPT else MAX_ATTEMPTS
-        if blob.failures < limit:
-            blob.retry_at_s = now_s + RETRY_AFTER_S[blob.failures - 1]
-            self._retrying.add(blob)
-            return False
-        blob.failures, blob.retry_at_s = 0, 0.0
-        if code is ErrorCode.MODEL_CORRUPT:
-            blob.life.to(BlobState.DAMAGED, now_s, "checksum")
-        return True
 
     # -- views --------------------------------------------------------------------------------------
 
@@ -270,8 +297,10 @@ class Residency:
 
     def views_built(self, blob: Blob, now_s: float) -> None:
         """The blob is resident."""
+        self.changes += 1
         blob.life.to(BlobState.RESIDENT, now_s, "views built")
-        blob.failures = 0
+        self.retries.start_anew(blob)
+        self._note_ready(self.models[name] for name in sorted(blob.models))
         if not blob.models:
             self._abandon(blob, now_s)
 
@@ -304,7 +333,7 @@ class Residency:
         load = self.loads.pop(loader.load_id)
         loader.load_id = None
         load.extent.life.to(ExtentState.QUARANTINED, now_s, why)
-        self._quarantine.append((None, loader_id, load.extent))
+        self._quarantine.hold(load.extent, loader_id)
         blob = load.blob
         blob.extent, blob.load_id = None, None
         blob.life.to(BlobState.ABSENT, now_s, why)
@@ -314,33 +343,32 @@ class Residency:
 
     def loader_reaped(self, loader_id: int, now_s: float) -> None:
         """The process is gone: its quarantined extents are free after the grace period."""
-        loader = self.loaders.pop(loader_id, None)
+        loader = self.loaders.get(loader_id)
         if loader is not None:
             loader.life.to(LoaderState.GONE, now_s, "reaped")
-        self._quarantine = [
-            (now_s + self._grace_s if owner == loader_id else at_s, owner, extent)
-            for at_s, owner, extent in self._quarantine
-        ]
+            del self.loaders[loader_id]
+        self._quarantine.loader_reaped(loader_id, now_s)
 
-    def release_quarantined(self, now_s: float) -> None:
-        """Free what has been quarantined long enough."""
-        kept = []
-        for at_s, owner, extent in self._quarantine:
-            if at_s is not None and at_s <= now_s:
-                self.arena.release(extent, now_s, "quarantine over")
-            else:
-                kept.append((at_s, owner, extent))
-        self._quarantine = kept
+    # -- time ---------------------------------------------------------------------------------------
 
-    # -- deadlines and invariants -------------------------------------------------------------------
+    def pass_time(self, now_s: float) -> None:
+        """Free what has been quarantined long enough; forget pauses that are over."""
+        for extent in self._quarantine.release(now_s):
+            self.arena.release(extent, now_s, "quarantine over")
+            self.changes += 1
+        self.retries.pass_time(now_s)
 
-    def deadlines(self, now_s: float) -> Iterable[float]:
+    def deadlines(self) -> Iterator[float]:
         """When quarantines end and pauses between attempts are over."""
-        yield from (at_s for at_s, _, _ in self._quarantine if at_s is not None)
-        self._retrying = {b for b in self._retrying if b.retry_at_s > now_s}
-        yield from (b.retry_at_s for b in self._retrying)
+        yield from self._quarantine.deadlines()
+        yield from self.retries.deadlines()
 
-    @property
-    def has_quarantine(self) -> bool:
-        """Some extent waits for its dead loader."""
-        return bool(self._quarantine)
+    def is_still(self) -> bool:
+        """A loader is idle, and nothing under way will make room: no load, lease, view or quarantine."""
+        return (
+            not self.loads
+            and not self.leases
+            and not self._quarantine
+            and next(self.idle_loaders(), None) is not None
+            and not any(b.state is BlobState.VIEWING for b in self.blobs.values())
+        )

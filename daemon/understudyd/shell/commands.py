@@ -27,6 +27,7 @@ class Lifecycle(Protocol):
 
     state: str
     device: str
+    daemon_id: str
     started_at_s: float
 
     def request_shutdown(self, drain_s: float) -> None:
@@ -100,7 +101,7 @@ class Commands:
         models = machine.residency.models.values()
         tally = runtime.tally
         return {
-            "daemon": "understudyd",
+            "daemon": self._daemon.daemon_id,
             "version": VERSION,
             "pid": os.getpid(),
             "state": self._daemon.state,

@@ -49,6 +49,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.state = "starting"
+        self.daemon_id = uuid.uuid4().hex
         self.started_at_s = time.monotonic()
         self.device: str = config.device.kind
         if self.device == "auto":
@@ -160,7 +161,7 @@ class Daemon:
             client_timeout_s=chosen.client_timeout_s,
         )
         endpoints = [f"ipc://{runtime_dir / CLIENT_SOCKET}", *chosen.endpoints]
-        return Frontend(loop, endpoints, runtime, limits=limits, daemon_id=uuid.uuid4().hex)
+        return Frontend(loop, endpoints, runtime, limits=limits, daemon_id=self.daemon_id)
 
     async def _make_stage(
         self,

@@ -136,6 +136,7 @@ class Stage:
         for views in self._resident.drop(blob, generation):
             for skeleton in self.skeletons():
                 skeleton.unbind(views)
+            self._resident.keep(views)
 
     # -- requests ----------------------------------------------------------------------------------
 

@@ -1,0 +1,162 @@
+"""While one request runs, the next ones' weights are on their way: turns the policy's order into loads.
+
+Loads are started in this order: for what waits, for what an operator wants, for what is pinned, and at
+last, into memory that nobody uses, for what is likely to be asked for. As long as something that waits
+finds no loader or no room, nothing behind it is started.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from understudyd.core.entities import Blob, Loader, Model
+from understudyd.core.extents import Prices
+from understudyd.core.policy import Needs, Policy
+from understudyd.core.queueing import RequestQueue
+from understudyd.core.residency import Residency
+from understudyd.core.states import BlobState
+
+
+class Lookahead:
+    """Starts and stops loads. `wanted` are the models that an operator wants resident, once."""
+
+    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency) -> None:
+        self.wanted: OrderedDict[str, None] = OrderedDict()
+        self._policy = policy
+        self._queue = queue
+        self._residency = residency
+        self._no_room: object = None
+
+    def start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
+        """Use idle loaders and room as well as can be."""
+        evictions = -1
+        while evictions != self._residency.evictions:  # what was evicted may be missed: look again
+            evictions = self._residency.evictions
+            self._start_loads(on_stage, stage_is_busy, now_s)
+
+    def stuck_on(self, stage_is_busy: bool, now_s: float) -> Model | None:
+        """The model that cannot be loaded though nothing is under way that would change this."""
+        if stage_is_busy or not (self._queue or self.wanted) or not self._residency.is_still():
+            return None
+        models = self._residency.models
+        ready = self._residency.ready
+        names = self._policy.to_load(self._queue, ready, stage_is_busy, now_s) or list(self.wanted)
+        model = models[names[0]] if names else None
+        if model is None or all(b.state is not BlobState.ABSENT for b in model.blobs):
+            return None
+        return None if self._residency.is_held_up(model, now_s) else model
+
+    def cancel_needless(self, model: Model) -> None:
+        """Stop loading blobs of this model that nobody waits for."""
+        for blob in model.blobs:
+            if blob.load_id is not None and not self._is_needed(blob):
+                self._residency.cancel_load(self._residency.loads[blob.load_id])
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
+        residency, settings = self._residency, self._policy.settings
+        models = residency.models
+
+        def needs() -> Needs:  # anew for every blob: evicting for one may change who is ready
+            return Needs(settings, self._queue, models, on_stage, now_s, self.wanted)
+
+        queued = self._policy.to_load(self._queue, residency.ready, stage_is_busy, now_s)
+        for name in queued:
+            residency.prepare(models[name], now_s)
+        for name in queued:
+            if not self._load(models[name], needs, now_s):
+                self._make_way()
+                return
+        self._load_wanted(needs, now_s)
+        for model in residency.pinned.values():
+            if not (model.name in residency.ready or model.is_unfit):
+                residency.prepare(model, now_s)
+                self._load(model, needs, now_s)
+        if settings.prefetch and settings.lookahead:
+            self._prefetch(now_s)
+
+    def _load(self, model: Model, needs: Callable[[], Needs], now_s: float) -> bool:
+        """Start loads for what the model lacks; False when a loader or room is wanting."""
+        residency = self._residency
+        for blob in model.blobs:
+            if blob.state is not BlobState.ABSENT or blob.retry_at_s > now_s:
+                continue
+            loader = next(residency.idle_loaders(), None)
+            if loader is None or not self._begin(model, blob, loader, needs(), now_s):
+                return False
+        return True
+
+    def _begin(self, model: Model, blob: Blob, loader: Loader, needs: Needs, now_s: float) -> bool:
+        """Start one load; False when there is no room for it."""
+
+        def pricing() -> Prices:
+            return self._policy.prices(self._residency, needs, model.name)
+
+        if self._no_room == self._situation(model, blob, needs):
+            return False
+        if self._residency.begin_load(blob, loader, pricing, now_s):
+            return True
+        self._no_room = self._situation(model, blob, needs)
+        return False
+
+    def _situation(self, model: Model, blob: Blob, needs: Needs) -> object:
+        """While this stands, a blob that found no room finds none.
+
+        Who joins the queue, or goes on deck and is leased, makes no room; nor does time, but for who presses.
+        """
+        return (
+            blob.key,
+            model.name,
+            needs.rank(model.name),
+            self._residency.changes,
+            self._queue.withdrawals,
+            tuple(self.wanted),
+        )
+
+    def _load_wanted(self, needs: Callable[[], Needs], now_s: float) -> None:
+        models, ready = self._residency.models, self._residency.ready
+        for name in [n for n in self.wanted if n in ready]:
+            del self.wanted[name]
+        for name in self.wanted:
+            self._residency.prepare(models[name], now_s)
+            if not self._load(models[name], needs, now_s):
+                return
+
+    def _make_way(self) -> None:
+        """What waits finds no loader or no room: stop a load that nobody waits for."""
+        loads = self._residency.loads.values()
+        if not any(load.is_cancelling for load in loads):
+            needless = next((load for load in loads if not self._is_needed(load.blob)), None)
+            if needless is not None:
+                self._residency.cancel_load(needless)
+
+    def _is_needed(self, blob: Blob) -> bool:
+        """A request waits for it, an operator wants it or it is pinned."""
+        return (
+            not self._queue.models().isdisjoint(blob.models)
+            or not self.wanted.keys().isdisjoint(blob.models)
+            or self._residency.is_pinned(blob)
+        )
+
+    def _prefetch(self, now_s: float) -> None:
+        """Idle loaders fill free memory with what is likeliest to be asked for; nothing is evicted."""
+        residency = self._residency
+        if next(residency.idle_loaders(), None) is None or not residency.arena.largest_gap_bytes:
+            return
+        for name in self._policy.forecast.ranked():
+            model = residency.models[name]
+            if name in residency.ready or model.is_unfit:
+                continue
+            lacking = {b for b in model.blobs if b.state is BlobState.ABSENT}
+            if any(b.retry_at_s > now_s for b in lacking):
+                continue
+            if (
+                sum(residency.arena.rounded(b.info.size_bytes) for b in lacking)
+                > residency.arena.largest_gap_bytes
+            ):
+                return
+            residency.prepare(model, now_s)
+            for blob in (b for b in model.blobs if b in lacking and b.state is BlobState.ABSENT):
+                loader = next(residency.idle_loaders(), None)
+                if loader is None or not residency.begin_load(blob, loader, None, now_s):
+                    return

@@ -1,0 +1,290 @@
+"""Independent books about a core machine: what is under way, who was answered, whose bytes are whose.
+
+`Ledger` is told the events that went in and the actions that came out, keeps its own account by the contract
+in `core/actions.py`, and complains when the machine breaks it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from understudyd.core import actions as ac
+from understudyd.core import events as ev
+from understudyd.core.machine import Machine
+from understudyd.core.policy import Needs
+from understudyd.core.states import BlobState
+from understudyd.core.types import ModelInfo, Outcome, RequestInfo
+
+PAGE = 4096
+
+
+@dataclass
+class Held:
+    """Bytes of the arena that nobody else may touch, in the ledger's opinion."""
+
+    start: int
+    end: int
+    blob: str
+    generation: int
+    kind: str  # filling, viewing, resident, quarantined
+    free_at_s: float | None = None
+
+
+@dataclass
+class Waiting:
+    info: RequestInfo
+    received_at_s: float
+    overtaken: int = 0
+
+
+@dataclass
+class Ledger:
+    """What is under way, who was answered, and whose bytes are whose; told by events and actions alone."""
+
+    machine: Machine
+    arena_bytes: int
+    grace_s: float
+    models: dict[str, ModelInfo] = field(default_factory=dict)
+    retiring: set[str] = field(default_factory=set)
+    loaders: dict[int, int | None] = field(default_factory=dict)
+    lost: dict[int, list[Held]] = field(default_factory=dict)
+    loads: dict[int, ac.StartLoad] = field(default_factory=dict)
+    told_to_stop: set[int] = field(default_factory=set)
+    held: list[Held] = field(default_factory=list)
+    views: dict[tuple[str, int], ac.BuildViews] = field(default_factory=dict)
+    preparing: set[str] = field(default_factory=set)
+    prepared: set[str] = field(default_factory=set)
+    received: Counter[str] = field(default_factory=Counter)
+    answers: dict[str, ac.AnswerRequest] = field(default_factory=dict)
+    accepted: dict[str, ac.AcceptRequest] = field(default_factory=dict)
+    waiting: dict[str, Waiting] = field(default_factory=dict)
+    leases: dict[str, str] = field(default_factory=dict)
+    deck: str | None = None
+    running: set[str] = field(default_factory=set)
+    unreleased: set[str] = field(default_factory=set)
+    encoding: set[str] = field(default_factory=set)
+    infos: dict[str, RequestInfo] = field(default_factory=dict)
+    last_generation: int = 0
+    evictions: list[str] = field(default_factory=list)
+
+    # -- what goes in, before the machine sees it -----------------------------------------------------
+
+    def before(self, event: ev.Event, now_s: float) -> None:
+        match event:
+            case ev.RequestReceived(request=info):
+                self.received[info.request_id] += 1
+                self.infos[info.request_id] = info
+                self.waiting[info.request_id] = Waiting(info, now_s)
+            case ev.ModelAdded(model=info):
+                self.models[info.name] = info
+            case ev.ModelRemoved(name=name):
+                self.retiring.add(name)
+            case ev.LoaderReady(loader_id=loader_id):
+                self.loaders[loader_id] = None
+            case ev.LoaderLost(loader_id=loader_id):
+                load_id = self.loaders.pop(loader_id, None)
+                self.lost[loader_id] = []
+                if load_id is not None:
+                    held = self._filling(self.loads.pop(load_id))
+                    held.kind = "quarantined"
+                    self.lost[loader_id].append(held)
+            case ev.LoaderReaped(loader_id=loader_id):
+                for held in self.lost.pop(loader_id, []):
+                    held.free_at_s = now_s + self.grace_s
+            case ev.LoadFinished(load_id=load_id):
+                self._load_ended(load_id).kind = "viewing"
+            case ev.LoadFailed(load_id=load_id) | ev.LoadCancelled(load_id=load_id):
+                self.held.remove(self._load_ended(load_id))
+            case ev.ViewsBuilt(blob=key, generation=generation):
+                del self.views[key, generation]
+                self._holder(key, generation).kind = "resident"
+            case ev.ViewsFailed(blob=key, generation=generation):
+                del self.views[key, generation]
+            case ev.ModelPrepared(name=name):
+                self.preparing.remove(name)
+                self.prepared.add(name)
+            case ev.ModelPreparationFailed(name=name):
+                self.preparing.remove(name)
+            case ev.RunStarted(request_id=request_id):
+                assert self.deck == request_id
+                self.deck = None
+                self.running.add(request_id)
+            case ev.RunEnded(request_id=request_id, outcome=outcome):
+                if self.deck == request_id:
+                    self.deck = None
+                self.running.discard(request_id)
+                self.unreleased.add(request_id)
+                if outcome is Outcome.FINISHED:
+                    self.encoding.add(request_id)
+            case ev.LeaseEnded(request_id=request_id):
+                self.unreleased.remove(request_id)
+                del self.leases[request_id]
+            case ev.ImagesEncoded(request_id=request_id) | ev.EncodingFailed(request_id=request_id):
+                self.encoding.remove(request_id)
+            case _:
+                pass
+        self.held = [h for h in self.held if h.free_at_s is None or h.free_at_s > now_s]
+
+    def _filling(self, load: ac.StartLoad) -> Held:
+        return next(h for h in self.held if h.kind == "filling" and h.generation == load.generation)
+
+    def _load_ended(self, load_id: int) -> Held:
+        load = self.loads.pop(load_id)
+        self.loaders[load.loader_id] = None
+        return self._filling(load)
+
+    def _holder(self, key: str, generation: int) -> Held:
+        return next(h for h in self.held if (h.blob, h.generation) == (key, generation))
+
+    # -- what comes out -------------------------------------------------------------------------------
+
+    def after(self, event: ev.Event, actions: Iterable[ac.Action], now_s: float) -> None:
+        actions = list(actions)
+        if isinstance(event, ev.LoadFinished):  # nobody wants it any more: no views, its bytes are free
+            building = {(a.blob, a.generation) for a in actions if isinstance(a, ac.BuildViews)}
+            pending = building | self.views.keys()
+            self.held = [h for h in self.held if h.kind != "viewing" or (h.blob, h.generation) in pending]
+        for action in actions:
+            self._take(action, now_s)
+        self._same_as_machine()
+        self._no_idle_hands(now_s)
+
+    def _take(self, action: ac.Action, now_s: float) -> None:
+        match action:
+            case ac.AcceptRequest(request_id=request_id):
+                assert request_id in self.waiting and request_id not in self.accepted
+                self.accepted[request_id] = action
+            case ac.AnswerRequest(request_id=request_id):
+                assert self.received[request_id] == 1, f"{request_id} was never received"
+                assert request_id not in self.answers, f"{request_id} is answered twice"
+                self.answers[request_id] = action
+                self.waiting.pop(request_id, None)
+            case ac.StartLoad():
+                self._start_load(action)
+            case ac.CancelLoad(load_id=load_id):
+                assert load_id in self.loads and load_id not in self.told_to_stop
+                self.told_to_stop.add(load_id)
+            case ac.BuildViews(blob=key, generation=generation):
+                assert self._holder(key, generation).kind == "viewing"
+                self.views[key, generation] = action
+            case ac.DropViews(blob=key, generation=generation):
+                held = self._holder(key, generation)
+                assert held.kind in ("resident", "viewing"), f"{key} was evicted while {held.kind}"
+                assert key not in self.leased_blobs(), f"{key} was evicted while leased"
+                assert (key, generation) not in self.views, f"{key} lost its views while they were built"
+                self.held.remove(held)
+                self.evictions.append(key)
+            case ac.PrepareModel(name=name):
+                assert name in self.models and name not in self.preparing | self.prepared
+                self.preparing.add(name)
+            case ac.PutOnDeck(request_id=request_id, model=name):
+                self._put_on_deck(request_id, name, now_s)
+            case ac.CancelRun(request_id=request_id):
+                assert request_id == self.deck or request_id in self.running
+            case ac.ForgetModel(name=name):
+                assert name in self.retiring
+                self.prepared.discard(name)
+            case ac.RetireModel(name=name):
+                assert name in self.retiring and name not in self.leases.values()
+                assert name not in self.preparing
+                assert all(w.info.model != name for w in self.waiting.values())
+                self.retiring.remove(name)
+                del self.models[name]
+
+    def _start_load(self, load: ac.StartLoad) -> None:
+        assert self.loaders[load.loader_id] is None, "a loader has one load at a time"
+        self.loaders[load.loader_id] = load.load_id
+        assert load.generation > self.last_generation
+        self.last_generation = load.generation
+        assert all(h.blob != load.blob or h.kind == "quarantined" for h in self.held), "resident twice"
+        end = load.offset + -(-max(1, load.size_bytes) // PAGE) * PAGE
+        assert 0 <= load.offset < end <= self.arena_bytes
+        clash = [h for h in self.held if load.offset < h.end and h.start < end]
+        assert not clash, f"{load} over {clash}"
+        self.held.append(Held(load.offset, end, load.blob, load.generation, "filling"))
+        self.loads[load.load_id] = load
+
+    def _put_on_deck(self, request_id: str, name: str, now_s: float) -> None:
+        assert self.deck is None, "one on deck at a time"
+        chosen = self.waiting.pop(request_id)
+        assert chosen.info.model == name and name in self.prepared
+        resident = {h.blob for h in self.held if h.kind == "resident"}
+        assert {b.key for b in self.models[name].blobs} <= resident, f"{name} is not all there"
+        self.deck, self.leases[request_id] = request_id, name
+        self._overtaking(chosen, now_s)
+
+    def _overtaking(self, chosen: Waiting, now_s: float) -> None:
+        """Nobody is overtaken beyond the bounds, unless nothing can be done for it at the moment."""
+        bounds = self.machine.policy.settings
+        if bounds.order == "fcfs":
+            assert all(w.info.priority <= chosen.info.priority for w in self._earlier(chosen))
+            return
+        for waiting in self._earlier(chosen):
+            at_bound = (
+                waiting.overtaken >= bounds.max_skips or now_s >= waiting.received_at_s + bounds.max_wait_s
+            )
+            entity = self.machine.residency.models[waiting.info.model]
+            held_up = self.machine.residency.is_held_up(entity, now_s)
+            assert not at_bound or held_up, f"{waiting} was overtaken by {chosen.info} beyond its bound"
+            waiting.overtaken += 1
+
+    def _earlier(self, chosen: Waiting) -> list[Waiting]:
+        order = list(self.received)
+        rank = order.index(chosen.info.request_id)
+        return [w for w in self.waiting.values() if order.index(w.info.request_id) < rank]
+
+    def leased_blobs(self) -> set[str]:
+        return {b.key for name in self.leases.values() for b in self.models[name].blobs}
+
+    def _same_as_machine(self) -> None:
+        """The machine believes the same about every byte."""
+        mine = {(h.start, h.end - h.start, h.blob) for h in self.held}
+        theirs = {(e.offset, e.size_bytes, e.blob) for e in self.machine.residency.arena}
+        assert mine == theirs, f"ledger {mine - theirs}, machine {theirs - mine}"
+        assert self.waiting.keys() == {r.id for r in self.machine.queue.waiting()}
+
+    def _no_idle_hands(self, now_s: float) -> None:
+        """The first model that waits for weights lacks nothing that an idle loader could load now."""
+        residency, queue, policy = self.machine.residency, self.machine.queue, self.machine.policy
+        stage_is_busy = bool(self.running) or self.deck is not None
+        expected = policy.expected_order(queue, residency.models, self.machine.on_stage, now_s)
+        lacking = [n for n in expected if not residency.models[n].is_ready]
+        if policy.settings.lookahead or not stage_is_busy:
+            to_load = policy.to_load(queue, residency.ready, stage_is_busy, now_s)
+            assert to_load == lacking[: max(1, policy.settings.lookahead)]
+            for name in to_load:
+                if any(b.state is BlobState.ABSENT for b in residency.models[name].blobs):
+                    self._cannot_be_loaded(name, now_s)
+                    break
+
+    def _cannot_be_loaded(self, name: str, now_s: float) -> None:
+        machine, residency = self.machine, self.machine.residency
+        needs = Needs(
+            machine.policy.settings, machine.queue, residency.models, machine.on_stage, now_s, machine.wanted
+        )
+        prices = machine.policy.prices(residency, needs, name)
+        for absent in residency.models[name].blobs:
+            if absent.state is BlobState.ABSENT and absent.retry_at_s <= now_s:
+                is_idle = next(residency.idle_loaders(), None) is not None
+                size = absent.info.size_bytes
+                fits = residency.arena.largest_gap_bytes >= residency.arena.rounded(size)
+                has_room = fits or residency.arena.cheapest_window(size, prices) is not None
+                assert not (is_idle and has_room), f"{absent.key} could be loaded"
+                break
+
+    @property
+    def is_nothing_under_way(self) -> bool:
+        return not (
+            self.loads
+            or self.views
+            or self.preparing
+            or self.deck
+            or self.running
+            or self.unreleased
+            or self.encoding
+            or self.lost
+        )
+
+    def resident(self) -> list[str]:
+        """Blobs that can be bound, by offset."""
+        return [h.blob for h in sorted(self.held, key=lambda h: h.start) if h.kind == "resident"]

@@ -1,0 +1,239 @@
+"""Everything that can happen to the core machine, chosen by somebody else.
+
+`Walk` knows which events the contract allows (and which it does not) in the present state of its world.
+Who chooses is an argument: hypothesis, which shrinks, or a seeded `random.Random`, which goes far.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import pytest
+
+from core_kit import World, blob, model, photograph
+from understudyd.core import events as ev
+from understudyd.core.policy import PolicySettings
+from understudyd.core.states import IllegalEvent
+from understudyd.core.types import BlobInfo, ErrorCode, ModelInfo, Outcome, RequestInfo
+
+T = TypeVar("T")
+Choose = Callable[[Sequence[T]], T]
+
+NAMES = ["a", "b", "c", "d", "e", "f"]
+CLIENTS = ["ann", "bob"]
+MAX_LOADERS = 3
+MAX_RUNNING = 2
+FAULTS = [ErrorCode.LOAD_FAILED, ErrorCode.MODEL_CORRUPT]
+
+
+def family(choose: Choose[int]) -> dict[str, ModelInfo]:
+    """Six models of one to three blobs; some blobs are shared, as fine-tunes share their VAE."""
+    pages = range(1, 6)
+    shared = [blob(f"shared{i}", choose(pages)) for i in range(2)]
+    infos = {}
+    for name in NAMES:
+        which = choose(range(4))
+        own = [choose(pages) for _ in range(choose(range(1, 3)))]
+        infos[name] = model(name, *shared[which : which + 1], *own)
+    return infos
+
+
+class Walk:
+    """One world and all ways on. `choose(options)` picks one of a non-empty sequence."""
+
+    def __init__(self, infos: dict[str, ModelInfo], policy: PolicySettings, pages: int, loaders: int) -> None:
+        self.infos = infos
+        self.world = World(pages, models=list(infos.values())[:4], policy=policy, max_waiting=6)
+        self.ledger = self.world.ledger
+        self.next_loader_id = 0
+        for _ in range(loaders):
+            self._new_loader()
+
+    def _new_loader(self) -> None:
+        self.next_loader_id += 1
+        self.world.tell(ev.LoaderReady(self.next_loader_id))
+
+    def usable(self) -> list[str]:
+        """Models that may be asked for."""
+        return [name for name in self.ledger.models if name not in self.ledger.retiring]
+
+    # -- kinds of steps -------------------------------------------------------------------------------
+
+    def ask(self, choose: Choose) -> None:
+        self.world.ask(
+            choose([*self.usable(), *self.usable(), choose(NAMES)]),
+            client=choose(CLIENTS),
+            priority=choose([0, 0, 0, 0, 1, 5]),
+            deadline_in_s=choose([None, None, None, None, None, None, 40.0, 0.5, -1.0]),
+        )
+
+    def take_back(self, choose: Choose) -> None:
+        if choose(range(4)) == 3:
+            self.world.tell(ev.ClientGone(choose(CLIENTS)))
+        else:
+            known = list(self.world.machine.queue.requests)
+            self.world.tell(ev.RequestCancelled(choose([*known, "unheard of"])))
+
+    def administer(self, choose: Choose) -> None:
+        what = choose(
+            ["add", "add", "pin", "unpin", "unpin", "load", "evict", "remove", "open", "open", "close"]
+        )
+        absent = [n for n in NAMES if n not in self.ledger.models]
+        if what in ("open", "close"):
+            self.world.tell(ev.AdmissionChanged(what == "open"))
+        elif what == "add" and absent:
+            self.world.tell(ev.ModelAdded(self.infos[choose(absent)]))
+        elif self.usable():
+            name = choose(self.usable())
+            match what:
+                case "remove":
+                    self.world.tell(ev.ModelRemoved(name))
+                case "pin" | "unpin":
+                    self.world.tell(ev.PinChanged(name, what == "pin"))
+                case "load":
+                    self.world.tell(ev.LoadWanted(name))
+                case _:
+                    self.world.tell(ev.EvictWanted(name))
+
+    def goes_well(self, choose: Choose) -> None:
+        """Something that is under way goes on as it should, whatever came first."""
+        ledger = self.ledger
+        ends: list[ev.Event] = [ev.LoadFinished(i) for i in sorted(ledger.loads)]
+        ends += [ev.LoadCancelled(i) for i in sorted(ledger.told_to_stop & ledger.loads.keys())]
+        ends += [ev.ViewsBuilt(*view) for view in sorted(ledger.views)]
+        ends += [ev.ModelPrepared(name) for name in sorted(ledger.preparing)]
+        if ledger.deck is not None and len(ledger.running) < MAX_RUNNING:
+            ends.append(ev.RunStarted(ledger.deck))
+        ends += [ev.RunEnded(i, Outcome.FINISHED) for i in sorted(ledger.running)]
+        ends += [ev.ImagesEncoded(i) for i in sorted(ledger.encoding)]
+        ends += [ev.LeaseEnded(i) for i in sorted(ledger.unreleased)]
+        ends += [ev.LoaderReaped(i) for i in sorted(ledger.lost)]
+        if ends:
+            self.world.tell(choose(ends))
+
+    def goes_wrong(self, choose: Choose) -> None:
+        """Something that is under way fails."""
+        ledger = self.ledger
+        ends: list[ev.Event] = [ev.LoadFailed(i, c, "?") for i in sorted(ledger.loads) for c in FAULTS]
+        ends += [ev.ViewsFailed(*view, "?") for view in sorted(ledger.views)]
+        ends += [ev.ModelPreparationFailed(name, "?") for name in sorted(ledger.preparing)[:1]]
+        on_stage = sorted(ledger.running | ({ledger.deck} if ledger.deck is not None else set()))
+        ends += [ev.RunEnded(i, o) for i in on_stage for o in (Outcome.FAILED, Outcome.CANCELLED)]
+        ends += [ev.EncodingFailed(i, "?") for i in sorted(ledger.encoding)]
+        if ends:
+            self.world.tell(choose(ends))
+
+    def loaders_change(self, choose: Choose) -> None:
+        alive = sorted(self.ledger.loaders)
+        what = choose(["more", "more", "more", "fewer", "fewer", "none", "stranger"])
+        if what == "stranger":  # a loader that dies before it was ready
+            self.next_loader_id += 1
+            self.world.tell(ev.LoaderLost(self.next_loader_id, "exec failed"))
+            self.world.tell(ev.LoaderReaped(self.next_loader_id))
+        elif what == "more" and len(alive) < MAX_LOADERS:
+            self._new_loader()
+        elif what == "fewer" and alive:
+            self.world.tell(ev.LoaderLost(choose(alive), "killed"))
+        elif what == "none":
+            for loader_id in alive:
+                self.world.tell(ev.LoaderLost(loader_id, "killed"))
+
+    def time_passes(self, choose: Choose) -> None:
+        """With or without the tick that was due: an event loop may be late."""
+        self.world.clock.now_s += choose([0.0, 0.05, 0.3, 1.0, 1.0, 20.0])
+        if choose([True, False]):
+            self.world.tell(ev.Ticked())
+
+    # -- what cannot be -------------------------------------------------------------------------------
+
+    def what_cannot_be(self, choose: Choose) -> None:
+        """An illegal event raises and changes nothing."""
+        machine = self.world.machine
+        event = choose(list(self.illegal_events()))
+        before = photograph(machine)
+        with pytest.raises(IllegalEvent):
+            machine.handle(event, self.world.now_s)
+        assert photograph(machine) == before, f"{event} was refused and yet changed something"
+
+    def illegal_events(self) -> Iterator[ev.Event]:
+        """What nobody can report now."""
+        yield ev.LoadFinished(10**6)
+        yield ev.LoadFailed(10**6, ErrorCode.LOAD_FAILED, "?")
+        yield ev.LoadCancelled(10**6)
+        known = self.world.machine.residency.loaders.keys()
+        yield from (ev.LoaderReady(i) for i in known)
+        yield from (ev.LoaderLost(i, "again") for i in self.ledger.lost if i in known)
+        yield from (ev.LoaderReaped(i) for i in self.ledger.loaders)
+        yield from (ev.ViewsBuilt(h.blob, h.generation) for h in self.ledger.held if h.kind != "viewing")
+        yield from (ev.ViewsFailed(h.blob, h.generation + 1, "?") for h in self.ledger.held)
+        yield from self._illegal_about_models()
+        yield from self._illegal_about_requests()
+
+    def _illegal_about_models(self) -> Iterator[ev.Event]:
+        ledger = self.ledger
+        for name in [*ledger.models, "nobody"]:
+            if name not in ledger.preparing:
+                yield ev.ModelPrepared(name)
+                yield ev.ModelPreparationFailed(name, "?")
+            if name == "nobody" or name in ledger.retiring:
+                yield ev.ModelRemoved(name)
+                yield ev.PinChanged(name, True)
+                yield ev.LoadWanted(name)
+                yield ev.EvictWanted(name)
+        for name, info in ledger.models.items():
+            yield ev.ModelAdded(info)
+            other = BlobInfo(info.blobs[0].key, info.blobs[0].size_bytes + 1)
+            yield ev.ModelAdded(ModelInfo(f"not {name}", (BlobInfo("new", 1), other)))
+
+    def _illegal_about_requests(self) -> Iterator[ev.Event]:
+        ledger = self.ledger
+        for request_id in [*self.world.machine.queue.requests, "unheard of"]:
+            if request_id in self.world.machine.queue.requests:
+                yield ev.RequestReceived(RequestInfo(request_id, "ann", "a"))
+            if request_id == ledger.deck:
+                yield ev.RunEnded(request_id, Outcome.FINISHED)
+            else:
+                yield ev.RunStarted(request_id)
+                if request_id not in ledger.running:
+                    yield from (ev.RunEnded(request_id, outcome) for outcome in Outcome)
+            if request_id not in ledger.unreleased:
+                yield ev.LeaseEnded(request_id)
+            if request_id not in ledger.encoding:
+                yield ev.ImagesEncoded(request_id)
+                yield ev.EncodingFailed(request_id, "?")
+
+    # -- the end --------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """From now on all goes well: everything is answered, and without models the arena is empty."""
+        self._drive_to_quiescence()
+        self.world.assert_all_answered()
+        assert not self.world.machine.wanted, "an operator's wish was neither granted nor given up"
+        assert not self.ledger.retiring
+        for name in self.usable():
+            self.world.tell(ev.ModelRemoved(name))
+        self._drive_to_quiescence()
+        self.world.assert_back_to_baseline()
+
+    def _drive_to_quiescence(self) -> None:
+        """Within a bounded number of events."""
+        limit = self.world.events + 300 + 2 * len(self.ledger.lost)
+        while self._one_good_step():
+            assert self.world.events < limit, f"no rest: {self.ledger.waiting} {self.world.log[-20:]}"
+
+    def _one_good_step(self) -> bool:
+        world, ledger = self.world, self.ledger
+        if not ledger.loaders:
+            self._new_loader()
+        elif ledger.running and ledger.deck is None:
+            world.tell(ev.RunEnded(min(ledger.running), Outcome.FINISHED))
+        elif ledger.deck is not None and not ledger.running:
+            world.tell(ev.RunStarted(ledger.deck))
+        elif not ledger.is_nothing_under_way:
+            self.goes_well(lambda options: options[0])
+        elif (at_s := world.machine.next_deadline_s(world.now_s)) is not None:
+            assert at_s >= world.now_s
+            world.clock.now_s = at_s
+            world.tell(ev.Ticked())
+        else:
+            return False
+        return True
