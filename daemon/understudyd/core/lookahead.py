@@ -8,7 +8,7 @@ finds no loader or no room, nothing behind it is started.
 from collections import OrderedDict
 from collections.abc import Callable
 
-from understudyd.core.entities import Blob, Loader, Model
+from understudyd.core.entities import Blob, Load, Loader, Model
 from understudyd.core.extents import Prices
 from understudyd.core.policy import Needs, Policy
 from understudyd.core.queueing import RequestQueue
@@ -60,17 +60,16 @@ class Lookahead:
         def needs() -> Needs:  # anew for every blob: evicting for one may change who is ready
             return Needs(settings, self._queue, models, on_stage, now_s, self.wanted)
 
-        queued = self._policy.to_load(self._queue, residency.ready, stage_is_busy, now_s)
-        for name in queued:
-            residency.prepare(models[name], now_s)
-        for name in queued:
+        if next(residency.idle_loaders(), None) is None:
+            self._make_way_for_a_loader(stage_is_busy, now_s)
+            return
+        for name in self._policy.to_load(self._queue, residency.ready, stage_is_busy, now_s):
             if not self._load(models[name], needs, now_s):
                 self._make_way()
                 return
         self._load_wanted(needs, now_s)
         for model in residency.pinned.values():
             if not (model.name in residency.ready or model.is_unfit):
-                residency.prepare(model, now_s)
                 self._load(model, needs, now_s)
         if settings.prefetch and settings.lookahead:
             self._prefetch(now_s)
@@ -118,17 +117,30 @@ class Lookahead:
         for name in [n for n in self.wanted if n in ready]:
             del self.wanted[name]
         for name in self.wanted:
-            self._residency.prepare(models[name], now_s)
             if not self._load(models[name], needs, now_s):
                 return
 
+    def _make_way_for_a_loader(self, stage_is_busy: bool, now_s: float) -> None:
+        """All loaders are busy, as most of the time: only a needless load is worth a look at the queue."""
+        if self._needless_load() is None:
+            return
+        queued = self._policy.to_load(self._queue, self._residency.ready, stage_is_busy, now_s)
+        blobs = (blob for name in queued for blob in self._residency.models[name].blobs)
+        if any(blob.state is BlobState.ABSENT and blob.retry_at_s <= now_s for blob in blobs):
+            self._make_way()
+
     def _make_way(self) -> None:
         """What waits finds no loader or no room: stop a load that nobody waits for."""
+        needless = self._needless_load()
+        if needless is not None:
+            self._residency.cancel_load(needless)
+
+    def _needless_load(self) -> Load | None:
+        """A load that may be stopped, unless one is being stopped already."""
         loads = self._residency.loads.values()
-        if not any(load.is_cancelling for load in loads):
-            needless = next((load for load in loads if not self._is_needed(load.blob)), None)
-            if needless is not None:
-                self._residency.cancel_load(needless)
+        if any(load.is_cancelling for load in loads):
+            return None
+        return next((load for load in loads if not self._is_needed(load.blob)), None)
 
     def _is_needed(self, blob: Blob) -> bool:
         """A request waits for it, an operator wants it or it is pinned."""

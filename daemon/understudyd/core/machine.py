@@ -21,6 +21,9 @@ from understudyd.core.residency import Residency
 from understudyd.core.states import IllegalEvent, PartsState, RequestState
 from understudyd.core.types import ErrorCode, Outcome, RequestInfo, Tier
 
+ANSWERING = (ev.ImagesEncoded, ev.EncodingFailed)
+"""Events after which nothing can run, load or expire that could not before: they only bring an answer."""
+
 
 class Machine:
     """Queue, residency and forecast under one `handle`.
@@ -58,8 +61,9 @@ class Machine:
         assert not self._actions
         try:
             self._take_in(event, now_s)
-            self._settle(now_s)
-            self._handled_at_s = now_s
+            if not isinstance(event, ANSWERING) or self._is_due(now_s):
+                self._settle(now_s)
+                self._handled_at_s = now_s
             return list(self._actions)
         finally:
             self._actions.clear()
@@ -76,6 +80,10 @@ class Machine:
         ]
         earliest_s = min((at_s for at_s in times if at_s is not None), default=None)
         return None if earliest_s is None else max(earliest_s, now_s)
+
+    def _is_due(self, now_s: float) -> bool:
+        deadline_s = self.next_deadline_s(now_s)
+        return deadline_s is not None and deadline_s <= now_s
 
     # -- events -------------------------------------------------------------------------------------
 
@@ -139,6 +147,7 @@ class Machine:
         position = len(self.queue)
         self.queue.admit(info, tier, now_s)
         self._actions.append(AcceptRequest(info.request_id, position, tier))
+        self.residency.prepare(model, now_s)
 
     def _refusal(self, info: RequestInfo) -> tuple[ErrorCode, str] | None:
         model = self.residency.models.get(info.model)
@@ -195,10 +204,13 @@ class Machine:
             case ev.PinChanged(pinned=pinned):
                 self.residency.pin(model, pinned)
                 self.residency.retries.end_rest(model)
+                if pinned:
+                    self.residency.prepare(model, now_s)
             case ev.LoadWanted(name=name):
                 if self._unservable(model) is None:
                     self.wanted[name] = None
                     self.residency.retries.end_rest(model)
+                    self.residency.prepare(model, now_s)
             case ev.EvictWanted(name=name):
                 self.wanted.pop(name, None)
                 self.forecast.forget(name)  # else it were prefetched again at once
