@@ -1,0 +1,273 @@
+"""The demo, scene by scene: make, ingest, serve the old way, serve with Understudy, compare, draw."""
+
+import asyncio
+import contextlib
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from understudy import admin
+from understudy_demo import baseline, pictures, show, traffic
+from understudy_demo.baseline import Baseline, BaselineRun
+from understudy_demo.family import Member, family_key, make_family
+from understudy_demo.measure import Turn, figures, turns
+from understudy_demo.serving import DaemonProcess, DaemonSettings, rate_for, running_daemon, short_runtime_dir
+from understudy_demo.spans import Span, lane, spans_from
+from understudy_demo.stocking import own_bytes, room_for, stock
+from understudy_demo.workload import PROMPTS, Request, Shape, make_workload
+
+Tick = Callable[[object], None]
+
+_GALLERY_MODELS, _GALLERY_PROMPTS = 12, 4
+_STEPS, _SIZE = 4, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How large the demo is. `load_share` is how long a load takes, in image times; `pressure` the arrival
+    rate, in images that one stage can make.
+    """
+
+    out: Path
+    models: int = 24
+    requests: int = 160
+    clients: int = 4
+    seed: int = 0
+    load_share: float = 0.7
+    pressure: float = 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class Performance:
+    """The daemon's run: what came back for the workload and the gallery, and what its lanes did."""
+
+    workload: traffic.Traffic
+    gallery: traffic.Traffic
+    spans: list[Span]
+
+
+class Demo:
+    """One run of the demo. `play` returns the process's exit status."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self.plan = plan
+        self._console = console
+
+    def play(self) -> int:
+        plan = self.plan
+        torch.set_num_threads(1)  # as the daemon's stage
+        baseline.quiet()
+        plan.out.mkdir(parents=True, exist_ok=True)
+        members = self._family()
+        folders = {member.name: member.path for member in members}
+        store = plan.out / f"store-{family_key(plan.models, plan.seed)}"
+        with self._scene("adding them to the store", plan.models) as tick:
+            records = stock(store, members, tick)
+        image_s = self._image_time_s(members)
+        requests = self._workload(members, image_s)
+        gallery = gallery_requests(requests)
+
+        old = self._old_way(folders, requests)
+        wanted = {(r.model, r.prompt, r.seed): r for r in gallery}
+        with self._scene("the same images for the contact sheet", len(wanted)) as tick:
+            old_gallery = Baseline(folders).run(sorted(wanted.values(), key=lambda r: r.model), tick)
+
+        room = max(2, plan.models // 4)
+        load_bytes = statistics.mean(own_bytes(records).values())
+        settings = DaemonSettings(
+            store=store,
+            runtime_dir=short_runtime_dir(plan.out / "run"),
+            arena_bytes=room_for(records, room),
+            rate_limit_bytes_per_s=rate_for(load_bytes, plan.load_share * image_s),
+        )
+        performance = self._new_way(settings, requests, gallery)
+        return self._report(members, settings, room, performance, old, old_gallery, requests, gallery)
+
+    # -- scenes -------------------------------------------------------------------------------------
+
+    def _family(self) -> tuple[Member, ...]:
+        plan = self.plan
+        folder = plan.out / f"family-{family_key(plan.models, plan.seed)}"
+        with self._scene(f"making {plan.models} small Stable Diffusion models", plan.models) as tick:
+            return make_family(folder, plan.models, plan.seed, tick)
+
+    def _image_time_s(self, members: Sequence[Member]) -> float:
+        with self._scene("timing an image", 1) as tick:
+            image_s = baseline.image_time_s(members[0].path, _sample(members[0].name))
+            tick(image_s)
+        self._console.print(
+            f"  an image takes {1e3 * image_s:.0f} ms here; loads are slowed to about {self.plan.load_share:g} "
+            "of that, as a large model's load compares with its image on a GPU",
+            style="dim",
+        )
+        return image_s
+
+    def _workload(self, members: Sequence[Member], image_s: float) -> list[Request]:
+        plan = self.plan
+        shape = Shape(
+            requests=plan.requests,
+            clients=plan.clients,
+            rate_per_s=plan.pressure / image_s,
+            exponent=0.8,
+            burst=1.6,
+            spread_s=image_s,
+            variants=len(PROMPTS),
+            steps=(_STEPS,),
+            size=_SIZE,
+        )
+        return make_workload([member.name for member in members], shape, plan.seed)
+
+    def _old_way(self, folders: Mapping[str, Path], requests: Sequence[Request]) -> BaselineRun:
+        server = Baseline(folders)
+        server.warm_up(requests[:2])
+        with self._scene("serving with from_pretrained per switch", len(requests)) as tick:
+            return server.run(requests, tick)
+
+    def _new_way(
+        self, settings: DaemonSettings, requests: Sequence[Request], gallery: Sequence[Request]
+    ) -> Performance:
+        with contextlib.ExitStack() as stack:
+            with self._scene("starting understudyd", 1) as tick:
+                daemon = stack.enter_context(running_daemon(settings, self.plan.out))
+                tick(daemon)
+            workload = self._send(daemon, "serving with Understudy", requests)
+            spans = spans_from(daemon.ask(admin.Trace(seconds=3600.0)))
+            shown = self._send(daemon, "painting the contact sheet", gallery)
+        return Performance(workload, shown, spans)
+
+    def _send(self, daemon: DaemonProcess, label: str, requests: Sequence[Request]) -> traffic.Traffic:
+        with self._scene(label, len(requests)) as tick:
+            got = asyncio.run(traffic.send(daemon.endpoint, requests, tick))
+        daemon.check()
+        return got
+
+    # -- the end ------------------------------------------------------------------------------------
+
+    def _report(
+        self, members: Sequence[Member], settings: DaemonSettings, room: int, performance: Performance,
+        old: BaselineRun, old_gallery: BaselineRun, requests: Sequence[Request], gallery: Sequence[Request],
+    ) -> int:  # fmt: skip
+        taken = turns(performance.workload.served, lane(performance.spans, "stage"))
+        old_taken = turns(old.served, lane(old.spans, "stage"))
+        ours, theirs = figures(taken), figures(old_taken)
+        title = f"{len(members)} models, room for {room} ({settings.arena_bytes / 2**20:.0f} MiB)"
+        table = show.results_table(ours, taken, theirs, title)
+        self._console.print()
+        self._console.print(table)
+        expected = old.images | old_gallery.images
+        got = performance.workload.images | performance.gallery.images
+        equal = sum(traffic.pixels(png) == expected[index].tobytes() for index, png in got.items())
+        asked = len(requests) + len(gallery)
+        self._console.print(f"\n{equal} of {asked} images equal from_pretrained's, bit for bit")
+        for index, why in (performance.workload.failures | performance.gallery.failures).items():
+            self._console.print(f"request {index} failed: {why}", style="red")
+        self._draw(members, room, performance, old, requests, taken, old_taken)
+        self._console.print("\ngo on by hand:")
+        for command in show.commands(
+            self.plan.out / "understudyd.toml", settings.runtime_dir, members[0].name
+        ):
+            self._console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
+        return 0 if equal == asked else 1
+
+    def _draw(
+        self, members: Sequence[Member], room: int, performance: Performance, old: BaselineRun,
+        requests: Sequence[Request], taken: Sequence[Turn], old_taken: Sequence[Turn],
+    ) -> None:  # fmt: skip
+        out, count = self.plan.out, len(members)
+        ours, theirs = figures(taken), figures(old_taken)
+        first_s = min((one.sent_s for one in performance.workload.served), default=0.0)
+        spans = [span for span in performance.spans if span.end_s > first_s]
+        timeline = pictures.timeline(
+            [
+                pictures.daemon_strip(
+                    "Understudy: the next models load while the stage computes", spans, taken
+                ),
+                pictures.baseline_strip(
+                    "from_pretrained per switch: computing waits for every load", old.spans, old_taken
+                ),
+            ],
+            out / "timeline.png",
+            title=f"{count} models, room for {room}: a visible switch takes "
+            f"{show.milliseconds(ours.switch_ms_p50)}, with from_pretrained "
+            f"{show.milliseconds(theirs.switch_ms_p50)}",
+            subtitle=f"p99 {show.milliseconds(ours.switch_ms_p99)} and "
+            f"{show.milliseconds(theirs.switch_ms_p99)}   ·   {ours.throughput_per_s:.1f} images/s and "
+            f"{theirs.throughput_per_s:.1f}   ·   the same {ours.requests} requests, "
+            "4 s of each run",
+            colours={member.name: member.colour for member in members},
+        )
+        images = performance.workload.images | performance.gallery.images
+        sheet = pictures.contact_sheet(
+            gallery_sheet(requests, images),
+            out / "contact-sheet.png",
+            title=f"{min(_GALLERY_MODELS, count)} of {count} models, one daemon",
+            subtitle="small models with random weights: each has a palette and a brush of its own; "
+            "every image equals from_pretrained's, bit for bit",
+        )
+        self._console.print(f"\npictures: {timeline}\n          {sheet}", highlight=False)
+
+    @contextlib.contextmanager
+    def _scene(self, label: str, total: int) -> Iterator[Tick]:
+        """A progress bar while something happens; without a terminal, one line at its end."""
+        columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description:<42}"), BarColumn(24),
+                   MofNCompleteColumn(), TimeElapsedColumn())  # fmt: skip
+        with Progress(*columns, console=self._console) as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda _: progress.advance(task)
+
+
+def _sample(model: str) -> Request:
+    return Request(0, 0, model, PROMPTS[0], 1_000, _STEPS, _SIZE, _SIZE, 0.0)
+
+
+def favourites(requests: Sequence[Request]) -> list[str]:
+    """The models that are asked for most, in order of name's number."""
+    counts = Counter(request.model for request in requests)
+    chosen = [model for model, _ in counts.most_common(_GALLERY_MODELS)]
+    return sorted(chosen, key=lambda model: model.rpartition("-")[2])
+
+
+def gallery_requests(requests: Sequence[Request]) -> list[Request]:
+    """What the contact sheet needs beside the workload, indexed after it."""
+    have = {(request.model, request.prompt) for request in requests}
+    missing = [
+        (model, variant)
+        for model in favourites(requests)
+        for variant in range(_GALLERY_PROMPTS)
+        if (model, PROMPTS[variant]) not in have
+    ]
+    return [
+        Request(len(requests) + i, 0, model, PROMPTS[variant], 1_000 + variant, _STEPS, _SIZE, _SIZE, 0.0)
+        for i, (model, variant) in enumerate(missing)
+    ]
+
+
+def gallery_sheet(requests: Sequence[Request], images: Mapping[int, bytes]) -> pictures.Sheet:
+    """Favourite models across, prompts down."""
+    import io
+
+    models, prompts = favourites(requests), PROMPTS[:_GALLERY_PROMPTS]
+    by_wish: dict[tuple[str, str], bytes] = {}
+    for request in [*requests, *gallery_requests(requests)]:
+        if request.index in images:
+            by_wish.setdefault((request.model, request.prompt), images[request.index])
+
+    def picture(model: str, prompt: str) -> Image.Image | None:
+        png = by_wish.get((model, prompt))
+        return None if png is None else Image.open(io.BytesIO(png)).convert("RGB")
+
+    return pictures.Sheet(prompts, models, [[picture(m, p) for m in models] for p in prompts])

@@ -1,0 +1,80 @@
+"""The daemon that demo and benchmark start, and one small run of each through it."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from understudy import admin
+from understudy_demo.serving import DaemonFailed, DaemonSettings, rate_for, running_daemon, short_runtime_dir
+from understudyd import config as configuration
+
+
+def settings(folder: Path) -> DaemonSettings:
+    return DaemonSettings(
+        store=folder / "store",
+        runtime_dir=folder / "run",
+        arena_bytes=8 << 20,
+        rate_limit_bytes_per_s=50_000_000,
+        lookahead=0,
+        order="fcfs",
+        prefetch=False,
+    )
+
+
+def test_the_configuration_says_what_the_settings_say(tmp_path: Path) -> None:
+    path = tmp_path / "understudyd.toml"
+    path.write_text(settings(tmp_path / 'a "quoted" folder').toml())
+    config = configuration.load(path, {})
+    assert config.store.path == tmp_path / 'a "quoted" folder' / "store"
+    assert (config.device.kind, config.device.arena) == ("cpu", 8 << 20)
+    assert (config.loader.count, config.loader.rate_limit) == (2, 50_000_000)
+    assert (config.policy.lookahead, config.policy.order, config.policy.prefetch) == (0, "fcfs", False)
+
+
+def test_the_rate_allows_for_an_idle_loaders_burst() -> None:
+    assert rate_for(4_000_000, 0.08) == 40_000_000
+
+
+def test_a_long_folder_gets_a_short_runtime_dir(tmp_path: Path) -> None:
+    short = Path("/tmp/understudy-test-run")
+    assert short_runtime_dir(short) == short
+    moved = short_runtime_dir(tmp_path / ("x" * 90) / "run")
+    assert len(str(moved)) < 80 and moved.is_dir()
+    moved.rmdir()
+
+
+def test_a_daemon_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
+    bad = DaemonSettings(store=tmp_path / "s", runtime_dir=tmp_path / "run", arena_bytes=-5)
+    wanted = pytest.raises(DaemonFailed, match=r"ended with status 1\n(.|\n)*device.arena")
+    with wanted, running_daemon(bad, tmp_path, start_timeout_s=30):
+        pytest.fail("it must not become ready")
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
+    """Every image equals `from_pretrained`'s, the pictures are there, nothing is left running."""
+    from understudy_demo.run import Demo, Plan
+
+    console = Console(record=True, width=100, quiet=True)
+    with console.capture() as told:
+        status = Demo(Plan(out=tmp_path / "out", models=4, requests=10, clients=2), console).play()
+    assert status == 0, told.get()
+    assert {"timeline.png", "contact-sheet.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(admin.AdminError, match="is it running"):
+        admin.call(tmp_path / "out/run/admin.sock", admin.Status())
+
+
+@pytest.mark.timeout(300)
+def test_the_benchmark_from_end_to_end(tmp_path: Path) -> None:
+    from benchmarks.serve import OURS, perform, set_scene
+    from benchmarks.serve import settings as daemon_settings
+    from benchmarks.serve_scene import Plan
+
+    plan = Plan(models=5, resident=2, requests=16, clients=2, outstanding=2, rounds=2)
+    scene = set_scene(plan, tmp_path)
+    chosen = daemon_settings(plan, scene, tmp_path)[OURS]
+    run = perform(plan, scene, {OURS: chosen}, tmp_path)[OURS]
+    assert (run.completed, run.lost, run.wrong) == (16, 0, 0)
+    assert run.figures.requests == 16, "every image has its span on stage"
+    assert run.figures.models == len({request.model for request in scene.requests})
