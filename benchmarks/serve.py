@@ -15,9 +15,11 @@ every run is compared with plain diffusers' (`from_pretrained`, same prompt, see
 
 import argparse
 import contextlib
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,8 +45,9 @@ from understudy_demo.spans import Span, lane, spans_from
 from understudy_demo.workload import Request
 
 ALL_RESIDENT, ON_DEMAND, OURS = "all-resident", "on-demand", "ours"
-CLIENT_LIMIT_S = 600.0
+ROUND_LIMIT_S = 180.0  # a round takes some 20 s; after this what is unanswered is lost
 TRACE_S = 3600.0
+FAREWELL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,11 @@ def perform(plan: Plan, scene: Scene, chosen: Mapping[str, DaemonSettings], work
 
 
 def send_from_processes(
-    plan: Plan, requests: Sequence[Request], daemon: DaemonProcess, folder: Path
+    plan: Plan,
+    requests: Sequence[Request],
+    daemon: DaemonProcess,
+    folder: Path,
+    limit_s: float = ROUND_LIMIT_S,
 ) -> list[Answer]:
     """All clients connect, then start together. A client that dies leaves its requests unanswered."""
     processes = []
@@ -115,6 +122,10 @@ def send_from_processes(
             process.wait_ready()
         for process in processes:
             process.start()
+        deadline_s = time.monotonic() + limit_s
+        if not all([process.is_done(deadline_s) for process in processes]):
+            daemon.check()
+            say(f"  not done within {limit_s:g} s; the daemon's queue: {daemon.ask(admin.Queue())}")
         return [answer for process in processes for answer in process.answers()]
     finally:
         for process in processes:
@@ -149,9 +160,17 @@ class _Client:
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
 
-    def answers(self) -> list[Answer]:
+    def is_done(self, deadline_s: float) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(CLIENT_LIMIT_S)
+            self._process.wait(max(0.0, deadline_s - time.monotonic()))
+        return self._process.poll() is not None
+
+    def answers(self) -> list[Answer]:
+        """What came back; a client that is still waiting is stopped, and notes what it had."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(FAREWELL_S)
         if not self._answers.exists():
             return []
         return msgspec.json.decode(self._answers.read_bytes(), type=list[Answer])

@@ -5,6 +5,7 @@ starts at the line "go" on its standard input, writes one `Answer` a line to ANS
 """
 
 import asyncio
+import contextlib
 import hashlib
 import sys
 import time
@@ -77,10 +78,9 @@ async def ask_one(client: Any, ask: Ask) -> Answer:
     )
 
 
-async def ask_all(client: Any, work: Asks) -> list[Answer]:
-    """`outstanding` workers take turns at the list, in its order."""
+async def ask_all(client: Any, work: Asks, answers: list[Answer]) -> None:
+    """`outstanding` workers take turns at the list, in its order; each answer is appended as it comes."""
     left: Iterable[Ask] = iter(work.asks)
-    answers: list[Answer] = []
 
     async def worker() -> None:
         for ask in left:
@@ -89,22 +89,23 @@ async def ask_all(client: Any, work: Asks) -> list[Answer]:
     async with asyncio.TaskGroup() as group:
         for _ in range(work.outstanding):
             group.create_task(worker())
-    return answers
 
 
-async def run(endpoint: str, work: Asks) -> list[Answer]:
+async def run(endpoint: str, work: Asks, answers: list[Answer]) -> None:
     """Connect, report, wait for the start, work."""
     async with AsyncClient(endpoint, reconnect_s=60.0) as client:
         await client.ping()
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
-        return await ask_all(client, work)
+        await ask_all(client, work, answers)
 
 
 def main() -> None:
     endpoint, asks_path, answers_path = sys.argv[1:]
     work = msgspec.json.decode(Path(asks_path).read_bytes(), type=Asks)
-    answers = asyncio.run(run(endpoint, work))
+    answers: list[Answer] = []
+    with contextlib.suppress(KeyboardInterrupt):  # the benchmark's patience is over: say what there is
+        asyncio.run(run(endpoint, work, answers))
     Path(answers_path).write_bytes(msgspec.json.encode(answers))
 
 

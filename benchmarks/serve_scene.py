@@ -27,10 +27,10 @@ class Plan:
     clients: int = 4
     outstanding: int = 4
     exponent: float = 0.9
-    size: int = 40
+    size: int = 48
     steps: tuple[int, ...] = (1, 2)
     load_share: float = 0.8
-    rounds: int = 8
+    rounds: int = 4
     seed: int = 0
 
     @property

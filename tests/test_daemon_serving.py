@@ -133,12 +133,19 @@ def test_a_running_request_is_cancelled_within_a_step(daemon: DaemonProcess) -> 
 
 def test_an_upcasting_vae_leaves_nothing_behind(client: understudy.Client, daemon: DaemonProcess) -> None:
     """The second image of each model must come from the arena again, not from float32 leftovers."""
+
+    def tensors_outside() -> list[str]:
+        return daemon.ask(admin.Show(arena=True))["tensors_outside"]
+
     first = ask(client, "xl").images
+    assert tensors_outside() == []
     ask(client, "xl-b")
     assert ask(client, "xl").images == first
     with pytest.raises(understudy.DeadlineExceeded):  # cancelled somewhere in the middle
         ask(client, "xl", steps=300, deadline_s=0.4)
+    assert tensors_outside() == []
     assert ask(client, "xl").images == first
+    assert tensors_outside() == []
 
 
 def test_models_and_status_tell_the_truth(client: understudy.Client, daemon: DaemonProcess) -> None:

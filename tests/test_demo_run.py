@@ -1,12 +1,16 @@
 """The daemon that demo and benchmark start, and one small run of each through it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
 from understudy import admin
 from understudy_demo.serving import DaemonFailed, DaemonSettings, rate_for, running_daemon, short_runtime_dir
+from understudy_demo.spans import spans_from
 from understudyd import config as configuration
 
 
@@ -51,6 +55,35 @@ def test_a_daemon_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> 
         pytest.fail("it must not become ready")
 
 
+STARTER = """
+import sys
+from pathlib import Path
+from understudy_demo.serving import DaemonSettings, running_daemon
+from understudyd.store.store import Store
+folder = Path(sys.argv[1])
+Store.open(folder / "store", writable=True)
+settings = DaemonSettings(store=folder / "store", runtime_dir=folder / "run", arena_bytes=1 << 20)
+with running_daemon(settings, folder):
+    print("up", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_daemon_goes_with_whoever_started_it(tmp_path: Path) -> None:
+    """Also when that is killed, so that no cleaning up is done."""
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert starter.stdout is not None and starter.stdout.readline() == b"up\n"
+        pid = admin.call(tmp_path / "run/admin.sock", admin.Status())["pid"]
+        daemon = psutil.Process(pid)
+    finally:
+        starter.kill()
+        starter.communicate()
+    assert not psutil.wait_procs([daemon], timeout=10)[1]
+
+
 @pytest.mark.timeout(300)
 def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     """Every image equals `from_pretrained`'s, the pictures are there, nothing is left running."""
@@ -78,3 +111,20 @@ def test_the_benchmark_from_end_to_end(tmp_path: Path) -> None:
     assert (run.completed, run.lost, run.wrong) == (16, 0, 0)
     assert run.figures.requests == 16, "every image has its span on stage"
     assert run.figures.models == len({request.model for request in scene.requests})
+
+
+@pytest.mark.timeout(300)
+def test_a_silent_daemon_ends_in_lost_requests_not_in_a_hang(tmp_path: Path) -> None:
+    from benchmarks.kit import running_daemon as started
+    from benchmarks.serve import OURS, send_from_processes, set_scene, sum_up
+    from benchmarks.serve import settings as daemon_settings
+    from benchmarks.serve_scene import Plan
+
+    plan = Plan(models=4, resident=4, requests=400, clients=1, outstanding=1, rounds=1)
+    scene = set_scene(plan, tmp_path)
+    with started(daemon_settings(plan, scene, tmp_path)[OURS], tmp_path / "ours") as daemon:
+        answers = send_from_processes(plan, scene.requests, daemon, tmp_path / "ours", limit_s=1.0)
+        trace = daemon.ask(admin.Trace())
+    assert 0 < len(answers) < 400, "what had come back by then is kept"
+    run = sum_up(scene.requests, scene.references, [answers], [answers], spans_from(trace))
+    assert run.lost == 400 - len(answers) and run.wrong == 0

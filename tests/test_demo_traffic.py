@@ -73,7 +73,8 @@ def test_a_client_process_keeps_so_many_outstanding_and_no_more() -> None:
     client = ScriptedClient(bad=CapacityError("full"), gone=TransportError("gone"))
     models = ["a"] * 8 + ["bad", "gone"]
     asks = tuple(Ask(index=i, model=m, prompt="p", seed=1, steps=1, size=8) for i, m in enumerate(models))
-    answers = asyncio.run(ask_all(client, Asks(outstanding=3, asks=asks)))
+    answers: list[Answer] = []
+    asyncio.run(ask_all(client, Asks(outstanding=3, asks=asks), answers))
     assert client.most_open == 3
     assert sorted(answer.index for answer in answers) == list(range(10))
     assert [a.outcome for a in sorted(answers, key=lambda a: a.index)][7:] == ["image", "error", "none"]

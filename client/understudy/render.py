@@ -130,7 +130,10 @@ def arena(document: Document) -> RenderableType:
         by_state[f"{state}_bytes"] = by_state.get(f"{state}_bytes", 0) + int(extent.get("size_bytes") or 0)
     by_state["free_bytes"] = total - sum(by_state.values()) + by_state.get("free_bytes", 0)
     columns = [">offset", ">size", "state", ">leases", "blob", "models"]
+    outside = document.get("tensors_outside") or []
+    warning = [Text(f"{len(outside)} tensors lie outside the arena: {_list(outside[:3])}", "red")]
     return Group(
+        *(warning if outside else []),
         _map(total, extents),
         Text(),
         _legend(by_state, total),

@@ -110,8 +110,8 @@ class Demo:
             image_s = baseline.image_time_s(members[0].path, _sample(members[0].name))
             tick(image_s)
         self._console.print(
-            f"  an image takes {1e3 * image_s:.0f} ms here; loads are slowed to about {self.plan.load_share:g} "
-            "of that, as a large model's load compares with its image on a GPU",
+            f"  an image takes {1e3 * image_s:.0f} ms here; loads are slowed to about "
+            + f"{self.plan.load_share:g} of that, as a large model's load compares with its image on a GPU",
             style="dim",
         )
         return image_s

@@ -136,7 +136,10 @@ class DaemonProcess:
 def running_daemon(
     settings: DaemonSettings, folder: Path, *, start_timeout_s: float = 120.0
 ) -> Iterator[DaemonProcess]:
-    """A daemon that is ready, with its configuration and log in `folder`; gone afterwards in any case."""
+    """A daemon that is ready, with its configuration and log in `folder`; gone afterwards in any case.
+
+    Call it on a thread that lives as long as the daemon shall: the kernel kills it when that thread ends.
+    """
     settings.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.mkdir(parents=True, exist_ok=True)
     config, log = folder / "understudyd.toml", folder / "understudyd.log"
@@ -155,10 +158,23 @@ def running_daemon(
             daemon.stop()
 
 
+# The daemon goes when whoever started it is killed: no `finally` runs then. The daemon's own children do
+# the same. `understudyd` itself must not: a service outlives the shell that starts it.
+_TIED = """
+import os, sys
+from understudyd.loader.linux import die_with_parent
+die_with_parent()
+if os.getppid() != int(sys.argv[1]):
+    raise SystemExit("whoever started this daemon is gone already")
+from understudyd.main import main
+main(sys.argv[2:])
+"""
+
+
 def _spawn(config: Path, log: Path, notify_address: str) -> "subprocess.Popen[bytes]":
     with log.open("wb") as sink:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "understudyd.main", "serve", "--config", str(config)],
+            [sys.executable, "-P", "-c", _TIED, str(os.getpid()), "serve", "--config", str(config)],
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,

@@ -82,6 +82,7 @@ class StageAdapter:
         self.build_views = stage.build_views
         self.drop_views = stage.drop_views
         self.cancel_run = stage.cancel_run
+        self.strays = stage.strays
         self.close = stage.close
 
     def put_on_deck(self, request_id: str, model: str, request: Generate) -> None:

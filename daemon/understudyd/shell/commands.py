@@ -182,6 +182,7 @@ class Commands:
         return {
             "size_bytes": self._machine.residency.arena.size_bytes,
             "extents": [dataclasses.asdict(v) for v in views],
+            "tensors_outside": self._runtime.strays(),
         }
 
     def _request_row(self, view: snapshot.RequestView) -> dict[str, Any]:

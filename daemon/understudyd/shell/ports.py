@@ -96,3 +96,6 @@ class StageDoor(Protocol):
 
     def take_result(self, request_id: str, received_at_s: float) -> RunResult:
         """The finished run's result, once; its timings count from `received_at_s`."""
+
+    def strays(self) -> list[str]:
+        """Tensors of bound components that lie outside the arena."""

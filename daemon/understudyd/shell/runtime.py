@@ -351,6 +351,10 @@ class Runtime:
             if waiter is not None and not waiter.done():
                 waiter.set_result(freed_bytes)
 
+    def strays(self) -> list[str]:
+        """Tensors of bound components outside the arena; see `StageDoor`."""
+        return self._stage.strays() if self._stage is not None else []
+
     # -- waiting ------------------------------------------------------------------------------------
 
     async def until(self, condition: Callable[[], bool]) -> None:

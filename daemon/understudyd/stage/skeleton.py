@@ -58,6 +58,11 @@ class Skeleton:
         """Something moved or cast the module since it was bound (SDXL upcasts its VAE)."""
         return self._is_dirty
 
+    @property
+    def is_bound(self) -> bool:
+        """A blob's views are in the slots."""
+        return self._bound is not None
+
     def bind(self, views: BlobViews) -> bool:
         """Put the blob's views into every slot; False when they are there already."""
         if views.signature.id != self.signature.id:

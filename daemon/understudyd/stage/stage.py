@@ -124,6 +124,16 @@ class Stage:
         """Every skeleton alive: for tests, checks and measurements."""
         return list(self._skeletons.values())
 
+    def strays(self) -> list[str]:
+        """Tensors of bound components outside the arena: none, unless a run moved them just now."""
+        addresses = self._resident.address_range
+        return [
+            f"{skeleton.signature.class_name}.{path}"
+            for skeleton in self.skeletons()
+            if skeleton.is_bound
+            for path in skeleton.strays(addresses)
+        ]
+
     # -- blobs -------------------------------------------------------------------------------------
 
     def build_views(self, blob: str, offset: int, generation: int) -> None:

@@ -181,6 +181,11 @@ class ResidentBlobs:
         self._blobs: dict[str, _Resident] = {}
         self._shelf = ViewShelf()
 
+    @property
+    def address_range(self) -> range:
+        """The addresses of the arena's bytes."""
+        return self._arena.address_range
+
     def expect(self, blob: str, offset: int, generation: int) -> None:
         """From now on the blob lies at `offset`; its views will be built."""
         with self._lock:
