@@ -123,7 +123,7 @@ def send_from_processes(
         for process in processes:
             process.start()
         deadline_s = time.monotonic() + limit_s
-        if not all([process.is_done(deadline_s) for process in processes]):
+        if not all(process.is_done(deadline_s) for process in processes):
             daemon.check()
             say(f"  not done within {limit_s:g} s; the daemon's queue: {daemon.ask(admin.Queue())}")
         return [answer for process in processes for answer in process.answers()]

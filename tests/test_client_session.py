@@ -212,7 +212,7 @@ def test_cancel_without_a_daemon_is_answered_after_a_grace_and_never_runs_elsewh
         {"prompt": "\ud800"},
         {"steps": "20"},
         {"seed": 2**70},
-        {"prompt": object()},
+        {"prompt": 1j},
         {"model": None},
     ],
     ids=str,

@@ -87,7 +87,7 @@ def test_damaged_files_fail_their_model_alone(own_store: Path, family: Family, t
         flip_a_bit(store.blob_path(unet["sd-a"].sha256))
         store.blob_path(unet["sd-b"].sha256).unlink()
         with understudy.Client(endpoint=daemon.endpoint) as client:
-            with pytest.raises(understudy.DaemonError, match="checksum") as corrupt:
+            with pytest.raises(understudy.DaemonError, match="is damaged between") as corrupt:
                 client.generate("sd-a", PROMPT, **OPTIONS)
             assert corrupt.value.code == "model_corrupt" and not corrupt.value.retryable
             with pytest.raises(understudy.DaemonError) as missing:

@@ -86,7 +86,11 @@ def test_timings_add_up() -> None:
         encoded_at_s=5.5,
         bind_s=0.1,
         gap_s=0.25,
+        previous_ended_at_s=2.5,
     )
     timings = timings_since(1.0, moments)
     assert (timings.queued_s, timings.switch_s, timings.run_s, timings.encode_s) == (2.0, 0.25, 1.75, 0.5)
     assert timings.total_s == 4.5
+    assert timings.gap_s == 0.75, "a load was waited for after the stage was free at 2.5"
+    moments.previous_ended_at_s = 0.5
+    assert timings_since(1.0, moments).gap_s == 2.25, "idle before the request came does not count"

@@ -97,8 +97,9 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
 
     `queued_s` from receipt until the stage was free for it, `switch_s` from then to its first stage
     operation (the visible switch when work was waiting), `run_s` on stage, `encode_s` after it.
-    `gap_s` is None when the stage had been idle before this request could run; else it is the time
-    from the end of the previous request's last stage operation to this one's first.
+    `gap_s` is how long the stage did nothing while this request waited: from the end of the previous
+    request's last stage operation, or from receipt if that was later, to this one's first. A load that had
+    to be waited for is part of it.
     """
 
     queued_s: float

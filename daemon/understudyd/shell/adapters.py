@@ -110,7 +110,12 @@ class StageAdapter:
 
 
 def timings_since(received_at_s: float, moments: "RunTimings") -> Timings:
-    """Moments on the clock as the durations that a client sees; the first four add up to the total."""
+    """Moments on the clock as the durations that a client sees; the first four add up to the total.
+
+    The gap counts from when the stage was free *and* this request was there: a load that was waited for is
+    part of it, which the stage alone could not tell.
+    """
+    waiting_since_s = max(received_at_s, moments.previous_ended_at_s or received_at_s)
     return Timings(
         queued_s=moments.free_at_s - received_at_s,
         switch_s=moments.first_op_at_s - moments.free_at_s,
@@ -118,5 +123,5 @@ def timings_since(received_at_s: float, moments: "RunTimings") -> Timings:
         encode_s=moments.encoded_at_s - moments.run_ended_at_s,
         total_s=moments.encoded_at_s - received_at_s,
         bind_s=moments.bind_s,
-        gap_s=moments.gap_s,
+        gap_s=moments.first_op_at_s - waiting_since_s,
     )

@@ -35,7 +35,8 @@ class RunTimings:
     `deck_at_s` put on deck; `free_at_s` the stage was free for it; `first_op_at_s` its first stage operation;
     `run_ended_at_s` the end of its last; `encoded_at_s` its images are bytes. `bind_s` is a duration.
     `gap_s` is the visible switch, from the previous run's last stage operation to this one's first;
-    None when the stage was idle before this request was on deck.
+    None when the stage was idle before this request was on deck. `previous_ended_at_s` is the end of the run
+    before, None for the first.
     """
 
     deck_at_s: float
@@ -45,6 +46,7 @@ class RunTimings:
     encoded_at_s: float
     bind_s: float
     gap_s: float | None
+    previous_ended_at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,7 @@ class Run:
             encoded_at_s=encoded_at_s,
             bind_s=self.bind_s,
             gap_s=self.first_op_at_s - waited_for if waited and waited_for is not None else None,
+            previous_ended_at_s=waited_for,
         )
 
 
