@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint format bench-switch bench-serve clean
+.PHONY: help demo test lint format bench-switch bench-serve bench-handover bench-coldstart gpu-check clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
@@ -29,6 +29,16 @@ bench-switch: $(STAMP)  ## bind and visible switch at real size
 
 bench-serve: $(STAMP)  ## 200 models, room for 20
 	@$(BIN)/python -m benchmarks.serve --json
+
+bench-handover: $(STAMP)  ## loads against plain reads, host tier, loaders killed again and again
+	@$(BIN)/python -m benchmarks.handover --json
+
+bench-coldstart: $(STAMP)  ## from nothing to the first image
+	@$(BIN)/python -m benchmarks.coldstart --json
+
+# Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
+gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so
+	@PYTHONPATH=client:daemon$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu --out gpu-check.json
 
 clean:  ## forget the virtual environment and what the demo made
 	rm -rf $(VENV) demo-out

@@ -19,6 +19,7 @@ __all__ = [
     "DaemonSettings",
     "json_line",
     "percentile",
+    "rounded",
     "running_daemon",
     "say",
     "show_table",
@@ -28,14 +29,17 @@ __all__ = [
 Figure = float | int | str | None
 
 
-def json_line(document: Mapping[str, Figure | Mapping[str, Figure]], out: TextIO = sys.stdout) -> None:
-    """The last line of a benchmark: one JSON object, floats to four significant decimals."""
-    print(json.dumps(_rounded(document)), file=out, flush=True)
+def json_line(document: Mapping[str, Figure | Mapping[str, Figure]], out: TextIO | None = None) -> None:
+    """The last line of a benchmark: one JSON object, floats to four decimals."""
+    print(json.dumps(rounded(document)), file=out, flush=True)
 
 
-def _rounded(value: object) -> object:
+def rounded(value: object) -> object:
+    """The same document with floats to four decimals."""
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
     return round(value, 4) if isinstance(value, float) else value
 
 

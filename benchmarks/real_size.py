@@ -1,12 +1,14 @@
 """Stable Diffusion 1.5 and SDXL in their real sizes, with cheap random bits for weights.
 
 The configs are those of the published models; nothing is downloaded. Weights are written straight into an
-arena, without a module that holds them. `narrow` keeps every tensor and shrinks its channels, for tests.
+arena, without a module that holds them. `narrow` keeps every tensor and shrinks its channels, for tests;
+`sample_size` (latent pixels) is the side of the default image, and changes no tensor.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,18 @@ _STRIDE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Architecture:
-    """A pipeline class and its components, each with a signature, in order of first use."""
+    """A pipeline class and how its components are built, in order of first use."""
 
     pipeline_class: str
-    signatures: dict[str, SignatureRecord]
+    builders: dict[str, Callable[[], nn.Module]]
     tokenizers: tuple[str, ...]
     init_kwargs: dict[str, Any] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+
+    @cached_property
+    def signatures(self) -> dict[str, SignatureRecord]:
+        """Each component's shape in fp16."""
+        return {part: _signature(build) for part, build in self.builders.items()}
 
     @property
     def tensor_count(self) -> int:
@@ -53,62 +60,58 @@ class Architecture:
         return sum(signature.size_bytes for signature in self.signatures.values())
 
 
-def sd15(*, narrow: bool = False) -> Architecture:
+def sd15(*, narrow: bool = False, sample_size: int = 64) -> Architecture:
     """Stable Diffusion 1.5: 860 M parameters in the UNet."""
     channels = (32, 64, 128, 128) if narrow else (320, 640, 1280, 1280)
     text_width = 64 if narrow else 768
-    signatures = {
-        "text_encoder": _signature(lambda: _text(CLIPTextModel, text_width, 12, 12, "quick_gelu")),
-        "unet": _signature(
-            lambda: UNet2DConditionModel(
-                sample_size=64,
-                block_out_channels=channels,
-                down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-                up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-                cross_attention_dim=text_width,
-                attention_head_dim=8,
-            )
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "text_encoder": lambda: _text(CLIPTextModel, text_width, 12, 12, "quick_gelu"),
+        "unet": lambda: UNet2DConditionModel(
+            sample_size=sample_size,
+            block_out_channels=channels,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            cross_attention_dim=text_width,
+            attention_head_dim=8,
         ),
-        "vae": _signature(lambda: _vae(narrow, sample_size=512, scaling_factor=0.18215)),
+        "vae": lambda: _vae(narrow, sample_size=8 * sample_size, scaling_factor=0.18215),
     }
     return Architecture(
         "StableDiffusionPipeline",
-        signatures,
+        builders,
         tokenizers=("tokenizer",),
         init_kwargs={"requires_safety_checker": False},
         absent=("safety_checker", "feature_extractor", "image_encoder"),
     )
 
 
-def sdxl(*, narrow: bool = False) -> Architecture:
+def sdxl(*, narrow: bool = False, sample_size: int = 128) -> Architecture:
     """Stable Diffusion XL 1.0 base: 2.6 G parameters in the UNet, two text encoders."""
     channels = (32, 64, 128) if narrow else (320, 640, 1280)
     width, width_2 = (64, 80) if narrow else (768, 1280)
-    signatures = {
-        "text_encoder": _signature(lambda: _text(CLIPTextModel, width, 12, 12, "quick_gelu")),
-        "text_encoder_2": _signature(
-            lambda: _text(CLIPTextModelWithProjection, width_2, 32, 20, "gelu", projection_dim=width_2)
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "text_encoder": lambda: _text(CLIPTextModel, width, 12, 12, "quick_gelu"),
+        "text_encoder_2": lambda: _text(
+            CLIPTextModelWithProjection, width_2, 32, 20, "gelu", projection_dim=width_2
         ),
-        "unet": _signature(
-            lambda: UNet2DConditionModel(
-                sample_size=128,
-                block_out_channels=channels,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                cross_attention_dim=width + width_2,
-                attention_head_dim=(1, 2, 4) if narrow else (5, 10, 20),
-                use_linear_projection=True,
-                transformer_layers_per_block=(1, 2, 10),
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=width_2 + 6 * 256,
-            )
+        "unet": lambda: UNet2DConditionModel(
+            sample_size=sample_size,
+            block_out_channels=channels,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=width + width_2,
+            attention_head_dim=(1, 2, 4) if narrow else (5, 10, 20),
+            use_linear_projection=True,
+            transformer_layers_per_block=(1, 2, 10),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=width_2 + 6 * 256,
         ),
-        "vae": _signature(lambda: _vae(narrow, sample_size=1024, scaling_factor=0.13025, force_upcast=True)),
+        "vae": lambda: _vae(narrow, sample_size=8 * sample_size, scaling_factor=0.13025, force_upcast=True),
     }
     return Architecture(
         "StableDiffusionXLPipeline",
-        signatures,
+        builders,
         tokenizers=("tokenizer", "tokenizer_2"),
         absent=("image_encoder", "feature_extractor"),
     )
@@ -169,6 +172,22 @@ def _signature(build: Callable[[], nn.Module]) -> SignatureRecord:
     )
 
 
+def save_parts(architecture: Architecture, folder: Path) -> tuple[PartRecord, ...]:
+    """Write scheduler and tokenizers to `folder`, a folder each; their records."""
+    tiny.scheduler().save_pretrained(folder / "scheduler")
+    for part in architecture.tokenizers:
+        tiny.tokenizer().save_pretrained(folder / part)
+    return (
+        PartRecord(
+            name="scheduler", library="diffusers", class_name="EulerDiscreteScheduler", content="scheduler"
+        ),
+        *(
+            PartRecord(name=part, library="transformers", class_name="CLIPTokenizer", content="tokenizer")
+            for part in architecture.tokenizers
+        ),
+    )
+
+
 class RealSizeStore:
     """Models of one architecture whose blobs exist only in an arena: enough of a store for the stage."""
 
@@ -176,10 +195,8 @@ class RealSizeStore:
         self._architecture = architecture
         self._folder = folder
         self._signatures = {s.id: s for s in architecture.signatures.values()}
+        self._parts = save_parts(architecture, folder)
         self._models = {name: self._model(name) for name in names}
-        tiny.scheduler().save_pretrained(folder / "scheduler")
-        for part in architecture.tokenizers:
-            tiny.tokenizer().save_pretrained(folder / part)
 
     def model(self, name: str) -> ModelRecord:
         return self._models[name]
@@ -195,13 +212,6 @@ class RealSizeStore:
 
     def _model(self, name: str) -> ModelRecord:
         architecture = self._architecture
-        scheduler = PartRecord(
-            name="scheduler", library="diffusers", class_name="EulerDiscreteScheduler", content="s"
-        )
-        tokenizers = (
-            PartRecord(name=part, library="transformers", class_name="CLIPTokenizer", content=part)
-            for part in architecture.tokenizers
-        )
         return ModelRecord(
             name=name,
             pipeline_class=architecture.pipeline_class,
@@ -209,7 +219,7 @@ class RealSizeStore:
                 ComponentRecord(name=part, signature=signature.id, blob=_blob(name, part, signature))
                 for part, signature in architecture.signatures.items()
             ),
-            parts=(scheduler, *tokenizers),
+            parts=self._parts,
             absent=architecture.absent,
             init_kwargs=architecture.init_kwargs,
         )

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from core_ledger import PAGE, Ledger
+from core_pool_ledger import PoolLedger
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core import invariants
@@ -158,12 +159,18 @@ class World:
         policy: PolicySettings | None = None,
         max_waiting: int = 1000,
         grace_s: float = 1.0,
+        pool_pages: int = 0,
     ) -> None:
         self.clock = VirtualClock()
         self.machine = Machine(
-            pages * PAGE, policy=policy, max_waiting=max_waiting, quarantine_grace_s=grace_s
+            pages * PAGE,
+            pool_bytes=pool_pages * PAGE,
+            policy=policy,
+            max_waiting=max_waiting,
+            quarantine_grace_s=grace_s,
         )
-        self.ledger = Ledger(self.machine, pages * PAGE, grace_s)
+        pool = PoolLedger(self.machine, pool_pages * PAGE)
+        self.ledger = Ledger(self.machine, pages * PAGE, grace_s, pool)
         self.loaders, self.stage = loaders, stage
         self.log: list[tuple[float, ac.Action]] = []
         self.events = 0
@@ -272,6 +279,8 @@ class World:
         residency = self.machine.residency
         assert not residency.models and not residency.blobs and not residency.loads
         assert residency.arena.free_bytes == residency.arena.largest_gap_bytes == self.ledger.arena_bytes
+        pool = residency.copies.pool
+        assert pool.free_bytes == pool.largest_gap_bytes == self.ledger.pool.pool_bytes
         assert not self.machine.queue.requests and not len(self.machine.queue)
         assert residency.leases == 0 and not self.machine.wanted and not residency.pinned
 
@@ -288,6 +297,8 @@ class World:
             match action:
                 case ac.BuildViews(blob=key, generation=generation):
                     self.later(self.stage.views_s, ev.ViewsBuilt(key, generation))
+                case ac.MoveExtent(blob=key, generation=generation):
+                    self.later(self.stage.views_s, ev.ExtentMoved(key, generation))
                 case ac.PrepareModel(name=name) if name in self.stage.broken:
                     self.later(self.stage.prepare_s, ev.ModelPreparationFailed(name, "as told"))
                 case ac.PrepareModel(name=name):

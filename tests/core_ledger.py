@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from core_pool_ledger import PoolLedger
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.machine import Machine
@@ -18,6 +19,10 @@ from understudyd.core.types import ModelInfo, Outcome, RequestInfo
 PAGE = 4096
 
 
+def _rounded(size_bytes: int) -> int:
+    return -(-max(1, size_bytes) // PAGE) * PAGE
+
+
 @dataclass
 class Held:
     """Bytes of the arena that nobody else may touch, in the ledger's opinion."""
@@ -26,7 +31,7 @@ class Held:
     end: int
     blob: str
     generation: int
-    kind: str  # filling, viewing, resident, quarantined
+    kind: str  # filling, viewing, resident, moving, quarantined
     free_at_s: float | None = None
 
 
@@ -44,6 +49,7 @@ class Ledger:
     machine: Machine
     arena_bytes: int
     grace_s: float
+    pool: PoolLedger
     models: dict[str, ModelInfo] = field(default_factory=dict)
     retiring: set[str] = field(default_factory=set)
     loaders: dict[int, int | None] = field(default_factory=dict)
@@ -64,6 +70,8 @@ class Ledger:
     unreleased: set[str] = field(default_factory=set)
     encoding: set[str] = field(default_factory=set)
     infos: dict[str, RequestInfo] = field(default_factory=dict)
+    moves: dict[tuple[str, int], ac.MoveExtent] = field(default_factory=dict)
+    loads_rest: bool = False
     last_generation: int = 0
     evictions: list[str] = field(default_factory=list)
 
@@ -85,16 +93,32 @@ class Ledger:
                 load_id = self.loaders.pop(loader_id, None)
                 self.lost[loader_id] = []
                 if load_id is not None:
-                    held = self._filling(self.loads.pop(load_id))
-                    held.kind = "quarantined"
-                    self.lost[loader_id].append(held)
+                    load = self.loads.pop(load_id)
+                    self.pool.loader_lost(loader_id, load)
+                    if load.offset is not None:
+                        held = self._filling(load)
+                        held.kind = "quarantined"
+                        self.lost[loader_id].append(held)
             case ev.LoaderReaped(loader_id=loader_id):
+                self.pool.loader_reaped(loader_id, now_s + self.grace_s)
                 for held in self.lost.pop(loader_id, []):
                     held.free_at_s = now_s + self.grace_s
             case ev.LoadFinished(load_id=load_id):
-                self._load_ended(load_id).kind = "viewing"
+                load = self._load_ended(load_id)
+                self.pool.finished(load)
+                if load.offset is not None:
+                    self._filling(load).kind = "viewing"
             case ev.LoadFailed(load_id=load_id) | ev.LoadCancelled(load_id=load_id):
-                self.held.remove(self._load_ended(load_id))
+                load = self._load_ended(load_id)
+                self.pool.ended_empty(load)
+                if load.offset is not None:
+                    self.held.remove(self._filling(load))
+            case ev.ExtentMoved(blob=key, generation=generation):
+                move, held = self.moves.pop((key, generation)), self._holder(key, generation)
+                held.end, held.kind = held.start + _rounded(move.size_bytes), "viewing"
+            case ev.MoveFailed(blob=key, generation=generation):
+                del self.moves[key, generation]
+                self.held.remove(self._holder(key, generation))
             case ev.ViewsBuilt(blob=key, generation=generation):
                 del self.views[key, generation]
                 self._holder(key, generation).kind = "resident"
@@ -124,14 +148,15 @@ class Ledger:
             case _:
                 pass
         self.held = [h for h in self.held if h.free_at_s is None or h.free_at_s > now_s]
+        self.pool.pass_time(now_s)
 
     def _filling(self, load: ac.StartLoad) -> Held:
         return next(h for h in self.held if h.kind == "filling" and h.generation == load.generation)
 
-    def _load_ended(self, load_id: int) -> Held:
+    def _load_ended(self, load_id: int) -> ac.StartLoad:
         load = self.loads.pop(load_id)
         self.loaders[load.loader_id] = None
-        return self._filling(load)
+        return load
 
     def _holder(self, key: str, generation: int) -> Held:
         return next(h for h in self.held if (h.blob, h.generation) == (key, generation))
@@ -140,7 +165,8 @@ class Ledger:
 
     def after(self, event: ev.Event, actions: Iterable[ac.Action], now_s: float) -> None:
         actions = list(actions)
-        if isinstance(event, ev.LoadFinished):  # nobody wants it any more: no views, its bytes are free
+        if isinstance(event, ev.LoadFinished | ev.ExtentMoved):
+            # Nobody wants it any more: no views, its bytes are free.
             building = {(a.blob, a.generation) for a in actions if isinstance(a, ac.BuildViews)}
             pending = building | self.views.keys()
             self.held = [h for h in self.held if h.kind != "viewing" or (h.blob, h.generation) in pending]
@@ -164,6 +190,11 @@ class Ledger:
             case ac.CancelLoad(load_id=load_id):
                 assert load_id in self.loads and load_id not in self.told_to_stop
                 self.told_to_stop.add(load_id)
+            case ac.MoveExtent():
+                self._move(action)
+            case ac.PauseLoads(is_paused=is_paused):
+                assert is_paused is not self.loads_rest, "told twice"
+                self.loads_rest = is_paused
             case ac.BuildViews(blob=key, generation=generation):
                 assert self._holder(key, generation).kind == "viewing"
                 self.views[key, generation] = action
@@ -194,15 +225,29 @@ class Ledger:
     def _start_load(self, load: ac.StartLoad) -> None:
         assert self.loaders[load.loader_id] is None, "a loader has one load at a time"
         self.loaders[load.loader_id] = load.load_id
+        self.loads[load.load_id] = load
+        self.pool.start(load)
+        assert all(h.blob != load.blob or h.kind == "quarantined" for h in self.held), "resident twice"
+        if load.offset is None:
+            return
         assert load.generation > self.last_generation
         self.last_generation = load.generation
-        assert all(h.blob != load.blob or h.kind == "quarantined" for h in self.held), "resident twice"
-        end = load.offset + -(-max(1, load.size_bytes) // PAGE) * PAGE
+        end = load.offset + _rounded(load.size_bytes)
         assert 0 <= load.offset < end <= self.arena_bytes
         clash = [h for h in self.held if load.offset < h.end and h.start < end]
         assert not clash, f"{load} over {clash}"
         self.held.append(Held(load.offset, end, load.blob, load.generation, "filling"))
-        self.loads[load.load_id] = load
+
+    def _move(self, move: ac.MoveExtent) -> None:
+        """Down, over bytes that are nobody's, after its views were dropped, while nobody uses it."""
+        assert self.evictions.pop() == move.blob and move.to_offset < move.offset
+        assert move.generation > self.last_generation
+        self.last_generation = move.generation
+        end = move.offset + _rounded(move.size_bytes)
+        clash = [h for h in self.held if move.to_offset < h.end and h.start < end]
+        assert not clash, f"{move} over {clash}"
+        self.held.append(Held(move.to_offset, end, move.blob, move.generation, "moving"))
+        self.moves[move.blob, move.generation] = move
 
     def _put_on_deck(self, request_id: str, name: str, now_s: float) -> None:
         assert self.deck is None, "one on deck at a time"
@@ -241,10 +286,13 @@ class Ledger:
         mine = {(h.start, h.end - h.start, h.blob) for h in self.held}
         theirs = {(e.offset, e.size_bytes, e.blob) for e in self.machine.residency.arena}
         assert mine == theirs, f"ledger {mine - theirs}, machine {theirs - mine}"
+        self.pool.same_as_machine()
         assert self.waiting.keys() == {r.id for r in self.machine.queue.waiting()}
 
     def _no_idle_hands(self, now_s: float) -> None:
         """The first model that waits for weights lacks nothing that an idle loader could load now."""
+        if self.moves:
+            return  # who was ready before the move is not now, but will be again
         residency, queue, policy = self.machine.residency, self.machine.queue, self.machine.policy
         stage_is_busy = bool(self.running) or self.deck is not None
         expected = policy.expected_order(queue, residency.models, self.machine.on_stage, now_s)
@@ -253,7 +301,10 @@ class Ledger:
             to_load = policy.to_load(queue, residency.ready, stage_is_busy, now_s)
             assert to_load == lacking[: max(1, policy.settings.lookahead)]
             for name in to_load:
-                if any(b.state is BlobState.ABSENT for b in residency.models[name].blobs):
+                states = {b.state for b in residency.models[name].blobs}
+                if BlobState.FETCHING in states:
+                    break  # there was no room for it, so that it goes to the host pool; the rest comes after
+                if BlobState.ABSENT in states:
                     self._cannot_be_loaded(name, now_s)
                     break
 
@@ -270,6 +321,10 @@ class Ledger:
                 fits = residency.arena.largest_gap_bytes >= residency.arena.rounded(size)
                 has_room = fits or residency.arena.cheapest_window(size, prices) is not None
                 assert not (is_idle and has_room), f"{absent.key} could be loaded"
+                only_fetches = [load for load in self.loads.values() if load.offset is None]
+                mine = {b.key for b in residency.models[name].blobs}
+                hinders = not is_idle and has_room and any(load.blob not in mine for load in only_fetches)
+                assert not hinders or self.told_to_stop & self.loads.keys(), f"{absent.key} waits for fetches"
                 break
 
     @property
@@ -277,6 +332,7 @@ class Ledger:
         return not (
             self.loads
             or self.views
+            or self.moves
             or self.preparing
             or self.deck
             or self.running

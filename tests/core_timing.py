@@ -23,12 +23,13 @@ from understudyd.core.types import Outcome, RequestInfo
 
 
 def measure(
-    models: int, waiting: int, events: int, order: str, prefetch: bool, seed: int
+    models: int, waiting: int, events: int, order: str, prefetch: bool, pool: float, seed: int
 ) -> dict[str, object]:
     """Microseconds of `handle` over all events, by quantile, and the slowest kinds."""
     dice = random.Random(seed)
     policy = PolicySettings(order=order, prefetch=prefetch, max_wait_s=1e9 if order == "fcfs" else 600.0)
-    machine = Machine(models // 10 * 70 * PAGE, policy=policy, max_waiting=waiting + 1)
+    arena_bytes = models // 10 * 70 * PAGE
+    machine = Machine(arena_bytes, pool_bytes=int(pool * arena_bytes), policy=policy, max_waiting=waiting + 1)
     names = [f"m{i}" for i in range(models)]
     weights = [1.0 / (i + 1) for i in range(models)]
     agenda: list[tuple[float, int, ev.Event]] = []
@@ -58,10 +59,12 @@ def measure(
 
     def perform(action: ac.Action) -> None:
         match action:
-            case ac.StartLoad():
-                later(action.size_bytes / PAGE * 0.02, ev.LoadFinished(action.load_id))
-            case ac.CancelLoad():
-                pass
+            case ac.StartLoad(load_id=load_id, from_pool=from_pool):
+                under_way.add(load_id)
+                later(action.size_bytes / PAGE * (0.002 if from_pool else 0.02), ev.LoadFinished(load_id))
+            case ac.CancelLoad(load_id=load_id):
+                if load_id in under_way:
+                    later(0.01, ev.LoadCancelled(load_id))
             case ac.BuildViews():
                 later(0.01, ev.ViewsBuilt(action.blob, action.generation))
             case ac.PrepareModel():
@@ -72,6 +75,7 @@ def measure(
             case ac.AnswerRequest():
                 later(0.0, ask())
 
+    under_way: set[int] = set()
     decks: list[str] = []
     running: list[str] = []
 
@@ -84,7 +88,7 @@ def measure(
     for i, name in enumerate(names):
         machine.handle(ev.ModelAdded(model(name, blob(f"vae{i % 64}", 5), 10 + i % 3, 50 + i % 10)), now_s)
     for loader_id in range(2):
-        machine.handle(ev.LoaderReady(loader_id), now_s)
+        tell(ev.LoaderReady(loader_id))
     for _ in range(waiting):
         tell(ask())
     warm = 5 * waiting
@@ -94,6 +98,10 @@ def measure(
             deadline.clear()
             gc.collect()
         now_s, _, event = heapq.heappop(agenda)
+        if isinstance(event, ev.LoadFinished | ev.LoadCancelled):
+            if event.load_id not in under_way:
+                continue  # it was cancelled, or finished before it could be
+            under_way.remove(event.load_id)
         tell(event)
         if isinstance(event, ev.RunEnded):
             running.clear()
@@ -108,6 +116,7 @@ def measure(
     return {
         "order": order,
         "prefetch": prefetch,
+        "pool": pool,
         "events": len(every),
         "waiting": len(machine.queue),
         "evictions": machine.residency.evictions,
@@ -123,8 +132,13 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=1000)
     parser.add_argument("--events", type=int, default=20_000)
     chosen = parser.parse_args()
-    for order, prefetch in (("resident_first", True), ("fcfs", False)):
-        print(json.dumps(measure(chosen.models, chosen.waiting, chosen.events, order, prefetch, seed=1)))
+    for order, prefetch, pool in (
+        ("resident_first", True, 0.0),
+        ("resident_first", True, 3.0),
+        ("fcfs", False, 0.0),
+    ):
+        numbers = measure(chosen.models, chosen.waiting, chosen.events, order, prefetch, pool, seed=1)
+        print(json.dumps(numbers))
 
 
 if __name__ == "__main__":

@@ -40,9 +40,17 @@ def family(choose: Choose[int]) -> dict[str, ModelInfo]:
 class Walk:
     """One world and all ways on. `choose(options)` picks one of a non-empty sequence."""
 
-    def __init__(self, infos: dict[str, ModelInfo], policy: PolicySettings, pages: int, loaders: int) -> None:
+    def __init__(
+        self,
+        infos: dict[str, ModelInfo],
+        policy: PolicySettings,
+        pages: int,
+        loaders: int,
+        pool_pages: int = 0,
+    ) -> None:
         self.infos = infos
-        self.world = World(pages, models=list(infos.values())[:4], policy=policy, max_waiting=6)
+        first = list(infos.values())[:4]
+        self.world = World(pages, pool_pages=pool_pages, models=first, policy=policy, max_waiting=6)
         self.ledger = self.world.ledger
         self.next_loader_id = 0
         for _ in range(loaders):
@@ -100,6 +108,7 @@ class Walk:
         ends: list[ev.Event] = [ev.LoadFinished(i) for i in sorted(ledger.loads)]
         ends += [ev.LoadCancelled(i) for i in sorted(ledger.told_to_stop & ledger.loads.keys())]
         ends += [ev.ViewsBuilt(*view) for view in sorted(ledger.views)]
+        ends += [ev.ExtentMoved(*move) for move in sorted(ledger.moves)]
         ends += [ev.ModelPrepared(name) for name in sorted(ledger.preparing)]
         if ledger.deck is not None and len(ledger.running) < MAX_RUNNING:
             ends.append(ev.RunStarted(ledger.deck))
@@ -115,6 +124,7 @@ class Walk:
         ledger = self.ledger
         ends: list[ev.Event] = [ev.LoadFailed(i, c, "?") for i in sorted(ledger.loads) for c in FAULTS]
         ends += [ev.ViewsFailed(*view, "?") for view in sorted(ledger.views)]
+        ends += [ev.MoveFailed(*move, "?") for move in sorted(ledger.moves)]
         ends += [ev.ModelPreparationFailed(name, "?") for name in sorted(ledger.preparing)[:1]]
         on_stage = sorted(ledger.running | ({ledger.deck} if ledger.deck is not None else set()))
         ends += [ev.RunEnded(i, o) for i in on_stage for o in (Outcome.FAILED, Outcome.CANCELLED)]
@@ -165,6 +175,8 @@ class Walk:
         yield from (ev.LoaderReaped(i) for i in self.ledger.loaders)
         yield from (ev.ViewsBuilt(h.blob, h.generation) for h in self.ledger.held if h.kind != "viewing")
         yield from (ev.ViewsFailed(h.blob, h.generation + 1, "?") for h in self.ledger.held)
+        yield from (ev.ExtentMoved(h.blob, h.generation) for h in self.ledger.held if h.kind != "moving")
+        yield from (ev.MoveFailed(h.blob, h.generation + 1, "?") for h in self.ledger.held)
         yield from self._illegal_about_models()
         yield from self._illegal_about_requests()
 
@@ -216,7 +228,7 @@ class Walk:
 
     def _drive_to_quiescence(self) -> None:
         """Within a bounded number of events."""
-        limit = self.world.events + 300 + 2 * len(self.ledger.lost)
+        limit = self.world.events + 400 + 2 * len(self.ledger.lost)
         while self._one_good_step():
             assert self.world.events < limit, f"no rest: {self.ledger.waiting} {self.world.log[-20:]}"
 

@@ -2,14 +2,21 @@
 
 `FakeGpu` is the hardware, `FakeDriver` is one process's view of it. Copies on a stream happen only when
 something waits for them, so that a forgotten wait shows as wrong bytes. Every call can be made to fail.
+Whatever a real driver would do slowly or wrongly without an error is an assertion here.
 """
 
 import ctypes
 import itertools
+import mmap
 import threading
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
+
+from loader_kit import CHUNK_BYTES, KIB, MIB
+from understudyd.loader import wire
+from understudyd.loader.proof import PROOF_BYTES
+from understudyd.shell.memory_cuda import CudaArena
 
 IPC_HANDLE_BYTES = 64
 
@@ -106,8 +113,12 @@ class FakeDriver:
         self.events: dict[int, tuple[int, int] | None] = {}
         self.most_in_flight = 0
         self.live: list[tuple[str, int]] = []
+        self.registered: dict[int, int] = {}
+        self.copied_from: list[str] = []
+        self.holds: dict[str, threading.Semaphore] = {}
         self.log: list[str] = []
         self.fail_at: int | None = None
+        self.fail_call: tuple[str, int] = ("", 0)
         self.fail_with = CUresult.CUDA_ERROR_INVALID_VALUE
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
@@ -117,11 +128,20 @@ class FakeDriver:
 
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.log.append(name)
-            if self.fail_at is not None and len(self.log) - 1 == self.fail_at:
+            if name in self.holds:
+                assert self.holds[name].acquire(timeout=20)
+            if self._is_to_fail(name):
                 return (self.fail_with, *[None] * _VALUES.get(name, 0))
             return function(self, *arguments)
 
         return call
+
+    def _is_to_fail(self, name: str) -> bool:
+        """The call number `fail_at`, or the n-th of a name from now on."""
+        if name == self.fail_call[0]:
+            self.fail_call = (name, self.fail_call[1] - 1)
+            return self.fail_call[1] == -1
+        return len(self.log) - 1 == self.fail_at
 
     def _ok(self, *values: Any) -> tuple[Any, ...]:
         return (CUresult.CUDA_SUCCESS, *values)
@@ -190,6 +210,7 @@ class FakeDriver:
         return self._ok(Number(address))
 
     def _cuMemFree(self, address: Any) -> tuple[Any, ...]:
+        self._gpu.memory.pop(int(address), None)
         return self._died("memory", address)
 
     def _cuIpcGetMemHandle(self, address: Any) -> tuple[Any, ...]:
@@ -219,7 +240,22 @@ class FakeDriver:
         return self._ok(ctypes.addressof(buffer))
 
     def _cuMemFreeHost(self, address: int) -> tuple[Any, ...]:
+        self._pinned.pop(address, None)
         return self._died("pinned", address)
+
+    def _cuMemHostRegister(self, address: int, size_bytes: int, flags: int) -> tuple[Any, ...]:
+        if missing := self._needs_context():
+            return missing[:1]
+        assert flags == 0 and size_bytes > 0 and address % mmap.PAGESIZE == 0
+        for start, length in self.registered.items():
+            assert address + size_bytes <= start or address >= start + length, "registered twice"
+        self.registered[address] = size_bytes
+        self._born("registered", address)
+        return self._ok()
+
+    def _cuMemHostUnregister(self, address: int) -> tuple[Any, ...]:
+        self.registered.pop(address, None)
+        return self._died("registered", address)
 
     # -- streams and events
 
@@ -243,12 +279,30 @@ class FakeDriver:
         return self._died("event", event)
 
     def _cuMemcpyHtoDAsync(self, target: int, source: int, size_bytes: int, stream: Any) -> tuple[Any, ...]:
+        return self._copy_async(int(target), source, size_bytes, source, int(target), stream)
+
+    def _cuMemcpyDtoHAsync(self, target: int, source: int, size_bytes: int, stream: Any) -> tuple[Any, ...]:
+        return self._copy_async(target, int(source), size_bytes, target, int(source), stream)
+
+    def _copy_async(
+        self, target: int, source: int, size_bytes: int, host: int, device: int, stream: Any
+    ) -> tuple[Any, ...]:
         if missing := self._needs_context():
             return missing[:1]
-        owner = next((b for a, b in self._pinned.items() if a <= source < a + len(b)), None)
-        assert owner is not None, "a pageable copy"
+        pinned = [(start, len(buffer)) for start, buffer in self._pinned.items()]
+        where = [
+            name
+            for name, ranges in (("pinned", pinned), ("registered", self.registered.items()))
+            if any(start <= host and host + size_bytes <= start + length for start, length in ranges)
+        ]
+        assert where, "a pageable copy, or one across two registered pieces"
+        assert any(
+            start <= device and device + size_bytes <= start + len(memory)
+            for start, memory in self._gpu.memory.items()
+        ), "a copy outside of device memory"
+        self.copied_from += where
         queue = self.pending[int(stream)]
-        queue.append(lambda: ctypes.memmove(int(target), source, size_bytes) and None)
+        queue.append(lambda: ctypes.memmove(target, source, size_bytes) and None)
         self.most_in_flight = max(self.most_in_flight, len(queue))
         return self._ok()
 
@@ -273,3 +327,37 @@ class FakeDriver:
         for event, recorded in self.events.items():
             if recorded is not None and recorded[0] == stream:
                 self.events[event] = (stream, max(0, recorded[1] - count))
+
+
+# -- what a loader is told ---------------------------------------------------------------------------
+
+PIECE_BYTES = 200 * KIB
+POOL_BYTES = MIB + 5
+SEED = 6
+
+
+def attach(arena: CudaArena, **changes: object) -> wire.Attach:
+    fields = {
+        "gpu_uuid": arena.gpu_uuid,
+        "pool_bytes": POOL_BYTES,
+        "pinned_piece_bytes": PIECE_BYTES,
+        "chunk_bytes": CHUNK_BYTES,
+        "parent_pid": 1,
+    }
+    return wire.Attach(**fields | changes)  # type: ignore[arg-type]
+
+
+def opening(arena: CudaArena, **changes: object) -> wire.OpenArena:
+    fields = {
+        "transport": "cuda_ipc",
+        "ipc_handle": arena.open_fields().ipc_handle,
+        "arena_bytes": MIB,
+        "proof_offset": MIB,
+        "proof_bytes": PROOF_BYTES,
+        "proof_seed": SEED,
+    }
+    return wire.OpenArena(**fields | changes)  # type: ignore[arg-type]
+
+
+def no_notice(message: str) -> None:
+    raise AssertionError(message)

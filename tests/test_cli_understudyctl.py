@@ -18,9 +18,9 @@ from understudy.ctl import chrome_trace, main
 
 MIB = 1024 * 1024
 LOADERS = [
-    {"id": 4, "slot": 0, "pid": 11, "state": "ready", "load": "sdxl/unet", "bytes_done": 3 * MIB,
-     "size_bytes": 4 * MIB, "loads_done": 7, "bytes_total": 70 * MIB, "rate_bytes_per_s": 2.0 * MIB,
-     "restarts": 1},
+    {"id": 4, "slot": 0, "pid": 11, "state": "ready", "load": "sdxl/unet", "route": "disk > host",
+     "bytes_done": 3 * MIB, "size_bytes": 4 * MIB, "loads_done": 7, "bytes_total": 70 * MIB,
+     "rate_bytes_per_s": 2.0 * MIB, "restarts": 1},
     {"id": 2, "slot": 1, "pid": 12, "state": "starting"},
 ]  # fmt: skip
 STATUS = {
@@ -29,6 +29,9 @@ STATUS = {
     "request_running": {"id": "r9", "model": "sd15-red", "step": 3, "steps": 20},
     "arena": {"size_bytes": 100 * MIB, "ready_bytes": 40 * MIB, "leased_bytes": 10 * MIB,
               "filling_bytes": 25 * MIB, "quarantined_bytes": 0, "free_bytes": 25 * MIB},
+    "host_pool": {"size_bytes": 64 * MIB, "ready_bytes": 32 * MIB, "in_use_bytes": 16 * MIB,
+                  "filling_bytes": 0, "quarantined_bytes": 0, "free_bytes": 16 * MIB, "copies": 3},
+    "hand_over": "threads", "hand_over_reason": "it cannot be exported",
     "loaders": LOADERS, "last_error": "blob 12 is corrupt",
     "visible_switch_ms": {"p50": 0.8, "p99": 2.25, "count": 99},
 }  # fmt: skip
@@ -114,6 +117,16 @@ def test_status(daemon: FakeDaemon) -> None:
     bar = next(line for line in text.splitlines() if "█" in line and "▓" in line and "leased" not in line)
     cells = [bar.count(glyph) for glyph in "█▓▒·"]
     assert sum(cells) == 64 and cells == [6, 26, 16, 16]
+    host = text.splitlines().index(next(line for line in text.splitlines() if line.startswith("host")))
+    assert [text.splitlines()[host].count(glyph) for glyph in "█▓·"] == [16, 32, 16]
+    assert "in use 16.0 MiB" in text.splitlines()[host + 1] and "of 64.0 MiB" in text.splitlines()[host + 1]
+    assert "by threads: it cannot be exported" in text and "disk > host" in text
+
+
+def test_status_without_a_host_pool(daemon: FakeDaemon) -> None:
+    daemon.answers["status"] = STATUS | {"host_pool": {"size_bytes": 0}, "hand_over": "processes"}
+    text = daemon.run("status").stdout
+    assert "no host pool" in text and "by threads" not in text
 
 
 def test_models_and_names_are_shown_as_they_are(daemon: FakeDaemon) -> None:
@@ -130,6 +143,7 @@ def test_show_a_model(daemon: FakeDaemon) -> None:
         "blob": "b" * 64,
         "size_bytes": MIB,
         "tier": "host",
+        "host_copy": True,
         "shared_by": 3,
     }
     daemon.answers["show"] = MODELS[0] | {"components": [part]}
@@ -146,6 +160,19 @@ def test_the_map_of_the_arena_is_to_scale(daemon: FakeDaemon) -> None:
     assert "leased 128 B" in lines[9] and "free 256 B" in lines[9]
     assert any("a, b" in line for line in lines)
     assert daemon.asked == [admin.Show(arena=True)]
+    assert "host pool" not in "".join(lines)
+
+
+def test_the_map_of_the_host_pool_follows(daemon: FakeDaemon) -> None:
+    held = [
+        {"offset": 0, "size_bytes": 32, "state": "ready", "blob": "d" * 64, "models": ["far"], "leases": 0}
+    ]
+    daemon.answers["show"] = ARENA | {"host_pool": {"size_bytes": 64, "extents": held}}
+    lines = daemon.run("show", "--arena").stdout.splitlines()
+    below = lines[lines.index("host pool") + 1 :]
+    assert [line[0] for line in below[:8]] == ["▓"] * 4 + ["·"] * 4
+    assert "ready 32 B" in below[9] and "of 64 B" in below[9]
+    assert any("far" in line for line in below)
 
 
 def test_queue(daemon: FakeDaemon) -> None:

@@ -40,6 +40,16 @@ def test_auto_is_the_default_size() -> None:
     assert load(None, {}).device.arena == AUTO
 
 
+def test_loaders_and_the_host_pool(tmp_path: Path) -> None:
+    path = write(tmp_path, '[host]\npool = "0"\n[loader]\ntransport = "thread"\nstalled_after_s = 5\n')
+    chosen, default = load(path, {"UNDERSTUDY__POLICY__PAUSE_PRIORITY": "7"}), load(None, {})
+    assert (chosen.host.pool, default.host.pool) == (0, AUTO)
+    assert (chosen.loader.transport, default.loader.transport) == ("thread", "auto")
+    assert chosen.loader.stalled_after_s == 5.0 and chosen.loader.copies_in_flight == 2
+    assert (chosen.policy.pause_priority, default.policy.pause_priority) == (7, None)
+    assert default.loader.dead_after_s < 3.0, "a hung loader is declared dead within three seconds"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -47,6 +57,9 @@ def test_auto_is_the_default_size() -> None:
         ("[nonsense]\n", "nonsense"),
         ('[device]\narena = "big"\n', "no size.*device.arena"),
         ("[loader]\ncount = 0\n", "loader.count"),
+        ('[loader]\ntransport = "pigeon"\n', "loader.transport"),
+        ("[loader]\ncopies_in_flight = 0\n", "loader.copies_in_flight"),
+        ('[host]\npool = "half"\n', "no size.*host.pool"),
         ('[policy]\norder = "random"\n', "policy.order"),
         ("[policy\n", "not TOML"),
         ("[stage]\nwarm_up_limit_s = 0\n", "warm_up_limit_s"),

@@ -34,12 +34,17 @@ class Anything(RuleBasedStateMachine):
             max_wait_s=st.sampled_from([30.0, 2.0, 1000.0]),
             max_skips=st.integers(0, 4),
             prefetch=st.booleans(),
+            pause_priority=st.sampled_from([None, 1]),
         ),
         pages=st.integers(6, 20),
         loaders=st.integers(1, 2),
+        pool_pages=st.sampled_from([0, 4, 12, 40]),
     )
-    def begin(self, data: st.DataObject, policy: PolicySettings, pages: int, loaders: int) -> None:
-        self.walk = Walk(family(lambda options: data.draw(st.sampled_from(options))), policy, pages, loaders)
+    def begin(
+        self, data: st.DataObject, policy: PolicySettings, pages: int, loaders: int, pool_pages: int
+    ) -> None:
+        infos = family(lambda options: data.draw(st.sampled_from(options)))
+        self.walk = Walk(infos, policy, pages, loaders, pool_pages)
 
     @rule(data=st.data(), kind=st.sampled_from(["ask", "take_back", "administer", "what_cannot_be"]))
     def somebody_acts(self, data: st.DataObject, kind: str) -> None:
@@ -86,8 +91,10 @@ def random_walk(seed: int) -> Walk:
         max_wait_s=chance.choice([2.0, 30.0, 1000.0]),
         max_skips=chance.randint(0, 4),
         prefetch=chance.random() < 0.5,
+        pause_priority=chance.choice([None, 1]),
     )
-    walk = Walk(family(chance.choice), policy, chance.randint(6, 24), chance.randint(1, 3))
+    pages, loaders, pool_pages = chance.randint(6, 24), chance.randint(1, 3), chance.choice([0, 4, 12, 40])
+    walk = Walk(family(chance.choice), policy, pages, loaders, pool_pages)
     trouble = chance.choice([0.1, 0.5, 2.0])
     kinds = {
         "ask": chance.choice([1.0, 3.0, 6.0]),

@@ -1,20 +1,16 @@
 """What an operator wants, what models share, and what lies in the way."""
 
 from core_kit import (
-    QUIET,
     ScriptedLoaders,
     ScriptedStage,
-    World,
     blob,
     busy_world,
     by_hand,
-    loading,
     model,
-    on_stage,
 )
 from understudyd.core import events as ev
 from understudyd.core.policy import PolicySettings
-from understudyd.core.types import ErrorCode, Outcome
+from understudyd.core.types import ErrorCode
 
 # -- what an operator wants ---------------------------------------------------------------------------
 
@@ -123,62 +119,6 @@ def test_a_shared_blob_is_loaded_once_and_resident_once() -> None:
         world.run()
         assert sorted(world.loaded) == ["a.1", "b.1", "c.1", "vae"]
         assert sorted(world.ledger.resident()) == ["a.1", "b.1", "c.1", "vae"]
-
-
-# -- fragmentation ------------------------------------------------------------------------------------
-
-
-def test_a_models_own_blobs_may_block_each_other_and_are_moved() -> None:
-    """`a` needs 4 + 4 of 8 pages, but its first blob lands in the middle while others are leased."""
-    infos = [model("left", 2), model("right", 2), model("a", 4, 4)]
-    world = World(8, models=infos, policy=QUIET)
-    world.tell(ev.LoaderReady(1))
-    left = on_stage(world, "left")
-    world.ask("a")
-    world.tell(ev.LoadFinished(2))
-    world.tell(ev.ViewsBuilt("a.0", 2))
-    world.tell(ev.ModelPrepared("a"))
-    assert [(h.blob, h.start // 4096) for h in world.ledger.held] == [("left.0", 0), ("a.0", 2)]
-    for event in (ev.RunEnded(left, Outcome.FINISHED), ev.ImagesEncoded(left), ev.LeaseEnded(left)):
-        world.tell(event)
-    assert loading(world) == ["a"]
-    for _ in range(2):
-        world.tell(ev.LoadFinished(min(world.ledger.loads)))
-        world.tell(ev.ViewsBuilt(*min(world.ledger.views)))
-    assert world.ledger.deck is not None
-
-
-def test_what_pins_keep_out_for_good_is_refused_instead_of_moved_about_for_ever() -> None:
-    """Free bytes suffice, but the pinned model lies in the middle."""
-    infos = [model("filler", 3), model("pinned", 2), model("a", 4), model("b", 2)]
-    with busy_world(8, *infos) as world:
-        for name in ("filler", "pinned"):
-            world.tell(ev.LoadWanted(name))
-            world.run()
-        world.tell(ev.PinChanged("pinned", pinned=True))
-        world.tell(ev.EvictWanted("filler"))
-        hopeless, fine = world.ask("a"), world.ask("b")
-        world.run(max_events=200)
-        assert world.answer(hopeless) is ErrorCode.MODEL_TOO_LARGE
-        assert world.answer(fine) is None  # it is served although nothing else happens any more
-
-
-def test_the_hopeless_one_is_refused_not_the_oldest() -> None:
-    infos = [model("filler", 3), model("pinned", 2), model("a", 4), model("b", 2)]
-    with busy_world(8, *infos) as world:
-        for name in ("filler", "pinned"):
-            world.tell(ev.LoadWanted(name))
-            world.run()
-        world.tell(ev.PinChanged("pinned", pinned=True))
-        world.tell(ev.EvictWanted("filler"))
-        for loader_id in range(2):
-            world.tell(ev.LoaderLost(loader_id, "killed"))
-            world.tell(ev.LoaderReaped(loader_id))
-        oldest, hopeless = world.ask("b"), world.ask("a", priority=5)
-        world.tell(ev.LoaderReady(7))
-        world.run()
-        assert world.answer(oldest) is None
-        assert world.answer(hopeless) is ErrorCode.MODEL_TOO_LARGE
 
 
 def test_a_hundred_models_through_an_arena_for_three() -> None:

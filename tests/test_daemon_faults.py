@@ -1,11 +1,10 @@
-"""Real faults on a real daemon: loaders killed and stopped, files damaged, the daemon itself killed."""
+"""Real faults on a real daemon: clients and the daemon itself killed, models removed, no room."""
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,93 +14,20 @@ import pytest
 import understudy
 from daemon_kit import DaemonProcess, running_daemon
 from family_kit import Family, pixels
+from faults_kit import OPTIONS, PROMPT, Stricken, stricken_daemon, until
 from understudy import admin
-from understudyd.store.store import Store
 
-PROMPT = "a red circle on blue"
-OPTIONS = {"seed": 7, "steps": 1, "width": 32, "height": 32}
-REFERENCE = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 1, "width": 32, "height": 32}
 COLD: dict[str, Any] = {"stage": {"warm_up": False}}
-SLOW = {"rate_limit": "2MiB/s"}  # a model takes about two seconds
 
 
-async def until(look: Callable[[], Any], wanted: Callable[[Any], bool], timeout_s: float = 20.0) -> Any:
-    """Ask again and again, yielding to the loop in between, until the answer is the wanted one."""
-    async with asyncio.timeout(timeout_s):
-        while not wanted(seen := await asyncio.to_thread(look)):
-            await asyncio.sleep(0)
-    return seen
+@pytest.fixture(scope="module")
+def shared(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stricken]:
+    """One daemon, with a store of its own, for the tests that leave it alive."""
+    with stricken_daemon(family, tmp_path_factory.mktemp("shared")) as stricken:
+        yield stricken
 
 
-def loaders(daemon: DaemonProcess) -> list[dict[str, Any]]:
-    return daemon.ask(admin.Loaders())
-
-
-def is_in_the_middle(rows: list[dict[str, Any]]) -> bool:
-    return any(0 < row["bytes_done"] < row["size_bytes"] for row in rows)
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_loader_dies_in_the_middle_of_a_load(
-    family: Family, tmp_path: Path, number: signal.Signals
-) -> None:
-    """The request is served, no byte stays behind, a new loader is at work."""
-
-    async def scenario(daemon: DaemonProcess) -> None:
-        async with understudy.AsyncClient(endpoint=daemon.endpoint) as client:
-            handle = await client.submit("xl", PROMPT, **OPTIONS)
-            rows = await until(lambda: loaders(daemon), is_in_the_middle)
-            victim = next(row for row in rows if 0 < row["bytes_done"] < row["size_bytes"])
-            os.kill(victim["pid"], number)
-            result = await handle.result()
-            assert [pixels(i) for i in result.images] == family.reference("xl", **REFERENCE)
-            fresh = await until(lambda: loaders(daemon), lambda rows: all(r["state"] == "idle" for r in rows))
-            assert sum(row["restarts"] for row in fresh) == 1
-            assert victim["pid"] not in {row["pid"] for row in fresh}
-        quiet = await until(
-            lambda: daemon.ask(admin.Status())["arena"],
-            lambda a: a["quarantined_bytes"] == a["filling_bytes"] == a["leased_bytes"] == 0,
-        )
-        assert quiet["ready_bytes"] + quiet["free_bytes"] == quiet["size_bytes"]
-        assert daemon.ask(admin.Status())["requests_failed"] == 0
-
-    reference_first = family.reference("xl", **REFERENCE)  # imports torch while nothing is timed
-    assert reference_first
-    with running_daemon(family.store, tmp_path / "run", loader=SLOW, **COLD) as daemon:
-        asyncio.run(scenario(daemon))
-
-
-def flip_a_bit(path: Path) -> None:
-    path.chmod(0o644)
-    with path.open("r+b") as file:
-        file.seek(-5000, os.SEEK_END)
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte[0] ^ 1]))
-
-
-def test_damaged_files_fail_their_model_alone(own_store: Path, family: Family, tmp_path: Path) -> None:
-    store = Store.open(own_store, writable=False)
-    unet = {n: next(c for c in store.model(n).components if c.name == "unet").blob for n in ("sd-a", "sd-b")}
-    with running_daemon(own_store, tmp_path / "run", **COLD, policy={"prefetch": False}) as daemon:
-        flip_a_bit(store.blob_path(unet["sd-a"].sha256))
-        store.blob_path(unet["sd-b"].sha256).unlink()
-        with understudy.Client(endpoint=daemon.endpoint) as client:
-            with pytest.raises(understudy.DaemonError, match="is damaged between") as corrupt:
-                client.generate("sd-a", PROMPT, **OPTIONS)
-            assert corrupt.value.code == "model_corrupt" and not corrupt.value.retryable
-            with pytest.raises(understudy.DaemonError) as missing:
-                client.generate("sd-b", PROMPT, **OPTIONS)
-            assert missing.value.code == "load_failed"
-            images = client.generate("sd-c", PROMPT, **OPTIONS).images
-            assert [pixels(i) for i in images] == family.reference("sd-c", **REFERENCE)
-            with pytest.raises(understudy.DaemonError, match="remove it and add it again"):
-                client.generate("sd-a", PROMPT, **OPTIONS)
-        arena = daemon.ask(admin.Status())["arena"]
-        assert arena["ready_bytes"] + arena["free_bytes"] == arena["size_bytes"]
-
-
-def test_a_model_removed_while_requests_wait(own_store: Path, tmp_path: Path) -> None:
+def test_a_model_removed_while_requests_wait(shared: Stricken) -> None:
     """Running ones finish, waiting ones get a typed error, the files are gone, the rest is served."""
 
     async def scenario(daemon: DaemonProcess) -> None:
@@ -123,9 +49,8 @@ def test_a_model_removed_while_requests_wait(own_store: Path, tmp_path: Path) ->
                 await client.generate("sd-a", PROMPT, **OPTIONS)
             assert (await client.generate("sd-b", PROMPT, **OPTIONS)).images
 
-    with running_daemon(own_store, tmp_path / "run", **COLD) as daemon:
-        asyncio.run(scenario(daemon))
-        assert "sd-a" not in Store.open(own_store, writable=False).names()
+    asyncio.run(scenario(shared.daemon))
+    assert "sd-a" not in shared.store.names()
 
 
 def test_sigterm_finishes_what_is_open(family: Family, tmp_path: Path) -> None:
@@ -172,33 +97,30 @@ def test_a_killed_daemon_takes_its_loaders_along_and_clients_see_a_pause(
     assert [pixels(image) for image in result.images] == expected
 
 
-def test_a_client_killed_in_the_middle_frees_the_stage(family: Family, tmp_path: Path) -> None:
+def test_a_client_killed_in_the_middle_frees_the_stage(shared: Stricken) -> None:
     program = (
         "import sys, understudy\n"
         "with understudy.Client(endpoint=sys.argv[1]) as client:\n"
-        "    for event in client.stream('sd-a', 'x', seed=1, steps=500, width=128, height=128):\n"
+        "    for event in client.stream('sd-b', 'x', seed=1, steps=500, width=128, height=128):\n"
         "        print(type(event).__name__, flush=True)\n"
     )
-    with running_daemon(family.store, tmp_path / "run", **COLD) as daemon:
-        with subprocess.Popen(
-            [sys.executable, "-c", program, daemon.endpoint], stdout=subprocess.PIPE, text=True
-        ) as child:
-            assert child.stdout is not None
-            assert "Progress\n" in iter(child.stdout.readline, "")
-            child.kill()
-        asyncio.run(
-            until(lambda: daemon.ask(admin.Status()), lambda s: s["request_running"] is None, timeout_s=10.0)
-        )
-        with understudy.Client(endpoint=daemon.endpoint) as client:
-            assert client.generate("sd-a", PROMPT, **OPTIONS).images
+    with subprocess.Popen(
+        [sys.executable, "-c", program, shared.daemon.endpoint], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert "Progress\n" in iter(child.stdout.readline, "")
+        child.kill()
+    asyncio.run(until(shared.status, lambda status: status["request_running"] is None, timeout_s=10.0))
+    with understudy.Client(endpoint=shared.daemon.endpoint) as client:
+        assert client.generate("sd-b", PROMPT, **OPTIONS).images
 
 
-def test_the_second_daemon_on_a_runtime_directory_is_refused(family: Family, tmp_path: Path) -> None:
-    with running_daemon(family.store, tmp_path / "run", **COLD) as daemon:
-        with running_daemon(family.store, tmp_path / "run", wait=False) as second:
-            assert second.wait() == 1
-        assert f"pid {daemon.process.pid}" in "".join(second.log)
-        assert daemon.ask(admin.Status())["state"] == "ready"
+def test_the_second_daemon_on_a_runtime_directory_is_refused(shared: Stricken) -> None:
+    first = shared.daemon
+    with running_daemon(shared.store.path, first.runtime_dir, wait=False) as second:
+        assert second.wait() == 1
+    assert f"pid {first.process.pid}" in "".join(second.log)
+    assert shared.status()["state"] == "ready"
 
 
 def test_a_model_that_cannot_fit_is_refused_at_once(family: Family, tmp_path: Path) -> None:

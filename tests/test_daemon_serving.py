@@ -73,7 +73,8 @@ def test_a_burst_over_all_models_gives_every_one_its_own_image(daemon: DaemonPro
     for t in timings:
         assert t.queued_s + t.switch_s + t.run_s + t.encode_s == pytest.approx(t.total_s, abs=1e-6)
         assert min(t.queued_s, t.switch_s, t.run_s, t.encode_s) >= 0
-    assert sum(r.switched for r in results) >= len(names) - 1
+    already_bound = 3  # at most one model of each of the three architectures, since warm-up or the last test
+    assert sum(r.switched for r in results) >= len(names) - already_bound
 
 
 def test_progress_comes_in_order_and_ends_with_the_result(client: understudy.Client) -> None:

@@ -3,27 +3,45 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from loader_kit import CHUNK_BYTES, HEADER_BYTES, KIB, MIB, Blob, make_blob
 from understudyd.loader.faults import CrashPoints
-from understudyd.loader.pacing import Pacer
+from understudyd.loader.pacing import Pacer, Pause
 from understudyd.loader.progress import Progress
 from understudyd.loader.reading import ReadCancelled, Reader, ReadError, Reading
 from understudyd.loader.transport import Fill
-from understudyd.loader.wire import FileVersion
+from understudyd.loader.wire import FileVersion, Loaded, OpenArena
 
 
 class MemoryTarget:
-    """An arena of ordinary memory that remembers whether it was synchronised after the last write."""
+    """Ordinary memory that remembers whether it was synchronised after the last write.
+
+    Copies from the pool happen as late as they may: what is in the pool must stay until then.
+    """
 
     def __init__(self, size_bytes: int = 2 * MIB) -> None:
         self.memory = bytearray(b"\xee" * size_bytes)
-        self.is_synchronised = True
+        self.pool_memory = bytearray(b"\xdd" * size_bytes)
+        self.pool = memoryview(self.pool_memory)
+        self.queue: list[tuple[int, int, int]] = []
         self.before_write: Callable[[int], None] = lambda offset: None
+        self.before_copy: Callable[[int], None] = lambda offset: None
+        self.is_synchronised = True
+
+    def open_arena(self, order: OpenArena, fds: Sequence[int]) -> None:
+        raise AssertionError("it is open")
+
+    def copy(self, arena_offset: int, pool_offset: int, size_bytes: int) -> None:
+        self.before_copy(arena_offset)
+        self.is_synchronised = False
+        self.queue.append((arena_offset, pool_offset, size_bytes))
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        return bytes(self.memory[offset : offset + size_bytes])
 
     def write(self, offset: int, size_bytes: int, fill: Fill) -> None:
         self.before_write(offset)
@@ -31,6 +49,9 @@ class MemoryTarget:
         fill(memoryview(self.memory)[offset : offset + size_bytes])
 
     def synchronise(self) -> None:
+        for arena_offset, pool_offset, size_bytes in self.queue:
+            self.memory[arena_offset : arena_offset + size_bytes] = self.pool[pool_offset:][:size_bytes]
+        self.queue.clear()
         self.is_synchronised = True
 
     def close(self) -> None:
@@ -46,6 +67,7 @@ def reader(
         chunk_bytes=chunk_bytes,
         threads=threads,
         pacer=Pacer(rate),
+        pause=Pause(),
         progress=Progress(),
         crash_points=CrashPoints(),
     )
@@ -84,9 +106,74 @@ def test_bytes_arrive_and_neighbours_stay(
     assert target.is_synchronised
 
 
+WAYS = {
+    "through the pool": {"arena_offset": 513, "pool_offset": 77},
+    "pool": {"arena_offset": None, "pool_offset": 77},
+    "from the pool": {"arena_offset": 513, "pool_offset": 77, "from_pool": True, "path": "/nowhere"},
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("chunk_bytes", [7 * KIB + 1, CHUNK_BYTES, MIB])
+@pytest.mark.parametrize("size_bytes", [1, CHUNK_BYTES, 300_001])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_through_the_pool(
+    tmp_path: Path, target: MemoryTarget, threads: int, chunk_bytes: int, size_bytes: int, way: str
+) -> None:
+    blob = make_blob(tmp_path / "blob", size_bytes)
+    from_pool = way == "from the pool"
+    if from_pool:
+        target.pool[77 : 77 + size_bytes] = blob.data
+    shared = reader(target, threads=threads, chunk_bytes=chunk_bytes)
+    loaded = Reading(blob.load(**WAYS[way]), shared).run()
+    assert target.pool_memory == b"\xdd" * 77 + blob.data + b"\xdd" * (2 * MIB - 77 - size_bytes)
+    copied = blob.data if way != "pool" else b"\xee" * size_bytes
+    assert target.memory == b"\xee" * 513 + copied + b"\xee" * (2 * MIB - 513 - size_bytes)
+    assert (loaded.version, loaded.verified) == ((None, False) if from_pool else (version(blob.path), True))
+    assert target.is_synchronised
+
+
+@pytest.mark.parametrize("way", ["arena", *WAYS])
+def test_progress_counts_every_byte_once(blob: Blob, target: MemoryTarget, way: str) -> None:
+    shared = reader(target, threads=1)
+    seen: list[tuple[int | None, int]] = []
+    shared.crash_points.at = lambda point: seen.append(shared.progress.look())  # type: ignore[method-assign]
+    Reading(blob.load(**WAYS.get(way, {})), shared).run()
+    assert [done for _, done in seen] == sorted(done for _, done in seen)
+    assert seen[-1] == (1, len(blob.data))
+    assert shared.progress.look() == (None, 0)
+
+
+def test_a_chunk_goes_on_as_soon_as_it_is_in_the_pool(blob: Blob, target: MemoryTarget) -> None:
+    shared = reader(target, threads=1)
+    seen: list[int] = []
+    target.before_copy = lambda offset: seen.append(shared.progress.look()[1])
+    Reading(blob.load(pool_offset=0), shared).run()
+    assert seen == [*range(CHUNK_BYTES, len(blob.data), CHUNK_BYTES), len(blob.data)]
+
+
+@pytest.mark.parametrize("at", [0, 299_999])
+def test_bit_flip_on_the_way_to_the_pool_is_corrupt(blob: Blob, target: MemoryTarget, at: int) -> None:
+    flip(blob, at)
+    with pytest.raises(ReadError, match="damaged") as caught:
+        Reading(blob.load(arena_offset=None, pool_offset=0), reader(target)).run()
+    assert caught.value.corrupt
+
+
 def test_empty_load(blob: Blob, target: MemoryTarget) -> None:
     Reading(blob.load(size_bytes=0, xxh3=()), reader(target)).run()
     assert set(target.memory) == {0xEE}
+
+
+def test_where_no_thread_is_to_be_had_one_does_it(
+    blob: Blob, target: MemoryTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    Reading(blob.load(), reader(target, threads=4)).run()
+    assert target.memory[: len(blob.data)] == blob.data
 
 
 @pytest.mark.parametrize("at", [0, CHUNK_BYTES + 7, 299_999])
@@ -194,6 +281,12 @@ def test_missing_is_an_os_error(tmp_path: Path, blob: Blob, target: MemoryTarget
         {"file_offset": -1},
         {"xxh3": (1, 2)},
         {"checksum_chunk_bytes": 0},
+        {"arena_offset": None},
+        {"pool_offset": 2 * MIB - 100},
+        {"pool_offset": -1},
+        {"from_pool": True},
+        {"arena_offset": None, "pool_offset": 0, "from_pool": True},
+        {"arena_offset": None, "from_pool": True},
     ],
 )
 def test_senseless_orders_touch_nothing(blob: Blob, target: MemoryTarget, changes: dict[str, object]) -> None:
@@ -201,6 +294,7 @@ def test_senseless_orders_touch_nothing(blob: Blob, target: MemoryTarget, change
         Reading(blob.load(**changes), reader(target)).run()
     assert not caught.value.corrupt
     assert set(target.memory) == {0xEE}
+    assert set(target.pool_memory) == {0xDD}
 
 
 def test_cancelled_before_it_started(blob: Blob, target: MemoryTarget) -> None:
@@ -219,6 +313,40 @@ def test_cancelled_between_chunks(blob: Blob, target: MemoryTarget) -> None:
     assert target.memory[: 2 * CHUNK_BYTES] == blob.data[: 2 * CHUNK_BYTES]
     assert set(target.memory[2 * CHUNK_BYTES :]) == {0xEE}
     assert target.is_synchronised
+
+
+@pytest.mark.parametrize("way", ["through the pool", "from the pool"])
+def test_cancelled_between_copies(blob: Blob, target: MemoryTarget, way: str) -> None:
+    reading = Reading(blob.load(**WAYS[way] | {"arena_offset": 0}), reader(target, threads=1))
+    target.before_copy = lambda offset: reading.cancel() if offset >= 2 * CHUNK_BYTES else None
+    with pytest.raises(ReadCancelled):
+        reading.run()
+    assert set(target.memory[3 * CHUNK_BYTES :]) == {0xEE}
+    assert target.is_synchronised and not target.queue
+
+
+@pytest.mark.parametrize("way", ["arena", *WAYS])
+@pytest.mark.parametrize("ends", ["goes on", "cancelled"])
+def test_a_pause_is_kept_between_two_pieces(blob: Blob, target: MemoryTarget, way: str, ends: str) -> None:
+    shared = reader(target)
+    shared.pause.order(True)
+    reading = Reading(blob.load(**WAYS.get(way, {})), shared)
+    results: list[object] = []
+
+    def run() -> None:
+        try:
+            results.append(reading.run())
+        except ReadCancelled as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(0.05)
+    assert thread.is_alive() and shared.progress.look() == (1, 0)
+    assert set(target.memory) == {0xEE} and set(target.pool_memory) == {0xDD} and not target.queue
+    shared.pause.order(False) if ends == "goes on" else reading.cancel()
+    thread.join(10)
+    assert isinstance(results[0], Loaded if ends == "goes on" else ReadCancelled)
 
 
 def test_cancelling_ends_a_paced_wait(blob: Blob, target: MemoryTarget) -> None:
@@ -252,7 +380,7 @@ def test_no_descriptor_is_left(blob: Blob, target: MemoryTarget) -> None:
 
 
 def test_crash_points_say_what_they_do_not_understand() -> None:
-    for wrong in ("nowhere", "stop:nowhere", "read:1:2"):
+    for wrong in ("nowhere", "stop:nowhere", "read:1:2", "stop", "kill@path"):
         with pytest.raises(ValueError, match="point"):
             CrashPoints(wrong)
 

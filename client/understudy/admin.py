@@ -30,7 +30,7 @@ class Models(AdminRequest, frozen=True, kw_only=True, tag="models"):
 
 
 class Show(AdminRequest, frozen=True, kw_only=True, tag="show"):
-    """One model in full; `arena` true draws the map of the arena instead."""
+    """One model in full; `arena` true draws the maps of the arena and the host pool instead."""
 
     name: str = ""
     arena: bool = False
@@ -88,11 +88,11 @@ class CancelRequest(AdminRequest, frozen=True, kw_only=True, tag="cancel"):
 
 
 class Loaders(AdminRequest, frozen=True, kw_only=True, tag="loaders"):
-    """The loader processes and what they do."""
+    """The loaders and what they do."""
 
 
 class Trace(AdminRequest, frozen=True, kw_only=True, tag="trace"):
-    """What stage and loaders did in the last `seconds`, as spans."""
+    """What start-up, stage and loaders did in the last `seconds`, as spans."""
 
     seconds: float = 60.0
 

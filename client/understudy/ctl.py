@@ -74,11 +74,11 @@ def models(socket_path: Path, output: str) -> None:
 
 @main.command()
 @click.argument("name", required=False)
-@click.option("--arena", is_flag=True, help="Draw the map of the arena.")
+@click.option("--arena", is_flag=True, help="Draw the maps of the arena and the host pool.")
 @output_option
 @click.pass_obj
 def show(socket_path: Path, name: str | None, arena: bool, output: str) -> None:
-    """One model in full, or the map of the arena."""
+    """One model in full, or the maps of the arena and the host pool."""
     if (name is None) == (not arena):
         raise click.UsageError("give a model's NAME, or --arena")
     from understudy.admin import Show
@@ -100,7 +100,7 @@ def queue(socket_path: Path, output: str) -> None:
 @output_option
 @click.pass_obj
 def loaders(socket_path: Path, output: str) -> None:
-    """The loader processes and what they do."""
+    """The loaders and what they do."""
     from understudy.admin import Loaders
 
     _show(_ask(socket_path, Loaders()), output, "loaders_table")
@@ -111,7 +111,7 @@ def loaders(socket_path: Path, output: str) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), default=Path("trace.json"))
 @click.pass_obj
 def trace(socket_path: Path, seconds: float, output: Path) -> None:
-    """Write what stage and loaders did as a Chrome trace (open it in ui.perfetto.dev); "-" is stdout."""
+    """Write what stage, loaders and start-up did as a Chrome trace (for ui.perfetto.dev); "-" is stdout."""
     from understudy.admin import Trace
 
     spans = _ask(socket_path, Trace(seconds=seconds)).get("spans", [])

@@ -20,8 +20,10 @@ _STATE = {"ready": "green", "running": "green", "starting": "yellow", "draining"
 # Glyphs as well as colours, for terminals and eyes without them.
 _EXTENT = {
     "leased": ("█", "bold green"),
+    "in_use": ("█", "bold green"),
     "ready": ("▓", "green"),
     "filling": ("▒", "yellow"),
+    "moving": ("~", "yellow"),
     "quarantined": ("x", "red"),
     "free": ("·", "dim"),
 }
@@ -48,6 +50,7 @@ def status(document: Document) -> RenderableType:
         f"  pid {_text(document.get('pid'))}  id {_text(document.get('daemon'))}",
     )
     arena_facts = document.get("arena") or {}
+    host_facts = document.get("host_pool") or {}
     switch = document.get("visible_switch_ms") or {}
     rows: list[tuple[str, RenderableType]] = [
         (
@@ -58,7 +61,10 @@ def status(document: Document) -> RenderableType:
         ("running", Text(_running(document.get("request_running")))),
         ("switch", Text(_switch(switch))),
         ("arena", arena_bar(arena_facts)),
+        ("host", arena_bar(host_facts) if host_facts.get("size_bytes") else Text("no host pool")),
     ]
+    if document.get("hand_over") == "threads":
+        rows.append(("hand-over", Text(f"by threads: {_text(document.get('hand_over_reason'))}", "yellow")))
     if error := document.get("last_error"):
         rows.append(("last error", Text(_text(error), "red")))
     facts_table = Table.grid(padding=(0, 2))
@@ -96,6 +102,7 @@ def model(document: Document) -> RenderableType:
         [
             _text(part.get("name")),
             _tier(part),
+            "yes" if part.get("host_copy") else "",
             size(part.get("size_bytes")),
             _text(part.get("shared_by")),
             _text(part.get("blob"))[:16],
@@ -103,14 +110,25 @@ def model(document: Document) -> RenderableType:
         ]
         for part in document.get("components") or []
     ]
-    return Group(
-        facts(scalars), table(["component", "tier", ">size", ">shared by", "blob", "signature"], rows)
-    )
+    columns = ["component", "tier", "host copy", ">size", ">shared by", "blob", "signature"]
+    return Group(facts(scalars), table(columns, rows))
 
 
 def arena(document: Document) -> RenderableType:
-    """The arena drawn to scale, then its extents in order of their offsets."""
-    document = document.get("arena") or document
+    """The arena and, where there is one, the host pool."""
+    outside = document.get("tensors_outside") or []
+    host_pool = document.get("host_pool") or {}
+    parts: list[RenderableType] = []
+    if outside:
+        parts.append(Text(f"{len(outside)} tensors lie outside the arena: {_list(outside[:3])}", "red"))
+    parts.append(_drawn(document))
+    if host_pool.get("size_bytes"):
+        parts += [Text("\nhost pool", "bold"), _drawn(host_pool)]
+    return Group(*parts)
+
+
+def _drawn(document: Document) -> RenderableType:
+    """Memory drawn to scale, then its extents in order of their offsets."""
     total = int(document.get("size_bytes") or 0)
     extents = sorted(document.get("extents") or [], key=lambda extent: extent.get("offset") or 0)
     rows: list[Row] = [
@@ -130,10 +148,7 @@ def arena(document: Document) -> RenderableType:
         by_state[f"{state}_bytes"] = by_state.get(f"{state}_bytes", 0) + int(extent.get("size_bytes") or 0)
     by_state["free_bytes"] = total - sum(by_state.values()) + by_state.get("free_bytes", 0)
     columns = [">offset", ">size", "state", ">leases", "blob", "models"]
-    outside = document.get("tensors_outside") or []
-    warning = [Text(f"{len(outside)} tensors lie outside the arena: {_list(outside[:3])}", "red")]
     return Group(
-        *(warning if outside else []),
         _map(total, extents),
         Text(),
         _legend(by_state, total),
@@ -166,13 +181,14 @@ def loaders_table(loaders: Sequence[Document]) -> RenderableType:
     """Loaders, and how far the load of each is."""
     if not loaders:
         return Text("no loaders")
-    columns = [">loader", ">pid", "state", "load", ">done", ">loads", ">read", ">rate", ">restarts"]
+    columns = [">loader", ">pid", "state", "load", "route", ">done", ">loads", ">read", ">rate", ">restarts"]
     rows: list[Row] = [
         [
             _text(loader.get("slot", loader.get("id"))),
             _text(loader.get("pid")),
             _state(loader.get("state")),
             _text(loader.get("load")),
+            _text(loader.get("route")),
             _share(loader.get("bytes_done"), loader.get("size_bytes")),
             _text(loader.get("loads_done")),
             size(loader.get("bytes_total")),
@@ -348,7 +364,7 @@ def _legend(arena: Document, total: int) -> Text:
         size_bytes = arena.get(f"{state}_bytes")
         if size_bytes or state == "free":
             legend.append(glyph, style)
-            legend.append(f" {state} {size(size_bytes)}  ")
+            legend.append(f" {state.replace('_', ' ')} {size(size_bytes)}  ")
     return legend.append(f"of {size(total)}")
 
 

@@ -89,14 +89,30 @@ class DeviceConfig(_Section, frozen=True, kw_only=True):
     reserve: Size = Size(8 * 1024**3)
 
 
+class HostConfig(_Section, frozen=True, kw_only=True):
+    """Host memory that keeps copies of weights one copy away from the arena; `pool = "0"` is none.
+
+    `auto` is half of the available memory on a GPU, and none on the CPU, where the page cache serves as well.
+    """
+
+    pool: Size = AUTO
+
+
 class LoaderConfig(_Section, frozen=True, kw_only=True):
-    """Loader processes. `rate_limit` bounds each of them."""
+    """Loaders. `rate_limit` bounds each of them, `copies_in_flight` are `chunk`s on their way to the GPU.
+
+    `transport = "auto"` is processes, or threads of the daemon where processes cannot share the arena. A
+    loader is dead after `dead_after_s` of silence, or when its load makes no progress for `stalled_after_s`.
+    """
 
     count: Annotated[int, msgspec.Meta(ge=1, le=32)] = 2
     rate_limit: Rate = Rate(0)
     chunk: Size = Size(16 * 1024**2)
     threads: Positive = 2
-    dead_after_s: Seconds = 3.0
+    copies_in_flight: Positive = 2
+    dead_after_s: Seconds = 2.5
+    stalled_after_s: Seconds = 60.0
+    transport: Literal["auto", "process", "thread"] = "auto"
 
 
 class StageConfig(_Section, frozen=True, kw_only=True):
@@ -108,13 +124,14 @@ class StageConfig(_Section, frozen=True, kw_only=True):
 
 
 class PolicyConfig(_Section, frozen=True, kw_only=True):
-    """See `core.policy.PolicySettings`."""
+    """See `core.policy.PolicySettings`. Without `pause_priority` loads never rest."""
 
     order: Literal["resident_first", "fcfs"] = "resident_first"
     lookahead: Annotated[int, msgspec.Meta(ge=0)] = 4
     max_wait_s: Seconds = 30.0
     max_skips: Positive = 64
     prefetch: bool = True
+    pause_priority: int | None = None
 
 
 class QueueConfig(_Section, frozen=True, kw_only=True):
@@ -135,6 +152,7 @@ class Config(_Section, frozen=True, kw_only=True):
     store: StoreConfig = msgspec.field(default_factory=StoreConfig)
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     device: DeviceConfig = DeviceConfig()
+    host: HostConfig = HostConfig()
     loader: LoaderConfig = LoaderConfig()
     stage: StageConfig = StageConfig()
     policy: PolicyConfig = PolicyConfig()

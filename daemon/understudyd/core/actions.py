@@ -30,15 +30,20 @@ class AnswerRequest:
 class StartLoad:
     """Fill `[offset, offset + size_bytes)` of the arena with a blob.
 
+    With `pool_offset` and `from_pool` the bytes come from the host pool; with `pool_offset` alone they are
+    left there too. Without `offset` they go to the host pool only.
+
     Ends in `LoadFinished`, `LoadFailed`, `LoadCancelled`, or `LoaderLost` of its loader.
     """
 
     load_id: int
     loader_id: int
     blob: str
-    offset: int
+    offset: int | None
     size_bytes: int
     generation: int
+    pool_offset: int | None = None
+    from_pool: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,27 @@ class CancelLoad:
     """Stop a load between two chunks. The load still ends in one of its own events."""
 
     load_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class PauseLoads:
+    """Have every loader, new ones too, rest between two pieces, or go on."""
+
+    is_paused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MoveExtent:
+    """Move a resident blob that nobody uses down to `to_offset`; the two places may overlap.
+
+    Its views were dropped before. Ends in `ExtentMoved` or `MoveFailed`.
+    """
+
+    blob: str
+    offset: int
+    to_offset: int
+    size_bytes: int
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +137,8 @@ Action = (
     | AnswerRequest
     | StartLoad
     | CancelLoad
+    | PauseLoads
+    | MoveExtent
     | BuildViews
     | DropViews
     | PrepareModel

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 
 from understudyd.core.extents import Extent
-from understudyd.core.states import BlobState, Lifecycle, LoaderState, PartsState
+from understudyd.core.states import BlobState, ExtentState, Lifecycle, LoaderState, PartsState
 from understudyd.core.types import BlobInfo, ModelInfo, Tier
 
 
 @dataclass(eq=False, slots=True)
 class Blob:
-    """Weights of one component.
+    """Weights of one component: in the arena (`extent`), in the host pool (`copy`), in both or in neither.
 
     `failures` counts loads in a row that did not end well, `corrupt_reads` those of them that read wrong
     bytes, `give_ups` how often that was too many. It is not loaded before `retry_at_s`.
@@ -19,6 +19,7 @@ class Blob:
     life: Lifecycle[BlobState]
     models: set[str] = field(default_factory=set)
     extent: Extent | None = None
+    copy: Extent | None = None
     load_id: int | None = None
     failures: int = 0
     corrupt_reads: int = 0
@@ -34,6 +35,11 @@ class Blob:
     def state(self) -> BlobState:
         """Where it is in its life."""
         return self.life.state
+
+    @property
+    def has_copy(self) -> bool:
+        """It can be loaded from the host pool."""
+        return self.copy is not None and self.copy.life.state in (ExtentState.READY, ExtentState.LEASED)
 
 
 @dataclass(eq=False, slots=True)
@@ -72,22 +78,27 @@ class Model:
     @property
     def tier(self) -> Tier:
         """Where its slowest blob is."""
-        states = {b.state for b in self.blobs}
-        if states == {BlobState.RESIDENT}:
+        if self.is_resident:
             return Tier.RESIDENT
-        if states & {BlobState.ABSENT, BlobState.DAMAGED}:
+        absent = [b for b in self.blobs if b.state in (BlobState.ABSENT, BlobState.DAMAGED)]
+        if any(not b.has_copy for b in absent):
             return Tier.DISK
-        return Tier.LOADING
+        return Tier.HOST if absent else Tier.LOADING
 
 
 @dataclass(eq=False, slots=True)
 class Load:
-    """A copy under way into one extent."""
+    """A blob under way to the arena (`extent`), the host pool (`copy`) or both.
+
+    `from_pool`: the copy was there before and is read.
+    """
 
     id: int
     blob: Blob
     loader_id: int
-    extent: Extent
+    extent: Extent | None
+    copy: Extent | None
+    from_pool: bool
     started_at_s: float
     is_cancelling: bool = False
 

@@ -102,7 +102,7 @@ class LoaderReaped:
 
 @dataclass(frozen=True, slots=True)
 class LoadFinished:
-    """Every byte of the load is in its extent and visible to the stage."""
+    """Every byte of the load is in its extents and visible to the stage."""
 
     load_id: int
 
@@ -137,6 +137,23 @@ class ViewsBuilt:
 @dataclass(frozen=True, slots=True)
 class ViewsFailed:
     """The blob's tensors could not be built."""
+
+    blob: str
+    generation: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExtentMoved:
+    """Every byte of the blob is at its new place and visible to the stage."""
+
+    blob: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveFailed:
+    """The blob's bytes are of no use any more, neither here nor there."""
 
     blob: str
     generation: int
@@ -223,6 +240,8 @@ Event = (
     | LoadCancelled
     | ViewsBuilt
     | ViewsFailed
+    | ExtentMoved
+    | MoveFailed
     | ModelPrepared
     | ModelPreparationFailed
     | RunStarted

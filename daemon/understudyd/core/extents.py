@@ -130,6 +130,64 @@ class ArenaMap:
                 start = before
         self._add_gap(start, end - start)
 
+    def begin_slide(self, extent: Extent, now_s: float) -> None:
+        """Start moving a READY extent down: it takes the gap before it, which must be there, into possession.
+
+        Until `end_slide` it owns its old and its new place. It gets a new generation.
+        """
+        extent.life.to(ExtentState.MOVING, now_s, "moving down")
+        offset = self._gap_before(extent)
+        assert offset is not None
+        del self._extents[extent.offset]
+        del self._offsets[bisect_left(self._offsets, extent.offset)]
+        extent.size_bytes += self._drop_gap(offset)
+        extent.offset = offset
+        self._generation += 1
+        extent.generation = self._generation
+        self._extents[offset] = extent
+        insort(self._offsets, offset)
+
+    def end_slide(self, extent: Extent, size_bytes: int, now_s: float) -> None:
+        """The extent is READY at its new place and `size_bytes` long again; the rest is a gap."""
+        extent.life.to(ExtentState.READY, now_s, "moved")
+        freed_bytes, extent.size_bytes = extent.size_bytes - size_bytes, size_bytes
+        gap_bytes = freed_bytes
+        if extent.end + freed_bytes in self._gaps:
+            gap_bytes += self._drop_gap(extent.end + freed_bytes)
+        self._add_gap(extent.end, gap_bytes)
+
+    def next_slide(self, size_bytes: int, is_movable: Callable[[Extent], bool]) -> Extent | None:
+        """The extent to move down next so that, move by move, a gap of `size_bytes` comes about.
+
+        Of all runs of gaps and movable extents with gaps enough, the one with the fewest bytes to move; None
+        when there is none. After each move its rest is the cheapest, so asking again finishes the same run.
+        """
+        need = self.rounded(size_bytes)
+        best: tuple[int, Extent] | None = None
+        pieces = list(self._pieces())
+        for i, (_, size, extent) in enumerate(pieces):
+            if extent is not None:
+                continue
+            gaps_bytes, moved_bytes, first = size, 0, None
+            for _, size, extent in pieces[i + 1 :]:
+                if gaps_bytes >= need or (extent is not None and not is_movable(extent)):
+                    break
+                if extent is None:
+                    gaps_bytes += size
+                else:
+                    moved_bytes += size
+                    first = first or extent
+            if gaps_bytes >= need and first is not None and (best is None or moved_bytes < best[0]):
+                best = (moved_bytes, first)
+        return None if best is None else best[1]
+
+    def _gap_before(self, extent: Extent) -> int | None:
+        i = bisect_left(self._gap_offsets, extent.offset)
+        if i == 0:
+            return None
+        offset = self._gap_offsets[i - 1]
+        return offset if offset + self._gaps[offset] == extent.offset else None
+
     def cheapest_window(self, size_bytes: int, prices: Prices) -> Window | None:
         """The run of neighbours that is cheapest to clear for `size_bytes`; None when there is none.
 

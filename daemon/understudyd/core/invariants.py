@@ -3,12 +3,15 @@
 from understudyd.core.machine import Machine
 from understudyd.core.states import BlobState, ExtentState, LoaderState, RequestState
 
+_UNDER_WAY = (BlobState.LOADING, BlobState.FETCHING, BlobState.VIEWING, BlobState.MOVING)
+
 
 def check(machine: Machine) -> None:
     """Raise AssertionError when the machine contradicts itself."""
     machine.residency.arena.check()
     machine.queue.check()
     _check_blobs(machine)
+    _check_copies(machine)
     _check_leases(machine)
     _check_loaders(machine)
     _check_stage(machine)
@@ -19,6 +22,8 @@ def _check_blobs(machine: Machine) -> None:
     residency = machine.residency
     fitting: dict[BlobState, set[ExtentState | None]] = {
         BlobState.ABSENT: {None},
+        BlobState.FETCHING: {None},
+        BlobState.MOVING: {ExtentState.MOVING},
         BlobState.DAMAGED: {None},
         BlobState.LOADING: {ExtentState.FILLING},
         BlobState.VIEWING: {ExtentState.READY},
@@ -29,15 +34,31 @@ def _check_blobs(machine: Machine) -> None:
     for blob in residency.blobs.values():
         state = blob.extent.state if blob.extent is not None else None
         assert state in fitting[blob.state], f"{blob.key}: {blob.state} over {state}"
-        assert (blob.load_id is not None) == (blob.state is BlobState.LOADING)
+        assert (blob.load_id is not None) == (blob.state in (BlobState.LOADING, BlobState.FETCHING))
         if blob.extent is not None:
             owners[blob.extent.offset] = blob
-        assert blob.models or blob.state in (BlobState.LOADING, BlobState.VIEWING), f"{blob.key} is orphaned"
+        assert blob.models or blob.state in _UNDER_WAY, f"{blob.key} is orphaned"
         for name in blob.models:
             assert blob in residency.models[name].blobs
     for extent in residency.arena:
         if extent.state is not ExtentState.QUARANTINED:
             assert owners[extent.offset].extent is extent, f"extent at {extent.offset} has no owner"
+
+
+def _check_copies(machine: Machine) -> None:
+    """Every host copy is its blob's; those in use are in use by loads, and by nobody else."""
+    copies, blobs = machine.residency.copies, machine.residency.blobs
+    copies.pool.check()
+    loads = list(machine.residency.loads.values())
+    for copy in copies.pool:
+        if copy.state is ExtentState.QUARANTINED:
+            continue
+        assert blobs[copy.blob].copy is copy, f"copy at {copy.offset} has no owner"
+        users = [load for load in loads if load.copy is copy]
+        assert copy.leases == sum(load.from_pool for load in users)
+        assert (copy.state is ExtentState.FILLING) == any(not load.from_pool for load in users)
+    for blob in blobs.values():
+        assert blob.copy is None or blob.copy in list(copies.pool), f"{blob.key} has a copy nowhere"
 
 
 def _check_leases(machine: Machine) -> None:

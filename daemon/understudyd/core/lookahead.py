@@ -2,14 +2,16 @@
 
 Loads are started in this order: for what waits, for what an operator wants, for what is pinned, and at
 last, into memory that nobody uses, for what is likely to be asked for. As long as something that waits
-finds no loader or no room, nothing behind it is started.
+finds no loader or no room, nothing behind it is started; but loaders that are idle all the same bring what
+waits, and then what is likely, as far as the host pool (`fetching.py`).
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from understudyd.core.entities import Blob, Load, Loader, Model
 from understudyd.core.extents import Prices
+from understudyd.core.fetching import Fetching
 from understudyd.core.policy import Needs, Policy
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
@@ -24,6 +26,7 @@ class Lookahead:
         self._policy = policy
         self._queue = queue
         self._residency = residency
+        self._fetching = Fetching(policy, queue, residency)
         self._no_room: object = None
 
     def start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
@@ -33,6 +36,16 @@ class Lookahead:
             evictions = self._residency.evictions
             self._start_loads(on_stage, stage_is_busy, now_s)
 
+    def fetch(self, now_s: float) -> None:
+        """Have loaders that are still idle fill the host pool."""
+        self._fetching.start(now_s)
+
+    def prices(self, model: Model, now_s: float) -> Prices:
+        """What evicting each extent loses for a load on behalf of this model while nothing is on stage."""
+        residency = self._residency
+        needs = Needs(self._policy.settings, self._queue, residency.models, None, now_s, self.wanted)
+        return self._policy.prices(residency, needs, model.name)
+
     def stuck_on(self, stage_is_busy: bool, now_s: float) -> Model | None:
         """The model that cannot be loaded though nothing is under way that would change this."""
         if stage_is_busy or not (self._queue or self.wanted) or not self._residency.is_still():
@@ -41,7 +54,8 @@ class Lookahead:
         ready = self._residency.ready
         names = self._policy.to_load(self._queue, ready, stage_is_busy, now_s) or list(self.wanted)
         model = models[names[0]] if names else None
-        if model is None or all(b.state is not BlobState.ABSENT for b in model.blobs):
+        states = set() if model is None else {blob.state for blob in model.blobs}
+        if model is None or BlobState.ABSENT not in states or BlobState.FETCHING in states:
             return None
         return None if self._residency.is_held_up(model, now_s) else model
 
@@ -61,11 +75,14 @@ class Lookahead:
             return Needs(settings, self._queue, models, on_stage, now_s, self.wanted)
 
         if next(residency.idle_loaders(), None) is None:
-            self._make_way_for_a_loader(stage_is_busy, now_s)
+            self._make_way_for_a_loader(needs, stage_is_busy, now_s)
             return
         for name in self._policy.to_load(self._queue, residency.ready, stage_is_busy, now_s):
             if not self._load(models[name], needs, now_s):
-                self._make_way()
+                if next(residency.idle_loaders(), None) is None:
+                    self._make_way_for_a_loader(needs, stage_is_busy, now_s)
+                else:
+                    self._make_way()
                 return
         self._load_wanted(needs, now_s)
         for model in residency.pinned.values():
@@ -75,8 +92,13 @@ class Lookahead:
             self._prefetch(now_s)
 
     def _load(self, model: Model, needs: Callable[[], Needs], now_s: float) -> bool:
-        """Start loads for what the model lacks; False when a loader or room is wanting."""
+        """Start loads for what the model lacks; False when a loader or room is wanting.
+
+        Also while it is on its way to the host pool, for want of room: what comes after waits all the same.
+        """
         residency = self._residency
+        if any(blob.state is BlobState.FETCHING for blob in model.blobs):
+            return False
         for blob in model.blobs:
             if blob.state is not BlobState.ABSENT or blob.retry_at_s > now_s:
                 continue
@@ -120,27 +142,57 @@ class Lookahead:
             if not self._load(models[name], needs, now_s):
                 return
 
-    def _make_way_for_a_loader(self, stage_is_busy: bool, now_s: float) -> None:
-        """All loaders are busy, as most of the time: only a needless load is worth a look at the queue."""
-        if self._needless_load() is None:
+    def _make_way_for_a_loader(self, needs: Callable[[], Needs], stage_is_busy: bool, now_s: float) -> None:
+        """All loaders are busy, as most of the time: only a load that may be stopped is worth a look."""
+        if self._needless_load() is None and self._fetch_but_for(()) is None:
             return
-        queued = self._policy.to_load(self._queue, self._residency.ready, stage_is_busy, now_s)
-        blobs = (blob for name in queued for blob in self._residency.models[name].blobs)
-        if any(blob.state is BlobState.ABSENT and blob.retry_at_s <= now_s for blob in blobs):
-            self._make_way()
+        for name in self._policy.to_load(self._queue, self._residency.ready, stage_is_busy, now_s):
+            model = self._residency.models[name]
+            if any(blob.state is BlobState.FETCHING for blob in model.blobs):
+                return
+            for blob in model.blobs:
+                if blob.state is BlobState.ABSENT and blob.retry_at_s <= now_s:
+                    self._make_way_for(model, blob, needs())
+                    return
+
+    def _make_way_for(self, model: Model, blob: Blob, needs: Needs) -> None:
+        """Stop a load that nobody waits for; one to the host pool only if that is all that is wanting."""
+        if self._is_stopping():
+            return
+        fetch = self._fetch_but_for(model.blobs)
+        if (needless := self._needless_load()) is not None:
+            self._residency.cancel_load(needless)
+        elif fetch is not None and self._has_room(model, blob, needs):
+            self._residency.cancel_load(fetch)
 
     def _make_way(self) -> None:
-        """What waits finds no loader or no room: stop a load that nobody waits for."""
-        needless = self._needless_load()
-        if needless is not None:
+        """What waits finds no room: stop a load that nobody waits for."""
+        if not self._is_stopping() and (needless := self._needless_load()) is not None:
             self._residency.cancel_load(needless)
 
+    def _is_stopping(self) -> bool:
+        return any(load.is_cancelling for load in self._residency.loads.values())
+
     def _needless_load(self) -> Load | None:
-        """A load that may be stopped, unless one is being stopped already."""
+        """A load into the arena that may be stopped."""
         loads = self._residency.loads.values()
-        if any(load.is_cancelling for load in loads):
-            return None
-        return next((load for load in loads if not self._is_needed(load.blob)), None)
+        return next((x for x in loads if x.extent is not None and not self._is_needed(x.blob)), None)
+
+    def _fetch_but_for(self, blobs: Container[Blob]) -> Load | None:
+        """A load that goes no further than the host pool, of another blob than these."""
+        loads = self._residency.loads.values()
+        return next((x for x in loads if x.extent is None and x.blob not in blobs), None)
+
+    def _has_room(self, model: Model, blob: Blob, needs: Needs) -> bool:
+        if self._no_room == (situation := self._situation(model, blob, needs)):
+            return False
+        arena, size_bytes = self._residency.arena, blob.info.size_bytes
+        if arena.largest_gap_bytes >= arena.rounded(size_bytes):
+            return True
+        if arena.cheapest_window(size_bytes, self._policy.prices(self._residency, needs, model.name)):
+            return True
+        self._no_room = situation
+        return False
 
     def _is_needed(self, blob: Blob) -> bool:
         """A request waits for it, an operator wants it or it is pinned."""

@@ -11,13 +11,14 @@ stage changes over without asking anybody. Its choice is final, except for cance
 from typing import assert_never
 
 from understudyd.core import events as ev
-from understudyd.core.actions import AcceptRequest, Action, AnswerRequest, CancelRun, PutOnDeck
+from understudyd.core.actions import AcceptRequest, Action, AnswerRequest, CancelRun, PauseLoads, PutOnDeck
 from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
 from understudyd.core.lookahead import Lookahead
 from understudyd.core.policy import Policy, PolicySettings
 from understudyd.core.queueing import Request, RequestQueue
 from understudyd.core.residency import Residency
+from understudyd.core.room import make_room
 from understudyd.core.states import IllegalEvent, PartsState, RequestState
 from understudyd.core.types import ErrorCode, Outcome, RequestInfo, Tier
 
@@ -28,15 +29,17 @@ ANSWERING = (ev.ImagesEncoded, ev.EncodingFailed)
 class Machine:
     """Queue, residency and forecast under one `handle`.
 
-    `arena_bytes` is the size of the arena; `quarantine_grace_s` how long a dead loader's extents stay
-    out of use after its process was reaped (a copy may still be in flight on the device). `wanted` are the
-    models that an operator wants resident and that are neither so nor given up yet.
+    `arena_bytes` is the size of the arena, `pool_bytes` that of the host pool; `quarantine_grace_s` is how
+    long a dead loader's extents stay out of use after its process was reaped (a copy may still be in flight
+    on the device). `wanted` are the models that an operator wants resident and that are neither so nor given
+    up yet.
     """
 
     def __init__(
         self,
         arena_bytes: int,
         *,
+        pool_bytes: int = 0,
         policy: PolicySettings | None = None,
         max_waiting: int = 1000,
         quarantine_grace_s: float = 1.0,
@@ -45,13 +48,16 @@ class Machine:
         self.forecast = Forecast()
         self.policy = Policy(policy or PolicySettings(), self.forecast)
         self.queue = RequestQueue(max_waiting)
-        self.residency = Residency(arena_bytes, quarantine_grace_s, self._actions)
+        self.residency = Residency(
+            arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self._copy_worth
+        )
         self._lookahead = Lookahead(self.policy, self.queue, self.residency)
         self.wanted = self._lookahead.wanted
         self.on_deck: Request | None = None
         self.running: dict[str, Request] = {}
         self.on_stage: str | None = None
         self.is_open = True
+        self._loads_rest = False
         self._handled_at_s = float("-inf")
 
     # -- the two calls of a driver -------------------------------------------------------------------
@@ -119,6 +125,12 @@ class Machine:
             case ev.ViewsFailed(blob=key, generation=generation, message=message):
                 blob = self.residency.viewing(key, generation)
                 self.residency.views_failed(blob, now_s, message)
+                self._count_failure(blob, ErrorCode.LOAD_FAILED, message, now_s)
+            case ev.ExtentMoved(blob=key, generation=generation):
+                self.residency.moved(self.residency.moving(key, generation), now_s)
+            case ev.MoveFailed(blob=key, generation=generation, message=message):
+                blob = self.residency.moving(key, generation)
+                self.residency.move_failed(blob, now_s, message)
                 self._count_failure(blob, ErrorCode.LOAD_FAILED, message, now_s)
             case ev.RunStarted() | ev.RunEnded() | ev.LeaseEnded():
                 self._stage_changed(event, now_s)
@@ -248,7 +260,7 @@ class Machine:
             case ev.LoadCancelled():
                 self.residency.load_ended_empty(load, now_s, "cancelled")
             case ev.LoadFailed(code=code, message=message):
-                self.residency.load_ended_empty(load, now_s, message)
+                self.residency.load_failed(load, now_s, message)
                 self._count_failure(load.blob, code, message, now_s)
 
     def _count_failure(self, blob: Blob, code: ErrorCode, message: str, now_s: float) -> None:
@@ -288,6 +300,9 @@ class Machine:
         if self.on_deck is request:
             self.on_deck = None
 
+    def _copy_worth(self, blob: Blob) -> float:
+        return self.policy.copy_worth(self.queue, blob)
+
     # -- settling -----------------------------------------------------------------------------------
 
     def _settle(self, now_s: float) -> None:
@@ -296,10 +311,20 @@ class Machine:
             self._cancel(request, ErrorCode.DEADLINE_EXCEEDED, "the request's deadline has passed", now_s)
         self._advance(now_s)
         while (model := self._lookahead.stuck_on(self._stage_is_busy, now_s)) is not None:
-            if not self.residency.make_room(model, now_s):
+            if not make_room(self.residency, model, self._lookahead.prices(model, now_s), now_s):
                 message = f"pinned models leave no gap for {model.name}; unpin some"
                 self._give_up([model.name], ErrorCode.MODEL_TOO_LARGE, message, now_s)
             self._advance(now_s)
+        self._lookahead.fetch(now_s)
+        self._pause_loads()
+
+    def _pause_loads(self) -> None:
+        """Loads rest while a latency-critical request runs, unless another such request waits for one."""
+        running = any(self.policy.is_critical(request) for request in self.running.values())
+        should_rest = running and not self.policy.critical_waits_for_load(self.queue, self.residency)
+        if should_rest is not self._loads_rest:
+            self._loads_rest = should_rest
+            self._actions.append(PauseLoads(should_rest))
 
     def _advance(self, now_s: float) -> None:
         self._fill_deck(now_s)

@@ -16,15 +16,17 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
-from understudyd.core.entities import Model
+from understudyd.core.entities import Blob, Model
 from understudyd.core.extents import Extent, Prices
 from understudyd.core.forecast import Forecast
 from understudyd.core.queueing import Request, RequestQueue
 from understudyd.core.residency import Residency
+from understudyd.core.states import BlobState
 
 Order = Literal["resident_first", "fcfs"]
 
 PRESSING_SHARE = 0.5
+_RELOAD_FROM_POOL = 0.2
 
 Need = tuple[int, int, bool, int]
 """Class, negative priority, whether the stage changes over, arrival: sorts as things are expected to run."""
@@ -40,6 +42,7 @@ class PolicySettings:
 
     `lookahead` counts models loaded ahead of the stage; 0 loads on demand, when the stage is free.
     `max_wait_s` and `max_skips` bound overtaking. `prefetch` fills free memory by forecast.
+    While a request of at least `pause_priority` runs, loads rest; None: they never do.
     """
 
     order: Order = "resident_first"
@@ -47,6 +50,7 @@ class PolicySettings:
     max_wait_s: float = 30.0
     max_skips: int = 64
     prefetch: bool = True
+    pause_priority: int | None = None
 
     def reaches(self, request: Request, now_s: float, share: float) -> bool:
         """The request was overtaken so often, or waited so long, as this share of the bounds."""
@@ -77,6 +81,24 @@ class Policy:
         for blob in model.blobs:
             if not blob.models:
                 self._demand.forget(blob.key)
+
+    def copy_worth(self, queue: RequestQueue, blob: Blob) -> float:
+        """The chance that a host copy of the blob saves a read; infinite while somebody waits for it."""
+        if blob.state is not BlobState.RESIDENT and not queue.models().isdisjoint(blob.models):
+            return float("inf")
+        return self._demand.chance(blob.key)
+
+    # -- what rests ---------------------------------------------------------------------------------
+
+    def is_critical(self, request: Request) -> bool:
+        """Its latency matters more than what loads meanwhile."""
+        least = self.settings.pause_priority
+        return least is not None and request.info.priority >= least
+
+    def critical_waits_for_load(self, queue: RequestQueue, residency: Residency) -> bool:
+        """Pausing loads would hold up a request that matters as much."""
+        critical = (request for request in queue.heads() if self.is_critical(request))
+        return any(request.model not in residency.ready for request in critical)
 
     # -- what runs next -----------------------------------------------------------------------------
 
@@ -119,12 +141,18 @@ class Policy:
         if self.settings.lookahead == 0 and stage_is_busy:
             return []
         names: dict[str, None] = {}
-        for request in self._by_need(queue, now_s):
+        for request in self.expected_to_load(queue, now_s):
             if request.model not in ready:
                 names[request.model] = None
                 if len(names) >= max(1, self.settings.lookahead):
                     break
         return list(names)
+
+    def expected_to_load(self, queue: RequestQueue, now_s: float) -> Iterator[Request]:
+        """The expected order of what is not ready; models may come twice."""
+        if self.settings.order == "resident_first":
+            yield from self._pressing(queue, now_s)
+        yield from queue.heads()
 
     def next_change_s(self, queue: RequestQueue, handled_at_s: float) -> float | None:
         """When a request becomes pressing by time alone."""
@@ -140,8 +168,9 @@ class Policy:
         """What evicting each extent loses, for a load on behalf of the model `requester`.
 
         Below 1: the chance that it is asked for next, so the sum over a window is the expected number of
-        reloads caused, the same bytes being gained. From 1e6: something later needs it, the later the
-        cheaper. What is needed sooner stays, or as soon: the requester's own blobs must not evict each other.
+        reloads caused, the same bytes being gained; one from the host pool counts a fifth. From 1e6: what
+        something later needs, the later the cheaper. What is needed sooner stays, or as soon: the requester's
+        own blobs must not evict each other.
         """
         limit = needs.rank(requester)
         sooner = needs.awaited & residency.ready.keys()
@@ -155,19 +184,14 @@ class Policy:
                 continue
             awaited = needs.awaited & blob.models
             if not awaited:
-                prices[extent] = self._demand.chance(blob.key)
+                reload = _RELOAD_FROM_POOL if blob.has_copy else 1.0
+                prices[extent] = self._demand.chance(blob.key) * reload
             elif (need := min(map(needs.rank, awaited))) > limit:
                 later.append((need, extent))
         place = {need: i for i, need in enumerate(sorted({need for need, _ in later}, reverse=True))}
         return prices | {extent: 1e6 * (1 + place[need]) for need, extent in later}
 
     # -- inside -------------------------------------------------------------------------------------
-
-    def _by_need(self, queue: RequestQueue, now_s: float) -> Iterator[Request]:
-        """The expected order of what is not ready; models may come twice."""
-        if self.settings.order == "resident_first":
-            yield from self._pressing(queue, now_s)
-        yield from queue.heads()
 
     def _pressing(self, queue: RequestQueue, now_s: float) -> Iterator[Request]:
         skips, wait_s = self.settings.max_skips * PRESSING_SHARE, self.settings.max_wait_s * PRESSING_SHARE

@@ -10,26 +10,25 @@ from collections.abc import Callable, Iterable, Iterator
 from understudyd.core.actions import (
     Action,
     BuildViews,
-    CancelLoad,
     DropViews,
     ForgetModel,
+    MoveExtent,
     PrepareModel,
     RetireModel,
-    StartLoad,
 )
+from understudyd.core.copies import HostCopies, Worth
 from understudyd.core.entities import Blob, Load, Loader, Model
 from understudyd.core.extents import ArenaMap, Extent, Prices
+from understudyd.core.loads import Loads
 from understudyd.core.quarantine import Quarantine
 from understudyd.core.retries import Retries
 from understudyd.core.states import (
     BLOB_TABLE,
-    LOADER_TABLE,
     PARTS_TABLE,
     BlobState,
     ExtentState,
     IllegalEvent,
     Lifecycle,
-    LoaderState,
     PartsState,
 )
 from understudyd.core.types import BlobInfo, ModelInfo
@@ -42,21 +41,33 @@ class Residency:
     event. `changes` counts what may make room: while it stands, what found no room finds none.
     """
 
-    def __init__(self, arena_bytes: int, quarantine_grace_s: float, actions: list[Action]) -> None:
+    def __init__(
+        self,
+        arena_bytes: int,
+        pool_bytes: int,
+        quarantine_grace_s: float,
+        actions: list[Action],
+        copy_worth: Worth,
+    ) -> None:
         self.arena = ArenaMap(arena_bytes)
+        self.copies = HostCopies(pool_bytes, quarantine_grace_s, copy_worth)
         self.models: dict[str, Model] = {}
         self.ready: dict[str, Model] = {}
         self.pinned: dict[str, Model] = {}
         self.blobs: dict[str, Blob] = {}
-        self.loads: dict[int, Load] = {}
-        self.loaders: dict[int, Loader] = {}
+        self._book = Loads(actions)
+        self.loads = self._book.under_way
+        self.loaders = self._book.loaders
+        self.load = self._book.find
+        self.cancel_load = self._book.cancel
+        self.idle_loaders = self._book.idle_loaders
+        self.loader_ready = self._book.loader_ready
         self.evictions = 0
         self.retries = Retries()
         self.leases = 0
         self.changes = 0
         self._actions = actions
         self._quarantine = Quarantine(quarantine_grace_s)
-        self._next_load_id = 0
 
     # -- models -------------------------------------------------------------------------------------
 
@@ -100,9 +111,13 @@ class Residency:
         """No model has this blob any more. A load or views under way end first, by their own events."""
         if blob.state is BlobState.RESIDENT:
             self.evict(blob, now_s, "no model left")
-        elif blob.state is BlobState.LOADING and blob.load_id is not None:
+        elif blob.load_id is not None:
             self.cancel_load(self.loads[blob.load_id])
-        if blob.state in (BlobState.ABSENT, BlobState.DAMAGED):
+        self._forget_if_unused(blob, now_s)
+
+    def _forget_if_unused(self, blob: Blob, now_s: float) -> None:
+        if not blob.models and blob.state in (BlobState.ABSENT, BlobState.DAMAGED):
+            self.copies.drop(blob, now_s, "no model left")
             self.blobs.pop(blob.key, None)
 
     def prepare(self, model: Model, now_s: float) -> None:
@@ -139,11 +154,7 @@ class Residency:
     def is_held_up(self, model: Model, now_s: float) -> bool:
         """Nothing can be done for the model now: a pause after a failed load, or no loader lives."""
         lacking = [b for b in model.blobs if b.state is BlobState.ABSENT]
-        return bool(lacking) and (not self._has_loader() or any(b.retry_at_s > now_s for b in lacking))
-
-    def _has_loader(self) -> bool:
-        """Some loader lives. A lost one is still known until it is reaped."""
-        return any(x.life.state in (LoaderState.IDLE, LoaderState.BUSY) for x in self.loaders.values())
+        return bool(lacking) and (not self._book.has_loader() or any(b.retry_at_s > now_s for b in lacking))
 
     # -- leases and eviction ------------------------------------------------------------------------
 
@@ -177,10 +188,13 @@ class Residency:
         self._actions.append(DropViews(blob.key, extent.generation))
         self.arena.release(extent, now_s, why)
         blob.extent = None
-        for name in blob.models:
-            self.ready.pop(name, None)
+        self._no_longer_ready(blob)
         self.evictions += 1
         self.changes += 1
+
+    def _no_longer_ready(self, blob: Blob) -> None:
+        for name in blob.models:
+            self.ready.pop(name, None)
 
     def evictable(self, extent: Extent) -> Blob | None:
         """The blob of an extent that may be evicted: ready, with views, not leased, not pinned."""
@@ -191,34 +205,42 @@ class Residency:
             return None
         return None if self.pinned and self.is_pinned(blob) else blob
 
-    def make_room(self, model: Model, now_s: float) -> bool:
-        """Against fragmentation: evict all that may be evicted, if then the model's blobs find room.
+    def begin_move(self, blob: Blob, now_s: float) -> None:
+        """Move a resident, unleased blob down into the gap before it."""
+        extent = blob.extent
+        assert extent is not None
+        blob.life.to(BlobState.MOVING, now_s, "moving")
+        self._actions.append(DropViews(blob.key, extent.generation))
+        self._no_longer_ready(blob)
+        offset, size_bytes = extent.offset, extent.size_bytes
+        self.arena.begin_slide(extent, now_s)
+        self._actions.append(MoveExtent(blob.key, offset, extent.offset, size_bytes, extent.generation))
 
-        For when nothing is under way. What is pinned stays, and may leave no gap that is large enough.
-        """
-        sizes = {
-            b.key: b.info.size_bytes for b in model.blobs if b.extent is None or self.evictable(b.extent)
-        }
-        if not self.arena.would_fit(sizes.values(), kept=lambda extent: self.evictable(extent) is None):
-            return False
-        for extent in list(self.arena):
-            blob = self.evictable(extent)
-            if blob is not None:
-                self.evict(blob, now_s, "fragmentation")
-        return True
+    def moving(self, key: str, generation: int) -> Blob:
+        """The blob that is being moved. Raises `IllegalEvent`."""
+        return self._in_state(key, generation, BlobState.MOVING)
+
+    def moved(self, blob: Blob, now_s: float) -> None:
+        """The bytes are at their new place; views follow."""
+        assert blob.extent is not None
+        self.arena.end_slide(blob.extent, self.arena.rounded(blob.info.size_bytes), now_s)
+        self.changes += 1
+        blob.life.to(BlobState.VIEWING, now_s, "moved")
+        self._view_or_drop(blob, blob.extent, now_s)
+
+    def move_failed(self, blob: Blob, now_s: float, why: str) -> None:
+        """The bytes are lost, the blob must be loaded again."""
+        self._drop_extent(blob, now_s, why)
 
     # -- loads --------------------------------------------------------------------------------------
-
-    def idle_loaders(self) -> Iterator[Loader]:
-        """Loaders that take a load now."""
-        return (loader for loader in self.loaders.values() if loader.life.state is LoaderState.IDLE)
 
     def begin_load(
         self, blob: Blob, loader: Loader, pricing: Callable[[], Prices] | None, now_s: float
     ) -> bool:
         """Start loading into a gap, or into the window that is cheapest to clear; False when no room.
 
-        `pricing` prices what may be evicted, which costs something, only when it is needed.
+        `pricing` prices what may be evicted, which costs something, only when it is needed. The load comes
+        from the blob's host copy, or leaves one behind if that is worth more than what it replaces.
         """
         extent = self.arena.allocate(blob.info.size_bytes, blob.key)
         if extent is None and pricing is not None:
@@ -230,69 +252,75 @@ class Residency:
                 assert extent is not None
         if extent is None:
             return False
-        self._next_load_id += 1
-        load = Load(self._next_load_id, blob, loader.id, extent, now_s)
+        copy = self.copies.borrow(blob, now_s)
+        from_pool = copy is not None
+        if copy is None:
+            copy = self.copies.make(blob, self.blobs, self.copies.worth(blob), now_s)
+        load = self._book.start(blob, loader, extent, copy, from_pool, now_s)
+        blob.extent = extent
         blob.life.to(BlobState.LOADING, now_s, f"load {load.id}")
-        loader.life.to(LoaderState.BUSY, now_s, f"load {load.id}")
-        blob.extent, blob.load_id, loader.load_id = extent, load.id, load.id
-        self.loads[load.id] = load
-        self._actions.append(
-            StartLoad(load.id, loader.id, blob.key, extent.offset, blob.info.size_bytes, extent.generation)
-        )
         return True
 
-    def cancel_load(self, load: Load) -> None:
-        """Ask the loader to stop between two chunks."""
-        if not load.is_cancelling:
-            load.is_cancelling = True
-            self._actions.append(CancelLoad(load.id))
-
-    def load(self, load_id: int) -> Load:
-        """The load of that id. Raises `IllegalEvent` when there is none."""
-        if load_id not in self.loads:
-            raise IllegalEvent(f"load {load_id} is not under way")
-        return self.loads[load_id]
+    def begin_fetch(self, blob: Blob, loader: Loader, limit: float, now_s: float) -> bool:
+        """Start bringing a blob to the host pool only, for copies worth less than `limit`; False: no room."""
+        copy = self.copies.make(blob, self.blobs, limit, now_s)
+        if copy is None:
+            return False
+        load = self._book.start(blob, loader, None, copy, False, now_s)
+        blob.life.to(BlobState.FETCHING, now_s, f"load {load.id}")
+        return True
 
     def load_finished(self, load: Load, now_s: float) -> None:
         """The bytes are there; the views follow, unless nobody wants the blob any more."""
         blob, extent = load.blob, load.extent
+        self.copies.load_finished(load, now_s)
+        self._book.end(load, now_s)
+        if extent is None:
+            blob.life.to(BlobState.ABSENT, now_s, "in the host pool")
+            self.retries.start_anew(blob)
+            self._forget_if_unused(blob, now_s)
+            return
         extent.life.to(ExtentState.READY, now_s, f"load {load.id}")
         blob.life.to(BlobState.VIEWING, now_s, f"load {load.id}")
-        self._end_load(load, now_s)
+        self._view_or_drop(blob, extent, now_s)
+
+    def _view_or_drop(self, blob: Blob, extent: Extent, now_s: float) -> None:
         if blob.models:
             self._actions.append(BuildViews(blob.key, extent.offset, extent.generation))
         else:
             self._drop_extent(blob, now_s, "no model left")
 
     def load_ended_empty(self, load: Load, now_s: float, why: str) -> None:
-        """The load was cancelled or failed and its loader writes no more: the extent is free again."""
-        self._end_load(load, now_s)
+        """The load was cancelled or failed and its loader writes no more: its extents are free again."""
+        self.copies.load_ended_empty(load, now_s, why)
+        self._book.end(load, now_s)
         self._drop_extent(load.blob, now_s, why)
 
-    def _end_load(self, load: Load, now_s: float) -> None:
-        del self.loads[load.id]
-        load.blob.load_id = None
-        loader = self.loaders[load.loader_id]
-        loader.load_id = None
-        loader.life.to(LoaderState.IDLE, now_s, f"load {load.id} ended")
+    def load_failed(self, load: Load, now_s: float, why: str) -> None:
+        """As `load_ended_empty`; a host copy that could not be read is not tried again."""
+        self.load_ended_empty(load, now_s, why)
+        if load.from_pool:
+            self.copies.drop(load.blob, now_s, why)
 
     def _drop_extent(self, blob: Blob, now_s: float, why: str) -> None:
-        assert blob.extent is not None
-        self.arena.release(blob.extent, now_s, why)
-        self.changes += 1
-        blob.extent = None
+        if blob.extent is not None:
+            self.arena.release(blob.extent, now_s, why)
+            self.changes += 1
+            blob.extent = None
         blob.life.to(BlobState.ABSENT, now_s, why)
-        if not blob.models:
-            self.blobs.pop(blob.key, None)
+        self._forget_if_unused(blob, now_s)
 
     # -- views --------------------------------------------------------------------------------------
 
     def viewing(self, key: str, generation: int) -> Blob:
         """The blob whose views of that generation are being built. Raises `IllegalEvent`."""
+        return self._in_state(key, generation, BlobState.VIEWING)
+
+    def _in_state(self, key: str, generation: int, state: BlobState) -> Blob:
         blob = self.blobs.get(key)
         if blob is None or blob.extent is None or blob.extent.generation != generation:
-            raise IllegalEvent(f"no views of {key[:12]} generation {generation} are being built")
-        blob.life.require(BlobState.VIEWING)
+            raise IllegalEvent(f"{key[:12]} has no extent of generation {generation}")
+        blob.life.require(state)
         return blob
 
     def views_built(self, blob: Blob, now_s: float) -> None:
@@ -312,42 +340,25 @@ class Residency:
 
     # -- loaders ------------------------------------------------------------------------------------
 
-    def loader_ready(self, loader_id: int) -> None:
-        """A new loader takes loads."""
-        if loader_id in self.loaders:
-            raise IllegalEvent(f"loader {loader_id} is known already: {self.loaders[loader_id].life.story()}")
-        life = Lifecycle(f"loader {loader_id}", LoaderState.IDLE, LOADER_TABLE)
-        self.loaders[loader_id] = Loader(loader_id, life)
-
     def loader_lost(self, loader_id: int, now_s: float, why: str) -> Blob | None:
-        """Quarantine what the loader may still be writing to; returns the blob it was loading.
-
-        A loader that never became ready is not known here: nothing to do.
-        """
-        loader = self.loaders.get(loader_id)
-        if loader is None:
+        """Quarantine what the loader may still be writing to; returns the blob it was loading."""
+        load = self._book.loader_lost(loader_id, now_s, why)
+        if load is None:
             return None
-        loader.life.to(LoaderState.LOST, now_s, why)
-        if loader.load_id is None:
-            return None
-        load = self.loads.pop(loader.load_id)
-        loader.load_id = None
-        load.extent.life.to(ExtentState.QUARANTINED, now_s, why)
-        self._quarantine.hold(load.extent, loader_id)
-        blob = load.blob
-        blob.extent, blob.load_id = None, None
-        blob.life.to(BlobState.ABSENT, now_s, why)
-        if not blob.models:
-            self.blobs.pop(blob.key, None)
-        return blob
+        if load.extent is not None:
+            load.extent.life.to(ExtentState.QUARANTINED, now_s, why)
+            self._quarantine.hold(load.extent, loader_id)
+        self.copies.loader_lost(load, now_s, why)
+        load.blob.extent = None
+        load.blob.life.to(BlobState.ABSENT, now_s, why)
+        self._forget_if_unused(load.blob, now_s)
+        return load.blob
 
     def loader_reaped(self, loader_id: int, now_s: float) -> None:
         """The process is gone: its quarantined extents are free after the grace period."""
-        loader = self.loaders.get(loader_id)
-        if loader is not None:
-            loader.life.to(LoaderState.GONE, now_s, "reaped")
-            del self.loaders[loader_id]
+        self._book.loader_reaped(loader_id, now_s)
         self._quarantine.loader_reaped(loader_id, now_s)
+        self.copies.loader_reaped(loader_id, now_s)
 
     # -- time ---------------------------------------------------------------------------------------
 
@@ -356,19 +367,24 @@ class Residency:
         for extent in self._quarantine.release(now_s):
             self.arena.release(extent, now_s, "quarantine over")
             self.changes += 1
+        self.copies.pass_time(now_s)
         self.retries.pass_time(now_s)
 
     def deadlines(self) -> Iterator[float]:
         """When quarantines end and pauses between attempts are over."""
         yield from self._quarantine.deadlines()
+        yield from self.copies.deadlines()
         yield from self.retries.deadlines()
 
     def is_still(self) -> bool:
-        """A loader is idle, and nothing under way will make room: no load, lease, view or quarantine."""
+        """A loader is idle, and nothing under way will make room: no load, lease, view, move or quarantine.
+
+        What is on its way to the host pool only makes no room in the arena.
+        """
         return (
-            not self.loads
+            all(load.extent is None for load in self.loads.values())
             and not self.leases
             and not self._quarantine
             and next(self.idle_loaders(), None) is not None
-            and not any(b.state is BlobState.VIEWING for b in self.blobs.values())
+            and not any(b.state in (BlobState.VIEWING, BlobState.MOVING) for b in self.blobs.values())
         )

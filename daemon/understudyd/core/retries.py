@@ -23,6 +23,11 @@ class Retries:
     def __init__(self) -> None:
         self._pausing: set[Blob] = set()
 
+    @property
+    def pauses(self) -> int:
+        """How many blobs wait for another attempt."""
+        return len(self._pausing)
+
     def failed(self, blob: Blob, code: ErrorCode, now_s: float) -> bool:
         """Count a load that did not end well; True when the blob is given up for now."""
         blob.failures += 1

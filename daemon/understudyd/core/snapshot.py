@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from understudyd.core.entities import Blob
+from understudyd.core.extents import ArenaMap
 from understudyd.core.machine import Machine
 from understudyd.core.queueing import Request
 from understudyd.core.states import ExtentState, RequestState
@@ -17,6 +18,7 @@ class ArenaView:
     ready_bytes: int
     leased_bytes: int
     filling_bytes: int
+    moving_bytes: int
     quarantined_bytes: int
     free_bytes: int
     largest_gap_bytes: int
@@ -24,8 +26,26 @@ class ArenaView:
 
 
 @dataclass(frozen=True, slots=True)
+class HostPoolView:
+    """Bytes of the host pool by what they are used for; they add up to `size_bytes`.
+
+    `in_use_bytes` are read by loads. `copies` counts blobs that can be loaded from the pool.
+    """
+
+    size_bytes: int
+    ready_bytes: int
+    in_use_bytes: int
+    filling_bytes: int
+    quarantined_bytes: int
+    free_bytes: int
+    largest_gap_bytes: int
+    copies: int
+    evictions: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExtentView:
-    """One piece of the arena, or a gap (`state` "free")."""
+    """One piece of the arena or the host pool, or a gap (`state` "free")."""
 
     offset: int
     size_bytes: int
@@ -57,6 +77,7 @@ class BlobView:
     size_bytes: int
     state: str
     offset: int | None
+    has_copy: bool
     shared_by: tuple[str, ...]
     story: str
 
@@ -83,6 +104,7 @@ def arena(machine: Machine) -> ArenaView:
         ready_bytes=held.bytes_in(ExtentState.READY),
         leased_bytes=held.bytes_in(ExtentState.LEASED),
         filling_bytes=held.bytes_in(ExtentState.FILLING),
+        moving_bytes=held.bytes_in(ExtentState.MOVING),
         quarantined_bytes=held.bytes_in(ExtentState.QUARANTINED),
         free_bytes=held.free_bytes,
         largest_gap_bytes=held.largest_gap_bytes,
@@ -90,10 +112,35 @@ def arena(machine: Machine) -> ArenaView:
     )
 
 
+def host_pool(machine: Machine) -> HostPoolView:
+    """Where the host pool's bytes are."""
+    copies = machine.residency.copies
+    return HostPoolView(
+        size_bytes=copies.pool.size_bytes,
+        ready_bytes=copies.pool.bytes_in(ExtentState.READY),
+        in_use_bytes=copies.pool.bytes_in(ExtentState.LEASED),
+        filling_bytes=copies.pool.bytes_in(ExtentState.FILLING),
+        quarantined_bytes=copies.pool.bytes_in(ExtentState.QUARANTINED),
+        free_bytes=copies.pool.free_bytes,
+        largest_gap_bytes=copies.pool.largest_gap_bytes,
+        copies=sum(blob.has_copy for blob in machine.residency.blobs.values()),
+        evictions=copies.evictions,
+    )
+
+
 def extents(machine: Machine) -> list[ExtentView]:
     """The arena's map by offset, gaps included."""
-    views = [ExtentView(offset, size, "free") for offset, size in machine.residency.arena.gaps()]
-    for extent in machine.residency.arena:
+    return _extents(machine, machine.residency.arena)
+
+
+def pool_extents(machine: Machine) -> list[ExtentView]:
+    """The host pool's map by offset, gaps included."""
+    return _extents(machine, machine.residency.copies.pool)
+
+
+def _extents(machine: Machine, held: ArenaMap) -> list[ExtentView]:
+    views = [ExtentView(offset, size, "free") for offset, size in held.gaps()]
+    for extent in held:
         blob = machine.residency.blobs.get(extent.blob)
         models = tuple(sorted(blob.models)) if blob is not None else ()
         views.append(
@@ -136,6 +183,7 @@ def _blob(blob: Blob) -> BlobView:
         size_bytes=blob.info.size_bytes,
         state=blob.state.value,
         offset=blob.extent.offset if blob.extent is not None else None,
+        has_copy=blob.has_copy,
         shared_by=tuple(sorted(blob.models)),
         story=blob.life.story(),
     )

@@ -20,21 +20,28 @@ class RequestState(StrEnum):
 
 
 class BlobState(StrEnum):
-    """A blob as the arena sees it. DAMAGED: its file is wrong, nobody loads it any more."""
+    """A blob as the arena sees it.
+
+    FETCHING: on its way to the host pool only. MOVING: resident, changing its place. DAMAGED: its file is
+    wrong, nobody loads it any more.
+    """
 
     ABSENT = "absent"
+    FETCHING = "fetching"
     LOADING = "loading"
     VIEWING = "viewing"
     RESIDENT = "resident"
+    MOVING = "moving"
     DAMAGED = "damaged"
 
 
 class ExtentState(StrEnum):
-    """A piece of the arena. FREE is where it ends: the bytes go back to the map."""
+    """A piece of the arena or of the host pool. FREE is where it ends: the bytes go back to the map."""
 
     FILLING = "filling"
     READY = "ready"
     LEASED = "leased"
+    MOVING = "moving"
     QUARANTINED = "quarantined"
     FREE = "free"
 
@@ -67,16 +74,19 @@ REQUEST_TABLE: Mapping[RequestState, frozenset[RequestState]] = {
     R.ANSWERED: frozenset(),
 }
 BLOB_TABLE: Mapping[BlobState, frozenset[BlobState]] = {
-    B.ABSENT: frozenset({B.LOADING, B.DAMAGED}),
+    B.ABSENT: frozenset({B.LOADING, B.FETCHING, B.DAMAGED}),
+    B.FETCHING: frozenset({B.ABSENT}),
     B.LOADING: frozenset({B.VIEWING, B.ABSENT}),
     B.VIEWING: frozenset({B.RESIDENT, B.ABSENT}),
-    B.RESIDENT: frozenset({B.ABSENT}),
+    B.RESIDENT: frozenset({B.ABSENT, B.MOVING}),
+    B.MOVING: frozenset({B.VIEWING, B.ABSENT}),
     B.DAMAGED: frozenset({B.ABSENT}),
 }
 EXTENT_TABLE: Mapping[ExtentState, frozenset[ExtentState]] = {
     X.FILLING: frozenset({X.READY, X.QUARANTINED, X.FREE}),
-    X.READY: frozenset({X.LEASED, X.FREE}),
+    X.READY: frozenset({X.LEASED, X.MOVING, X.FREE}),
     X.LEASED: frozenset({X.READY}),
+    X.MOVING: frozenset({X.READY, X.FREE}),
     X.QUARANTINED: frozenset({X.FREE}),
     X.FREE: frozenset(),
 }

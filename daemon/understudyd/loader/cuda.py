@@ -26,6 +26,10 @@ _HINTS = {
         "cuMemAlloc",
         "CUDA_ERROR_OUT_OF_MEMORY",
     ): "the arena does not fit into the GPU's free memory; make it smaller",
+    (
+        "cuMemHostRegister",
+        "CUDA_ERROR_OUT_OF_MEMORY",
+    ): "the system lets this process lock no more memory; raise its limit (memlock) or shrink the pool",
 }
 _IPC_HINT = "CUDA IPC is refused here, as under WSL or in a container of another IPC or user namespace"
 

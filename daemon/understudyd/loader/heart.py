@@ -9,21 +9,28 @@ from understudyd.loader.wire import Heartbeat, Report
 
 
 class Heart:
-    """Beats once when it is started and then every `interval_s`, until the process ends."""
+    """Beats once when it is started and then regularly until it is stopped."""
 
-    def __init__(self, send: Callable[[Report], None], progress: Progress, interval_s: float) -> None:
+    def __init__(self, send: Callable[[Report], None], progress: Progress) -> None:
         self._send = send
         self._progress = progress
-        self._interval_s = interval_s
-        self._never = threading.Event()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
+    def start(self, interval_s: float) -> None:
         """The first beat has been sent when this returns."""
         self._beat()
-        threading.Thread(target=self._run, name="heart", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(interval_s,), name="heart", daemon=True)
+        self._thread.start()
 
-    def _run(self) -> None:
-        while not self._never.wait(self._interval_s):
+    def stop(self) -> None:
+        """No beat follows. Nothing happens where none was started."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, interval_s: float) -> None:
+        while not self._stopping.wait(interval_s):
             self._beat()
 
     def _beat(self) -> None:

@@ -12,6 +12,8 @@ MADV_POPULATE_WRITE = 23
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_libc.memmove.restype = ctypes.c_void_p
 
 
 def die_with_parent() -> None:
@@ -34,6 +36,11 @@ def populate(mapping: mmap.mmap, start: int, size_bytes: int, advice: int) -> No
     """
     anchor = ctypes.c_char.from_buffer(mapping)
     _check(_libc.madvise(ctypes.addressof(anchor) + start, size_bytes, advice))
+
+
+def copy(to_address: int, from_address: int, size_bytes: int) -> None:
+    """Copy memory without the interpreter lock, which assigning to a memoryview would hold."""
+    _libc.memmove(to_address, from_address, size_bytes)
 
 
 def _check(result: int) -> None:

@@ -1,4 +1,4 @@
-"""A rate limit for reading: a token bucket that all readers of one loader draw from."""
+"""What holds readers back: a rate limit and a pause, shared by all readers of one loader."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ _SMALLEST_HELPING_BYTES = 4096
 
 
 class Pacer:
-    """Lets `bytes_per_s` through on average; 0 means no limit."""
+    """A token bucket: lets `bytes_per_s` through on average; 0 means no limit."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s
@@ -33,3 +33,28 @@ class Pacer:
             wait_s = self._paid_until_s - time.monotonic()
         if wait_s > 0:
             halt.wait(wait_s)
+
+
+class Pause:
+    """Ordered by one thread; the readers rest while it lasts."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._is_paused = False
+
+    def order(self, is_paused: bool) -> None:
+        """Have readers rest at their next piece, or go on."""
+        with self._changed:
+            self._is_paused = is_paused
+            self._changed.notify_all()
+
+    def halt(self, halt: threading.Event) -> None:
+        """Set `halt` so that those who rest notice."""
+        with self._changed:
+            halt.set()
+            self._changed.notify_all()
+
+    def rest(self, halt: threading.Event) -> None:
+        """Return when there is no pause or when `halt` was set by the method of that name."""
+        with self._changed:
+            self._changed.wait_for(lambda: halt.is_set() or not self._is_paused)

@@ -1,6 +1,7 @@
-"""One load: bytes of a file into the arena, by several threads, checked.
+"""One load: bytes of a file into the arena, the host pool or both, by several threads, checked.
 
-The loads that a checksum or a version check must catch are those whose file was cut short, damaged,
+A chunk goes on to the arena as soon as it is in the host pool. What was read into the host pool before needs
+no file. The loads that a checksum or a version check must catch are those whose file was cut short, damaged,
 replaced or written to, before or while it is read. Everything is read through one open file, so that what is
 checked is what was read.
 """
@@ -10,16 +11,17 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import msgspec
 import xxhash
 
 from understudyd.loader.faults import CrashPoints
-from understudyd.loader.pacing import Pacer
+from understudyd.loader.pacing import Pacer, Pause
 from understudyd.loader.progress import Progress
-from understudyd.loader.transport import Target
+from understudyd.loader.transport import Fill, Target
 from understudyd.loader.wire import FileVersion, Load, Loaded
 
 # Hash what was just read while it is still in the processor's cache.
@@ -46,6 +48,7 @@ class Reader(msgspec.Struct, frozen=True, kw_only=True):
     chunk_bytes: int
     threads: int
     pacer: Pacer
+    pause: Pause
     progress: Progress
     crash_points: CrashPoints
 
@@ -62,7 +65,7 @@ class Reading:
 
     def cancel(self) -> None:
         """Stop between two pieces."""
-        self._halt.set()
+        self._reader.pause.halt(self._halt)
 
     def run(self) -> Loaded:
         """Read, check and synchronise. Raises `ReadError`, `ReadCancelled`, `OSError` or `TransportError`.
@@ -74,36 +77,58 @@ class Reading:
         self._check_order()
         started_at_s = time.monotonic()
         self._reader.progress.begin(self.load.load_id)
-        fd = open_blob(self.load.path)
         try:
-            version = version_of(fd)
-            verify = self._must_verify(version)
-            self._reader.crash_points.at("header")
-            self._read_all(fd, verify)
-            if version_of(fd) != version:
-                raise ReadError(f"{self.load.path} was written to while it was read", corrupt=True)
+            version, verified = self._from_pool() if self.load.from_pool else self._from_file()
         finally:
-            os.close(fd)
             self._reader.progress.end()
         return Loaded(
             load_id=self.load.load_id,
             started_at_s=started_at_s,
             ended_at_s=time.monotonic(),
             version=version,
-            verified=verify or version == self.load.expect,
+            verified=verified,
         )
 
     def _check_order(self) -> None:
         """The parent says where to write; a slip there must not reach a neighbour's extent."""
         load = self.load
-        if min(load.file_offset, load.size_bytes, load.arena_offset, load.checksum_chunk_bytes) < 0:
+        if min(load.file_offset, load.size_bytes, load.checksum_chunk_bytes) < 0:
             raise ReadError(f"load {load.load_id} has a negative size or offset", corrupt=False)
-        if load.arena_offset + load.size_bytes > self._reader.arena_bytes:
-            raise ReadError(f"load {load.load_id} does not fit into the arena", corrupt=False)
+        places = (
+            ("arena", load.arena_offset, self._reader.arena_bytes),
+            ("host pool", load.pool_offset, len(self._reader.target.pool)),
+        )
+        for name, offset, place_bytes in places:
+            if offset is not None and not 0 <= offset <= place_bytes - load.size_bytes:
+                raise ReadError(f"load {load.load_id} does not fit into the {name}", corrupt=False)
+        ends = [load.arena_offset, load.pool_offset]
+        if None in ends if load.from_pool else ends == [None, None]:
+            raise ReadError(f"load {load.load_id} has nowhere to go or to come from", corrupt=False)
         if load.xxh3 and len(load.xxh3) != -(-load.size_bytes // max(load.checksum_chunk_bytes, 1)):
             raise ReadError(
                 f"load {load.load_id} has {len(load.xxh3)} checksums, not one a chunk", corrupt=False
             )
+
+    def _from_pool(self) -> tuple[None, bool]:
+        """No file is touched and nothing is verified: what is in the pool was."""
+        self._reader.crash_points.at("header")
+        self._share_out(self._reader.chunk_bytes, self._copy_chunk)
+        return None, False
+
+    def _from_file(self) -> tuple[FileVersion, bool]:
+        """Which version of the file was read and whether its bytes are known to be right."""
+        fd = open_blob(self.load.path)
+        try:
+            version = version_of(fd)
+            verify = self._must_verify(version)
+            self._reader.crash_points.at("header")
+            span_bytes = self.load.checksum_chunk_bytes if verify else self._reader.chunk_bytes
+            self._share_out(span_bytes, partial(self._read_span, fd, verify))
+            if version_of(fd) != version:
+                raise ReadError(f"{self.load.path} was written to while it was read", corrupt=True)
+        finally:
+            os.close(fd)
+        return version, verify or version == self.load.expect
 
     def _must_verify(self, version: FileVersion) -> bool:
         load = self.load
@@ -117,19 +142,20 @@ class Reading:
             raise ReadError(f"{load.path} was replaced since it was verified", corrupt=True)
         return bool(load.xxh3)
 
-    def _read_all(self, fd: int, verify: bool) -> None:
-        """Every span by whichever thread is free; this thread is one of them."""
-        load = self.load
-        span_bytes = load.checksum_chunk_bytes if verify else self._reader.chunk_bytes
-        spans = iter(range(0, load.size_bytes, span_bytes))
-        thread_count = min(self._reader.threads, -(-load.size_bytes // span_bytes))
-        helpers = [
-            threading.Thread(target=self._read_spans, args=(fd, spans, span_bytes, verify), name=f"read {n}")
-            for n in range(1, thread_count)
-        ]
-        for helper in helpers:
-            helper.start()
-        self._read_spans(fd, spans, span_bytes, verify)
+    def _share_out(self, span_bytes: int, take: Callable[[int, int], None]) -> None:
+        """Have every span taken (start, size) by whichever thread is free; this thread is one of them."""
+        size_bytes = self.load.size_bytes
+        spans = ((start, min(span_bytes, size_bytes - start)) for start in range(0, size_bytes, span_bytes))
+        thread_count = min(self._reader.threads, -(-size_bytes // span_bytes))
+        helpers: list[threading.Thread] = []
+        with suppress(RuntimeError):  # no thread to be had: fewer do it as well
+            for n in range(1, thread_count):
+                helper = threading.Thread(
+                    target=self._take_spans, args=(spans, take), name=f"read {n}", daemon=True
+                )
+                helper.start()
+                helpers.append(helper)
+        self._take_spans(spans, take)
         for helper in helpers:
             helper.join()
         self._reader.crash_points.at("synchronise")
@@ -139,39 +165,61 @@ class Reading:
         if self._halt.is_set():
             raise ReadCancelled
 
-    def _read_spans(self, fd: int, spans: Iterator[int], span_bytes: int, verify: bool) -> None:
+    def _take_spans(self, spans: Iterator[tuple[int, int]], take: Callable[[int, int], None]) -> None:
         try:
             while not self._halt.is_set():
                 with self._lock:
-                    start = next(spans, None)
-                if start is None:
+                    span = next(spans, None)
+                if span is None:
                     return
-                size_bytes = min(span_bytes, self.load.size_bytes - start)
-                self._read_span(
-                    fd, start, size_bytes, self.load.xxh3[start // span_bytes] if verify else None
-                )
-        except BaseException as error:  # noqa: BLE001 a thread's boundary: `_read_all` raises it again
+                take(*span)
+        except BaseException as error:  # noqa: BLE001 a thread's boundary: `_share_out` raises it again
             with self._lock:
                 self._error = self._error or error
-            self._halt.set()
+            self.cancel()
 
-    def _read_span(self, fd: int, start: int, size_bytes: int, xxh3: int | None) -> None:
-        """Read one span, in as many writes to the target as it takes, and compare its checksum."""
-        hasher = None if xxh3 is None else xxhash.xxh3_64()
+    def _read_span(self, fd: int, verify: bool, start: int, size_bytes: int) -> None:
+        """Read one span, chunk by chunk, and compare its checksum."""
+        hasher = xxhash.xxh3_64() if verify else None
         for offset in range(start, start + size_bytes, self._reader.chunk_bytes):
             chunk_bytes = min(self._reader.chunk_bytes, start + size_bytes - offset)
-            file_offset = self.load.file_offset + offset
-            self._reader.target.write(
-                self.load.arena_offset + offset,
-                chunk_bytes,
-                partial(self._fill, fd, file_offset, hasher),
+            self._read_chunk(
+                offset, chunk_bytes, partial(self._fill, fd, self.load.file_offset + offset, hasher)
             )
             self._reader.crash_points.at("copy")
             if self._halt.is_set():
                 return
-        if hasher is not None and hasher.intdigest() != xxh3:
+        if (
+            hasher is not None
+            and hasher.intdigest() != self.load.xxh3[start // self.load.checksum_chunk_bytes]
+        ):
             first, last = self.load.file_offset + start, self.load.file_offset + start + size_bytes
             raise ReadError(f"{self.load.path} is damaged between bytes {first} and {last}", corrupt=True)
+
+    def _read_chunk(self, offset: int, size_bytes: int, fill: Fill) -> None:
+        """To where the load goes; through the host pool when it is to stay there."""
+        arena_offset, pool_offset, target = self.load.arena_offset, self.load.pool_offset, self._reader.target
+        if pool_offset is not None:
+            fill(target.pool[pool_offset + offset : pool_offset + offset + size_bytes])
+            if arena_offset is not None:
+                target.copy(arena_offset + offset, pool_offset + offset, size_bytes)
+        elif arena_offset is not None:
+            target.write(arena_offset + offset, size_bytes, fill)
+
+    def _copy_chunk(self, offset: int, size_bytes: int) -> None:
+        arena_offset, pool_offset = self.load.arena_offset, self.load.pool_offset
+        if arena_offset is None or pool_offset is None:
+            return
+        self._rest()
+        self._reader.target.copy(arena_offset + offset, pool_offset + offset, size_bytes)
+        self._reader.progress.add(size_bytes)
+        self._reader.crash_points.at("copy")
+
+    def _rest(self) -> None:
+        """Between two pieces: sit out a pause. Raises `ReadCancelled`."""
+        self._reader.pause.rest(self._halt)
+        if self._halt.is_set():
+            raise ReadCancelled
 
     def _fill(self, fd: int, file_offset: int, hasher: "xxhash.xxh3_64 | None", view: memoryview) -> None:
         """Read `len(view)` bytes, a helping at a time, until done or halted."""
@@ -181,8 +229,7 @@ class Reading:
             helping = view[done : done + helping_bytes]
             self._reader.pacer.spend(len(helping), self._halt)
             self._reader.crash_points.at("read")
-            if self._halt.is_set():
-                raise ReadCancelled
+            self._rest()
             count = os.preadv(fd, [helping], file_offset + done)
             if count == 0:
                 raise ReadError(f"{self.load.path} ends at byte {file_offset + done}", corrupt=True)

@@ -1,21 +1,28 @@
-"""The arena on a GPU: bytes pass through a ring of pinned buffers and the copy engine.
+"""The arena on a GPU: bytes pass through pinned memory and the copy engine.
 
-A reader fills a buffer of the ring, then the copy to the final offset is queued on the one stream. At most
-`copies_in_flight` copies are queued, so that the parent's own small copies are never stuck behind many. The
-ring has a buffer more per reader: a reader always finds a free one. No kernel, no memset, no pageable copy:
-work of a second CUDA context would take turns with the parent's kernels, copies do not.
+From a file to the arena alone they pass through a ring of pinned buffers: a reader fills one, then the copy
+to the final offset is queued on the one stream. From the host pool they go straight where that is pinned,
+through the ring where it is not. At most `copies_in_flight` copies are queued, so that the parent's own small
+copies are never stuck behind many. The ring has a buffer more per reader: a reader always finds a free one.
+No kernel, no memset, no pageable copy: work of a second CUDA context would take turns with the parent's
+kernels, copies do not.
 """
 
 import ctypes
 import threading
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any
 
+from understudyd.loader import linux
 from understudyd.loader.cuda import Cuda, CudaError, load_driver
-from understudyd.loader.transport import Fill, TransportError
-from understudyd.loader.wire import Attach
+from understudyd.loader.mapping import Mapping
+from understudyd.loader.pinning import Pinning
+from understudyd.loader.proof import PROOF_BYTES
+from understudyd.loader.transport import Fill, Notify, SharingRefused, TransportError
+from understudyd.loader.wire import Attach, OpenArena
 
 # The driver's documented constants, which both major versions of the bindings spell alike.
 _CTX_SCHED_BLOCKING_SYNC = 4
@@ -25,7 +32,7 @@ _EVENT_BLOCKING_SYNC_DISABLE_TIMING = 3
 
 
 class Slot:
-    """A pinned buffer and the event that tells when its copy is done."""
+    """A pinned buffer, and the event that tells when the copy that took this slot is done."""
 
     def __init__(self, address: int, size_bytes: int, event: Any) -> None:
         self.address = address
@@ -33,10 +40,19 @@ class Slot:
         self.view = memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
 
 
-def open_cuda_target(attach: Attach, driver: Any = None) -> "CudaTarget":
-    """Open the arena's handle on the GPU it names. Raises `TransportError`."""
+def open_cuda_target(
+    attach: Attach, pool: Mapping | None, notify: Notify, driver: Any = None
+) -> "CudaTarget":
+    """Make a context on the GPU that `attach` names; owns `pool`. Raises `TransportError`."""
+    with _driver_errors():
+        return CudaTarget(attach, pool, notify, driver)
+
+
+@contextmanager
+def _driver_errors() -> Iterator[None]:
+    """The seam where the driver's errors become the transport's."""
     try:
-        return CudaTarget(attach, Cuda(driver or load_driver()))
+        yield
     except CudaError as error:
         raise TransportError(str(error)) from error
 
@@ -44,40 +60,71 @@ def open_cuda_target(attach: Attach, driver: Any = None) -> "CudaTarget":
 class CudaTarget:
     """See the module."""
 
-    def __init__(self, attach: Attach, cuda: Cuda) -> None:
-        self._cuda = cuda
+    def __init__(self, attach: Attach, pool: Mapping | None, notify: Notify, driver: Any) -> None:
+        self.pool = memoryview(b"") if pool is None else pool.view
+        self._is_in_parent = attach.parent_pid == 0
         self._copies_in_flight = attach.copies_in_flight
         self._lock = threading.Lock()
         self._in_flight: deque[Slot] = deque()
         self._free: SimpleQueue[Slot] = SimpleQueue()
-        with ExitStack() as resources:
-            self._open(attach, resources)
-            self._resources = resources.pop_all()
+        self._base = 0
+        self._pinning: Pinning | None = None
+        self._resources = ExitStack()
+        try:
+            if pool is not None:
+                self._resources.callback(pool.close)
+            self._cuda = Cuda(driver or load_driver())
+            self._open(attach, pool, notify)
+        except BaseException:
+            with suppress(CudaError):  # what failed first says more
+                self._resources.close()
+            raise
 
-    def _open(self, attach: Attach, resources: ExitStack) -> None:
-        call = self._cuda.call
+    def _open(self, attach: Attach, pool: Mapping | None, notify: Notify) -> None:
+        call, resources = self._cuda.call, self._resources
         device, _ = self._cuda.device(attach.gpu_uuid)
-        # Waiting threads sleep: there are two of them and perhaps two cores.
-        call("cuDevicePrimaryCtxSetFlags", device, _CTX_SCHED_BLOCKING_SYNC)
+        if not self._is_in_parent:  # the parent's context is torch's
+            # Waiting threads sleep: there are two of them and perhaps two cores.
+            call("cuDevicePrimaryCtxSetFlags", device, _CTX_SCHED_BLOCKING_SYNC)
         self._context = call("cuDevicePrimaryCtxRetain", device)
         resources.callback(call, "cuDevicePrimaryCtxRelease", device)
         call("cuCtxSetCurrent", self._context)
-        handle = self._cuda.handle_from(attach.ipc_handle)
-        arena = call("cuIpcOpenMemHandle", handle, _IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
-        resources.callback(call, "cuIpcCloseMemHandle", arena)
-        self._base = int(arena)
         self._stream = call("cuStreamCreate", _STREAM_NON_BLOCKING)
         resources.callback(call, "cuStreamDestroy", self._stream)
         for _ in range(attach.copies_in_flight + attach.reader_threads):
-            self._free.put(self._new_slot(attach.chunk_bytes, resources))
+            self._free.put(self._new_slot(max(attach.chunk_bytes, PROOF_BYTES)))
+        if pool is not None:
+            self._pinning = Pinning(self._cuda, self._context, pool, attach.pinned_piece_bytes, notify)
+            resources.callback(self._pinning.close)
 
-    def _new_slot(self, chunk_bytes: int, resources: ExitStack) -> Slot:
-        call = self._cuda.call
-        address = int(call("cuMemHostAlloc", chunk_bytes, 0))
+    def _new_slot(self, size_bytes: int) -> Slot:
+        call, resources = self._cuda.call, self._resources
+        address = int(call("cuMemHostAlloc", size_bytes, 0))
         resources.callback(call, "cuMemFreeHost", address)
         event = call("cuEventCreate", _EVENT_BLOCKING_SYNC_DISABLE_TIMING)
         resources.callback(call, "cuEventDestroy", event)
-        return Slot(address, chunk_bytes, event)
+        return Slot(address, size_bytes, event)
+
+    def open_arena(self, order: OpenArena, fds: Sequence[int]) -> None:
+        """See `Target`."""
+        match order.transport:
+            case "cuda_ipc" if not fds:
+                self._base = self._open_handle(order.ipc_handle)
+            case "cuda_local" if self._is_in_parent and not fds:
+                self._base = order.address
+            case transport:
+                raise TransportError(f"no transport {transport!r} to this GPU with {len(fds)} descriptors")
+
+    def _open_handle(self, content: bytes) -> int:
+        with _driver_errors():
+            self._cuda.call("cuCtxSetCurrent", self._context)
+            handle = self._cuda.handle_from(content)
+        try:
+            arena = self._cuda.call("cuIpcOpenMemHandle", handle, _IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
+        except CudaError as error:
+            raise SharingRefused(str(error)) from error
+        self._resources.callback(self._cuda.call, "cuIpcCloseMemHandle", arena)
+        return int(arena)
 
     def write(self, offset: int, size_bytes: int, fill: Fill) -> None:
         """See `Target`."""
@@ -87,42 +134,57 @@ class CudaTarget:
         except BaseException:
             self._free.put(slot)
             raise
-        with self._lock:
-            try:
-                self._copy(slot, offset, size_bytes)
-            except CudaError as error:
-                raise TransportError(str(error)) from error
+        self._send(slot, slot.address, offset, size_bytes)
 
-    def _copy(self, slot: Slot, offset: int, size_bytes: int) -> None:
-        self._cuda.call("cuCtxSetCurrent", self._context)  # whichever thread this is
-        while len(self._in_flight) >= self._copies_in_flight:
-            self._await_oldest()
-        self._cuda.call("cuMemcpyHtoDAsync", self._base + offset, slot.address, size_bytes, self._stream)
-        self._cuda.call("cuEventRecord", slot.event, self._stream)
-        self._in_flight.append(slot)
+    def copy(self, arena_offset: int, pool_offset: int, size_bytes: int) -> None:
+        """See `Target`."""
+        assert self._pinning is not None, "a load was allowed that comes from nowhere"
+        for offset, piece_bytes, is_pinned in self._pinning.pieces(pool_offset, size_bytes):
+            slot = self._free.get()
+            source = self._pinning.address(offset)
+            if not is_pinned:
+                linux.copy(slot.address, source, piece_bytes)
+                source = slot.address
+            self._send(slot, source, arena_offset + offset - pool_offset, piece_bytes)
+
+    def _send(self, slot: Slot, source: int, offset: int, size_bytes: int) -> None:
+        """Queue a copy to `offset` of the arena; the slot is free again when it is done."""
+        with self._lock, _driver_errors():
+            self._cuda.call("cuCtxSetCurrent", self._context)  # whichever thread this is
+            while len(self._in_flight) >= self._copies_in_flight:
+                self._await_oldest()
+            self._cuda.call("cuMemcpyHtoDAsync", self._base + offset, source, size_bytes, self._stream)
+            self._in_flight.append(slot)
+            self._cuda.call("cuEventRecord", slot.event, self._stream)
 
     def _await_oldest(self) -> None:
         oldest = self._in_flight[0]
         self._cuda.call("cuEventSynchronize", oldest.event)
         self._free.put(self._in_flight.popleft())
 
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """See `Target`."""
+        slot = self._free.get()
+        with self._lock, _driver_errors():
+            self._cuda.call("cuCtxSetCurrent", self._context)
+            self._cuda.call("cuMemcpyDtoHAsync", slot.address, self._base + offset, size_bytes, self._stream)
+            self._cuda.call("cuStreamSynchronize", self._stream)
+        content = bytes(slot.view[:size_bytes])
+        self._free.put(slot)
+        return content
+
     def synchronise(self) -> None:
         """See `Target`."""
-        with self._lock:
-            try:
-                self._cuda.call("cuCtxSetCurrent", self._context)
-                while self._in_flight:
-                    self._await_oldest()
-                self._cuda.call("cuStreamSynchronize", self._stream)
-            except CudaError as error:
-                raise TransportError(str(error)) from error
+        with self._lock, _driver_errors():
+            self._cuda.call("cuCtxSetCurrent", self._context)
+            self._cuda.call("cuStreamSynchronize", self._stream)
+            while self._in_flight:
+                self._free.put(self._in_flight.popleft())
 
     def close(self) -> None:
-        """Release everything in reverse, whatever fails on the way. Raises `TransportError`."""
-        try:
-            self.synchronise()
-        finally:
+        """See `Target`. Releases everything in reverse, whatever fails on the way."""
+        with _driver_errors():
             try:
+                self.synchronise()
+            finally:
                 self._resources.close()
-            except CudaError as error:
-                raise TransportError(str(error)) from error

@@ -32,10 +32,16 @@ class PoolAdapter:
             file_offset=blob.data_start_bytes,
             size_bytes=order.size_bytes,
             arena_offset=order.offset,
+            pool_offset=order.pool_offset,
+            from_pool=order.from_pool,
             checksum_chunk_bytes=blob.chunk_bytes,
             xxh3=blob.xxh3,
         )
         self._pool.start_load(order.loader_id, task)
+
+    def pause_loads(self, is_paused: bool) -> None:
+        """See `LoadRunner`."""
+        self._pool.pause(is_paused)
 
     def cancel_load(self, load_id: int) -> None:
         """See `LoadRunner`."""
@@ -81,6 +87,7 @@ class StageAdapter:
         self.forget_model = stage.forget_model
         self.build_views = stage.build_views
         self.drop_views = stage.drop_views
+        self.move_extent = stage.move_extent
         self.cancel_run = stage.cancel_run
         self.strays = stage.strays
         self.close = stage.close

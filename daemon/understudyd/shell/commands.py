@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol, assert_never
 
+from understudy import __version__
 from understudy import admin as proto
 from understudy.admin import AdminError
 from understudyd.core import events as ev
@@ -18,8 +19,6 @@ from understudyd.shell.supervisor import LoaderPool
 from understudyd.shell.timeline import Timeline
 from understudyd.store.errors import StoreError
 from understudyd.store.store import Store
-
-VERSION = "0.1.0"
 
 
 class Lifecycle(Protocol):
@@ -102,7 +101,7 @@ class Commands:
         tally = runtime.tally
         return {
             "daemon": self._daemon.daemon_id,
-            "version": VERSION,
+            "version": __version__,
             "pid": os.getpid(),
             "state": self._daemon.state,
             "uptime_s": round(self._clock() - self._daemon.started_at_s, 1),
@@ -115,6 +114,9 @@ class Commands:
             "requests_failed": sum(tally.failed.values()),
             "failures": dict(tally.failed),
             "arena": dataclasses.asdict(snapshot.arena(machine)),
+            "host_pool": dataclasses.asdict(snapshot.host_pool(machine)),
+            "hand_over": self._pool.hand_over.kind,
+            "hand_over_reason": self._pool.hand_over.reason,
             "loaders": self._loaders(),
             "last_error": tally.last_error,
             "visible_switch_ms": tally.visible_switch_ms(),
@@ -160,7 +162,8 @@ class Commands:
                 "signature": c.signature,
                 "blob": c.blob.sha256,
                 "size_bytes": c.blob.size_bytes,
-                "tier": _blob_tier(blobs[c.blob.sha256].state).value,
+                "tier": _blob_tier(blobs[c.blob.sha256]).value,
+                "host_copy": blobs[c.blob.sha256].has_copy,
                 "shared_by": list(blobs[c.blob.sha256].shared_by),
                 "history": blobs[c.blob.sha256].story,
             }
@@ -178,11 +181,15 @@ class Commands:
         return self._model_row(view) | more
 
     def _arena(self) -> dict[str, Any]:
-        views = snapshot.extents(self._machine)
+        machine = self._machine
         return {
-            "size_bytes": self._machine.residency.arena.size_bytes,
-            "extents": [dataclasses.asdict(v) for v in views],
+            "size_bytes": machine.residency.arena.size_bytes,
+            "extents": [dataclasses.asdict(v) for v in snapshot.extents(machine)],
             "tensors_outside": self._runtime.strays(),
+            "host_pool": {
+                "size_bytes": snapshot.host_pool(machine).size_bytes,
+                "extents": [dataclasses.asdict(v) for v in snapshot.pool_extents(machine)],
+            },
         }
 
     def _request_row(self, view: snapshot.RequestView) -> dict[str, Any]:
@@ -256,11 +263,11 @@ class Commands:
         return model
 
 
-def _blob_tier(state: str) -> Tier:
-    match BlobState(state):
-        case BlobState.RESIDENT:
+def _blob_tier(blob: snapshot.BlobView) -> Tier:
+    match BlobState(blob.state):
+        case BlobState.RESIDENT | BlobState.MOVING:
             return Tier.RESIDENT
         case BlobState.LOADING | BlobState.VIEWING:
             return Tier.LOADING
         case _:
-            return Tier.DISK
+            return Tier.HOST if blob.has_copy else Tier.DISK

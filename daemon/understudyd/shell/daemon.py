@@ -1,46 +1,51 @@
 """One life of the daemon: put the parts together, get ready, serve, drain, leave nothing behind.
 
-Order matters: the arena stands and the loaders read before torch is imported; the front end listens only
-when every architecture has run once. Clients that are early wait in ZeroMQ's connect.
+Order matters: the loaders come up before the arena, which may be as large as what they leave; both stand and
+weights are on their way while torch is imported; the front end listens only when every architecture has run
+once. Clients that are early wait in ZeroMQ's connect.
 """
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import signal
-import sys
 import time
 import uuid
-from collections.abc import Coroutine
-from pathlib import Path
+from collections.abc import Coroutine, Iterator
+from contextlib import AsyncExitStack
 from typing import Any
 
-from understudy.paths import ADMIN_SOCKET, CLIENT_SOCKET
+from understudy.paths import ADMIN_SOCKET
 from understudy.wire import Generate
-from understudyd.config import AUTO, Config
+from understudyd.config import Config
 from understudyd.core import events as ev
-from understudyd.core.machine import Machine
-from understudyd.core.policy import PolicySettings
-from understudyd.shell.adapters import PoolAdapter, ServedModels, StageAdapter
+from understudyd.shell.adapters import PoolAdapter, StageAdapter
 from understudyd.shell.admin import AdminServer
 from understudyd.shell.commands import Commands
 from understudyd.shell.families import representatives
 from understudyd.shell.frontend import Frontend
-from understudyd.shell.limits import Limits
+from understudyd.shell.host_pool import HostPool
 from understudyd.shell.lock import DaemonLock
-from understudyd.shell.memory import Arena, CpuArena, auto_size_bytes
+from understudyd.shell.memory import Arena
 from understudyd.shell.notify import notify
+from understudyd.shell.parts import Parts
 from understudyd.shell.runtime import RunFailed, Runtime
-from understudyd.shell.supervisor import LoaderPool, LoaderSettings
+from understudyd.shell.supervisor import LoaderPool
 from understudyd.shell.timeline import Timeline
 from understudyd.store.store import Store
 
 log = logging.getLogger(__name__)
 
-CPU_ARENA_SHARE = 0.5
-SWITCH_INTERVAL_S = 0.001
+START_UP = "start-up"
+"""The timeline's lane for what came before ready."""
+
 EXIT_DEFECT = 70
+
+
+class _Stopped(Exception):
+    """The daemon was told to stop before it was ready."""
 
 
 class Daemon:
@@ -51,9 +56,12 @@ class Daemon:
         self.state = "starting"
         self.daemon_id = uuid.uuid4().hex
         self.started_at_s = time.monotonic()
-        self.device: str = config.device.kind
-        if self.device == "auto":
-            self.device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+        self._parts = Parts(config)
+        self.device = self._parts.device
+        self._timeline = Timeline()
+        self._host_pool: HostPool | None = None
+        self._arena: Arena | None = None
+        self._stage: StageAdapter | None = None
         self._stop = asyncio.Event()
         self._drain_s = config.server.drain_s
         self._exit_status = 0
@@ -64,134 +72,106 @@ class Daemon:
         runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
         lock = DaemonLock(runtime_dir / "understudyd.lock")
         try:
-            return await self._serve_locked(runtime_dir)
+            self._listen_to_signals(asyncio.get_running_loop())
+            async with AsyncExitStack() as leaving:
+                with contextlib.suppress(_Stopped):
+                    await self._live(leaving)
+            return self._exit_status
         finally:
             lock.close()
 
-    async def _serve_locked(self, runtime_dir: Path) -> int:
+    async def _live(self, leaving: AsyncExitStack) -> None:
+        """Get ready and serve; what must be undone at the end goes on the stack `leaving`.
+
+        Raises `_Stopped`, and whatever keeps the daemon from getting ready.
+        """
         loop = asyncio.get_running_loop()
-        self._listen_to_signals(loop)
         store = Store.open(self.config.store.path, writable=True)
-        arena = await loop.run_in_executor(None, self._make_arena)
-        log.info("arena: %.2f GiB on %s", arena.size_bytes / 2**30, self.device)
-        machine = self._make_machine(arena)
-        runtime = Runtime(machine, store, loop, on_defect=self._defect)
-        timeline = Timeline()
-        pool = self._make_pool(loop, arena, runtime, timeline)
+        leaving.push_async_callback(self._let_go)
+        pool = await self._attach_loaders(loop, leaving)
+        arena = await self._make_arena(loop)
+        runtime = Runtime(self._parts.machine(arena, self._host_pool), store, loop, on_defect=self._defect)
+        leaving.callback(runtime.close)
+        frontend = await self._make_doors(loop, runtime, pool, store, leaving)
+        leaving.push_async_callback(self._drain, runtime)
         runtime.attach_pool(PoolAdapter(pool))
-        commands = Commands(runtime, pool, timeline, store, self, time.monotonic)
-        admin = AdminServer(runtime_dir / ADMIN_SOCKET, commands.execute)
-        frontend = self._make_frontend(loop, runtime, runtime_dir)
-        stage: StageAdapter | None = None
-        try:
-            await admin.start()
-            for record in store.models().values():
-                runtime.add_model(record)
-            pool.start()
-            self._say("importing torch")
-            stage = await self._make_stage(loop, arena, store, runtime, timeline)
-            runtime.attach_stage(stage)
-            await self._until_stopped(self._warm_up(runtime))
-            if not self._stop.is_set():
-                runtime.attach_replies(frontend)
-                endpoints = frontend.start()
-                self._ready(endpoints)
-                await self._stop.wait()
-            await self._drain(runtime)
-        finally:
-            self.state = "stopping"
-            frontend.close(linger_s=1.0)
-            await admin.stop()
-            await pool.stop()
-            runtime.close()
-            if stage is not None:
-                await loop.run_in_executor(None, stage.close)
-            arena.close()
-        return self._exit_status
-
-    # -- parts --------------------------------------------------------------------------------------
-
-    def _make_arena(self) -> Arena:
-        wanted = int(self.config.device.arena)
-        if self.device == "cuda":
-            from understudyd.shell import memory_cuda  # cuda-bindings are not installed everywhere
-
-            gpu, reserve = self.config.device.gpu, int(self.config.device.reserve)
-            size = memory_cuda.auto_size_bytes(reserve, gpu) if wanted == AUTO else wanted
-            return memory_cuda.CudaArena(size, gpu)
-        return CpuArena(auto_size_bytes(CPU_ARENA_SHARE) if wanted == AUTO else wanted)
-
-    def _make_machine(self, arena: Arena) -> Machine:
-        chosen = self.config.policy
-        policy = PolicySettings(
-            order=chosen.order,
-            lookahead=chosen.lookahead,
-            max_wait_s=chosen.max_wait_s,
-            max_skips=chosen.max_skips,
-            prefetch=chosen.prefetch,
-        )
-        return Machine(arena.size_bytes, policy=policy, max_waiting=self.config.queue.max_waiting)
-
-    def _make_pool(
-        self, loop: asyncio.AbstractEventLoop, arena: Arena, runtime: Runtime, timeline: Timeline
-    ) -> LoaderPool:
-        chosen = self.config.loader
-        settings = LoaderSettings(
-            chunk_bytes=int(chosen.chunk),
-            reader_threads=chosen.threads,
-            rate_limit_bytes_per_s=float(chosen.rate_limit),
-            dead_after_s=chosen.dead_after_s,
-        )
-        return LoaderPool(
-            loop, arena, count=chosen.count, settings=settings, emit=runtime.emit, record=timeline.record
-        )
-
-    def _make_frontend(
-        self, loop: asyncio.AbstractEventLoop, runtime: Runtime, runtime_dir: Path
-    ) -> Frontend:
-        chosen = self.config.server
-        limits = Limits(
-            max_pixels=chosen.max_pixels,
-            max_steps=chosen.max_steps,
-            max_images=chosen.max_images,
-            max_prompt_chars=chosen.max_prompt_chars,
-            max_open_per_client=chosen.max_open_per_client,
-            outbox_bytes=int(chosen.outbox_bytes),
-            answer_ttl_s=chosen.answer_ttl_s,
-            client_timeout_s=chosen.client_timeout_s,
-        )
-        endpoints = [f"ipc://{runtime_dir / CLIENT_SOCKET}", *chosen.endpoints]
-        return Frontend(loop, endpoints, runtime, limits=limits, daemon_id=self.daemon_id)
-
-    async def _make_stage(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        arena: Arena,
-        store: Store,
-        runtime: Runtime,
-        timeline: Timeline,
-    ) -> StageAdapter:
-        def make() -> StageAdapter:
-            from understudyd.stage.stage import Stage  # seconds: torch and diffusers
-
-            # Threads that wait for the interpreter get it within a millisecond: the stage changes over
-            # between threads, and the event loop's share is small.
-            sys.setswitchinterval(SWITCH_INTERVAL_S)
-            return StageAdapter(
-                Stage(
-                    arena.tensor(),
-                    ServedModels(store, runtime.records),
-                    device=self.device,
-                    threads=self.config.stage.threads,
-                    emit=runtime.emit,
-                    on_progress=runtime.progress,
-                    record=timeline.record,
-                )
-            )
-
-        return await loop.run_in_executor(None, make)
+        for record in store.models().values():
+            runtime.add_model(record)
+        pool.open(arena, runtime.emit)
+        self._load_ahead(runtime, leaving)
+        await self._make_stage(loop, arena, store, runtime)
+        with self._phase("warm-up"):
+            await self._unless_stopped(self._warm_up(runtime))
+        runtime.attach_replies(frontend)
+        self._ready(frontend.start())
+        await self._stop.wait()
 
     # -- getting ready ------------------------------------------------------------------------------
+
+    async def _attach_loaders(self, loop: asyncio.AbstractEventLoop, leaving: AsyncExitStack) -> LoaderPool:
+        with self._phase("loaders"):
+            self._host_pool = self._parts.host_pool()
+            pool = self._parts.loader_pool(loop, self._timeline, self._host_pool)
+            leaving.push_async_callback(pool.stop)
+            pool.start()
+            await self._unless_stopped(pool.attached())
+        return pool
+
+    async def _make_arena(self, loop: asyncio.AbstractEventLoop) -> Arena:
+        with self._phase("arena"):
+            arena = self._arena = await loop.run_in_executor(None, self._parts.arena)
+        log.info("arena: %.2f GiB on %s", arena.size_bytes / 2**30, self.device)
+        self._check_not_stopped()
+        return arena
+
+    async def _make_doors(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        runtime: Runtime,
+        pool: LoaderPool,
+        store: Store,
+        leaving: AsyncExitStack,
+    ) -> Frontend:
+        """The operators' door, open, and the clients', still shut."""
+        commands = Commands(runtime, pool, self._timeline, store, self, time.monotonic)
+        admin = AdminServer(self.config.server.runtime_dir / ADMIN_SOCKET, commands.execute)
+        leaving.push_async_callback(admin.stop)
+        await admin.start()
+        frontend = self._parts.frontend(loop, runtime, self.daemon_id)
+        leaving.callback(frontend.close, linger_s=1.0)
+        return frontend
+
+    def _load_ahead(self, runtime: Runtime, leaving: AsyncExitStack) -> None:
+        """Have what the warm-up will need on its way while torch is imported."""
+        if not self.config.stage.warm_up:
+            return
+        names = {record.name for record in representatives(runtime.records.values())}
+        watching = asyncio.create_task(self._watch_weights(runtime, names))
+        leaving.callback(watching.cancel)
+        for name in names:
+            runtime.handle(ev.LoadWanted(name))
+
+    async def _watch_weights(self, runtime: Runtime, names: set[str]) -> None:
+        """Note when the first of these models' loads begins and when none is under way any more."""
+        loads = runtime.machine.residency.loads
+
+        def is_loading() -> bool:
+            return any(not names.isdisjoint(load.blob.models) for load in loads.values())
+
+        await runtime.until(is_loading)
+        with self._phase("weights"):
+            await runtime.until(lambda: not is_loading())
+
+    async def _make_stage(
+        self, loop: asyncio.AbstractEventLoop, arena: Arena, store: Store, runtime: Runtime
+    ) -> None:
+        self._say("importing torch")
+        with self._phase("import"):
+            self._stage = await loop.run_in_executor(
+                None, self._parts.stage, arena, store, runtime, self._timeline
+            )
+        self._check_not_stopped()
+        runtime.attach_stage(self._stage)
 
     async def _warm_up(self, runtime: Runtime) -> None:
         """Run each architecture once: first-use kernels and autotuning must not meet a client."""
@@ -230,6 +210,13 @@ class Daemon:
         notify("READY=1")
         self._say(f"ready after {time.monotonic() - self.started_at_s:.1f} s on {', '.join(endpoints)}")
 
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """A span of the timeline, if it is gone through to its end."""
+        started_at_s = time.monotonic()
+        yield
+        self._timeline.record(START_UP, name, started_at_s, time.monotonic())
+
     def _say(self, status: str) -> None:
         log.info("%s", status)
         notify(f"STATUS={status}")
@@ -241,8 +228,12 @@ class Daemon:
         self._drain_s = drain_s
         self._stop.set()
 
-    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work`, unless the daemon is to stop meanwhile."""
+    def _check_not_stopped(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do `work`. Raises `_Stopped` when the daemon is to stop meanwhile."""
         task = asyncio.create_task(work)
         stop = asyncio.create_task(self._stop.wait())
         await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -251,6 +242,7 @@ class Daemon:
         await asyncio.gather(task, stop, return_exceptions=True)
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error
+        self._check_not_stopped()
 
     async def _drain(self, runtime: Runtime) -> None:
         self.state = "draining"
@@ -268,6 +260,15 @@ class Daemon:
                     await runtime.until(lambda: not runtime.pending)
             except TimeoutError:
                 log.error("%d requests could not be ended", len(runtime.pending))
+        self.state = "stopping"
+
+    async def _let_go(self) -> None:
+        """The last step: nobody loads any more."""
+        if self._stage is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._stage.close)
+        for memory in (self._arena, self._host_pool):
+            if memory is not None:
+                memory.close()
 
     def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from understudyd.loader import linux
+from understudyd.loader.proof import PROOF_AREA_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-_GRAIN_BYTES = 2 * 1024 * 1024
 _PREFAULT_PIECE_BYTES = 64 * 1024 * 1024
 _PREFAULT_THREADS = 4
 
@@ -28,22 +29,25 @@ class ArenaError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class AttachFields:
-    """How a loader reaches the arena: the fields of the same names in the loader protocol's `Attach`."""
+class OpenFields:
+    """How a loader reaches the arena: the fields of the same names in the loader protocol's `OpenArena`."""
 
     transport: str
     arena_bytes: int
     ipc_handle: bytes = b""
-    gpu_uuid: str = ""
+    address: int = 0
 
 
 class Arena(Protocol):
-    """One allocation of `size_bytes`, opened once by every loader."""
+    """One allocation of `size_bytes` and the proof area behind them, opened once by every loader."""
 
     size_bytes: int
-    transport: str
 
-    def attach_fields(self) -> AttachFields:
+    @property
+    def ipc_refusal(self) -> str | None:
+        """Why no other process can open it, None when loader processes can."""
+
+    def open_fields(self) -> OpenFields:
         """What a loader must be told."""
 
     def fds(self) -> tuple[int, ...]:
@@ -51,6 +55,15 @@ class Arena(Protocol):
 
     def tensor(self) -> "torch.Tensor":
         """All of the arena as a 1-D uint8 tensor; no copy. Imports torch."""
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """A few bytes as they are now, the proof area's too. Does not wait for what computes.
+
+        Raises `ArenaError`, as `write` does.
+        """
+
+    def write(self, offset: int, content: bytes) -> None:
+        """A few bytes; they are there when this returns. Does not wait for what computes."""
 
     def synchronise(self) -> None:
         """Return when the device has finished everything that was given to it."""
@@ -66,6 +79,7 @@ class CpuArena:
     """
 
     transport = "memfd"
+    ipc_refusal: str | None = None
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
@@ -77,20 +91,21 @@ class CpuArena:
             )
         self._fd = os.memfd_create("understudy-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self._fd, size_bytes)
+            whole_bytes = size_bytes + PROOF_AREA_BYTES
+            os.ftruncate(self._fd, whole_bytes)
             # A loader that went mad cannot shrink it: reading a page that is gone would kill the parent.
             fcntl.fcntl(
                 self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             )
-            self._mapping: mmap.mmap | None = mmap.mmap(self._fd, size_bytes, mmap.MAP_SHARED)
+            self._mapping: mmap.mmap | None = mmap.mmap(self._fd, whole_bytes, mmap.MAP_SHARED)
             _prefault(self._fd, self._mapping)
         except OSError as error:
             os.close(self._fd)
             raise ArenaError(f"cannot have {size_bytes} bytes of shared memory: {error}") from error
 
-    def attach_fields(self) -> AttachFields:
+    def open_fields(self) -> OpenFields:
         """See `Arena`."""
-        return AttachFields(transport=self.transport, arena_bytes=self.size_bytes)
+        return OpenFields(transport=self.transport, arena_bytes=self.size_bytes)
 
     def fds(self) -> tuple[int, ...]:
         """See `Arena`."""
@@ -102,7 +117,15 @@ class CpuArena:
             raise ArenaError("the arena is closed")
         import torch
 
-        return torch.frombuffer(self._mapping, dtype=torch.uint8)
+        return torch.frombuffer(self._mapping, dtype=torch.uint8, count=self.size_bytes)
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """See `Arena`."""
+        return os.pread(self._fd, size_bytes, offset)
+
+    def write(self, offset: int, content: bytes) -> None:
+        """See `Arena`."""
+        os.pwrite(self._fd, content, offset)
 
     def synchronise(self) -> None:
         """The CPU has finished when a call returns."""
@@ -114,17 +137,63 @@ class CpuArena:
             os.close(self._fd)
 
 
-def auto_size_bytes(share: float, *, meminfo: Path = Path("/proc/meminfo")) -> int:
-    """`share` of the memory available now, in whole 2 MiB: the CPU device's `auto`."""
-    return int(memory_available_bytes(meminfo) * share) // _GRAIN_BYTES * _GRAIN_BYTES
+def memory_available_bytes(root: Path = Path("/")) -> int:
+    """What can be had without swapping: as the kernel reckons, and within the limits of this control group.
 
-
-def memory_available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """What the kernel reckons can be had without swapping."""
+    `root` is where /proc and /sys are. Raises `ArenaError` when the kernel does not say.
+    """
+    meminfo = root / "proc/meminfo"
     for line in meminfo.read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            available_bytes = int(line.split()[1]) * 1024
+            return min([available_bytes, *(_headroom_bytes(*place) for place in _control_groups(root))])
     raise ArenaError(f"{meminfo} does not say what memory is available; give the arena a size")
+
+
+@dataclass(frozen=True, slots=True)
+class _ControlFiles:
+    """The files of one version of control groups, and the lines of `memory.stat` that can be taken back."""
+
+    limit: str
+    usage: str
+    caches: tuple[str, ...]
+
+
+# https://docs.kernel.org/admin-guide/cgroup-v2.html and .../cgroup-v1/memory.html
+_V2 = _ControlFiles("memory.max", "memory.current", ("active_file", "inactive_file"))
+_V1 = _ControlFiles(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
+)
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, _ControlFiles]]:
+    """The groups of this process that count memory, and all their ancestors: every limit holds."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # a kernel without them
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top):
+                yield folder, _V1 if controllers else _V2
+
+
+def _headroom_bytes(folder: Path, files: _ControlFiles) -> int:
+    """What one group may still use. File caches count as used there but give way."""
+    try:
+        limit = (folder / files.limit).read_text().strip()
+        if limit == "max":
+            return sys.maxsize
+        used_bytes = int((folder / files.usage).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:  # the top has no limit, and a container does not see all that is above it
+        return sys.maxsize
+    return max(0, int(limit) - used_bytes + sum(int(stat.get(name, 0)) for name in files.caches))
 
 
 def _prefault(fd: int, mapping: mmap.mmap) -> None:

@@ -49,6 +49,9 @@ class LoadRunner(Protocol):
     def start_load(self, order: StartLoad, label: str, path: Path, blob: BlobRecord) -> None:
         """Have the loader `order.loader_id` fill the extent; `label` names the load in the timeline."""
 
+    def pause_loads(self, is_paused: bool) -> None:
+        """Have every loader rest between two pieces, or go on; those that come later too."""
+
     def cancel_load(self, load_id: int) -> None:
         """Stop it between two chunks."""
 
@@ -87,6 +90,9 @@ class StageDoor(Protocol):
 
     def drop_views(self, blob: str, generation: int) -> None:
         """Forget them, before this returns."""
+
+    def move_extent(self, blob: str, offset: int, to_offset: int, size_bytes: int, generation: int) -> None:
+        """Move a blob without views to a lower place of the arena, which may overlap its old one."""
 
     def put_on_deck(self, request_id: str, model: str, request: Generate) -> None:
         """Run the request when the stage is free."""

@@ -39,7 +39,15 @@ RETRYABLE = frozenset(
     }
 )
 
-StageAction = ac.BuildViews | ac.DropViews | ac.PrepareModel | ac.ForgetModel | ac.PutOnDeck | ac.CancelRun
+StageAction = (
+    ac.BuildViews
+    | ac.DropViews
+    | ac.MoveExtent
+    | ac.PrepareModel
+    | ac.ForgetModel
+    | ac.PutOnDeck
+    | ac.CancelRun
+)
 
 
 class RunFailed(Exception):
@@ -188,6 +196,9 @@ class Runtime:
             case ac.CancelLoad(load_id=load_id):
                 assert self._pool is not None
                 self._pool.cancel_load(load_id)
+            case ac.PauseLoads(is_paused=is_paused):
+                assert self._pool is not None
+                self._pool.pause_loads(is_paused)
             case ac.RetireModel(name=name):
                 self._retire(name)
             case _:
@@ -202,6 +213,8 @@ class Runtime:
                 stage.build_views(key, offset, generation)
             case ac.DropViews(blob=key, generation=generation):
                 stage.drop_views(key, generation)
+            case ac.MoveExtent(blob=key):
+                stage.move_extent(key, action.offset, action.to_offset, action.size_bytes, action.generation)
             case ac.PrepareModel(name=name):
                 stage.prepare_model(name)
             case ac.ForgetModel(name=name):

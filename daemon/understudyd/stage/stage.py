@@ -20,9 +20,11 @@ from torch import Tensor
 
 from understudyd.core.events import (
     Event,
+    ExtentMoved,
     ImagesEncoded,
     ModelPreparationFailed,
     ModelPrepared,
+    MoveFailed,
     ViewsBuilt,
     ViewsFailed,
 )
@@ -93,7 +95,8 @@ class Stage:
         self._clock = clock
         self._device = open_device(device)
         self._announcer = Announcer(emit)
-        self._resident = ResidentBlobs(WeightArena(arena))
+        self._arena = WeightArena(arena)
+        self._resident = ResidentBlobs(self._arena)
         self._performer = Performer(self._resident, self._device, self._announcer, on_progress, record, clock)
         self._baton = Baton()
         self._shelf = PartShelf()
@@ -147,6 +150,10 @@ class Stage:
             for skeleton in self.skeletons():
                 skeleton.unbind(views)
             self._resident.keep(views)
+
+    def move_extent(self, blob: str, offset: int, to_offset: int, size_bytes: int, generation: int) -> None:
+        """Move a blob without views to a lower, perhaps overlapping place: `ExtentMoved` or `MoveFailed`."""
+        self._view_jobs.put(lambda: self._move(blob, offset, to_offset, size_bytes, generation))
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -256,6 +263,16 @@ class Stage:
             self._announcer.announce(ViewsFailed(blob, generation, f"{type(error).__name__}: {error}"))
         else:
             self._announcer.announce(ViewsBuilt(blob, generation))
+
+    def _move(self, blob: str, offset: int, to_offset: int, size_bytes: int, generation: int) -> None:
+        try:
+            self._arena.move_down(offset, to_offset, size_bytes)
+            self._device.wait(self._device.mark_last_use())
+        except Exception as error:  # noqa: BLE001  a task's boundary
+            _log.exception("moving blob %s failed", blob)
+            self._announcer.announce(MoveFailed(blob, generation, f"{type(error).__name__}: {error}"))
+        else:
+            self._announcer.announce(ExtentMoved(blob, generation))
 
     def _breathe(self) -> None:
         """Let a computing thread have the interpreter; longer while there is one."""

@@ -38,6 +38,8 @@ DTYPES = {
 SHELF_TENSORS = 50_000
 """Views kept for later: 44 Stable Diffusion 1.5 or 18 SDXL models."""
 
+_MOVE_PIECE_BYTES = 64 * 1024 * 1024
+
 TENSORS_PER_SLICE = 64
 """Views made between two breaths: about 0.5 ms on a slow core."""
 
@@ -67,6 +69,17 @@ class WeightArena:
         """The addresses of the arena's bytes."""
         start = self._memory.data_ptr()
         return range(start, start + self._memory.numel())
+
+    def move_down(self, offset: int, to_offset: int, size_bytes: int) -> None:
+        """Copy `size_bytes` from `offset` to a lower `to_offset`; the places may overlap.
+
+        Piece by piece in ascending order, each by way of a buffer of its own: neither `memcpy` nor a device
+        copy allows that source and target overlap.
+        """
+        for start in range(0, size_bytes, _MOVE_PIECE_BYTES):
+            end = min(start + _MOVE_PIECE_BYTES, size_bytes)
+            piece = self._memory[offset + start : offset + end].clone()
+            self._memory[to_offset + start : to_offset + end].copy_(piece)
 
     def tensor(self, record: TensorRecord, extent_offset: int) -> Tensor:
         """The record's tensor where its blob lies at `extent_offset` bytes. No copy."""

@@ -1,0 +1,78 @@
+"""What idle loaders bring to the host pool: what waits, in its order, then what is likely, then the rest.
+
+Nothing is in a hurry here: a load into the arena that finds no loader stops one of these.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+
+from understudyd.core.entities import Model
+from understudyd.core.policy import Policy
+from understudyd.core.queueing import RequestQueue
+from understudyd.core.residency import Residency
+from understudyd.core.states import BlobState
+
+HORIZON_MODELS = 32
+"""So many of the models that wait for weights are looked at: enough for minutes, and a bounded effort."""
+
+
+class Fetching:
+    """Starts loads that end in the host pool."""
+
+    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency) -> None:
+        self._policy = policy
+        self._queue = queue
+        self._residency = residency
+        self._no_room: object = None
+        self._nothing_likely: object = None
+
+    def start(self, now_s: float) -> None:
+        """Give every idle loader something to fetch, if there is anything."""
+        settings = self._policy.settings
+        if not self._residency.copies.pool.size_bytes or not settings.lookahead or not self._has_loader():
+            return
+        if self._no_room != self._crowd() and not self._fetch(self._awaited(now_s), float("inf"), now_s):
+            self._no_room = self._crowd()
+        if settings.prefetch and self._has_loader() and self._nothing_likely != self._history():
+            self._fetch(self._likely(), 0.0, now_s)
+            if self._has_loader():
+                self._nothing_likely = self._history()
+
+    def _has_loader(self) -> bool:
+        return next(self._residency.idle_loaders(), None) is not None
+
+    def _fetch(self, models: Iterator[Model], limit: float, now_s: float) -> bool:
+        """Fetch for one model after the other until no loader is left; False when there is no room."""
+        for model in models:
+            for blob in model.blobs:
+                if blob.state is not BlobState.ABSENT or blob.copy is not None or blob.retry_at_s > now_s:
+                    continue
+                loader = next(self._residency.idle_loaders(), None)
+                if loader is None:
+                    return True
+                if not self._residency.begin_fetch(blob, loader, limit, now_s):
+                    return False
+        return True
+
+    def _awaited(self, now_s: float) -> Iterator[Model]:
+        ready, models = self._residency.ready, self._residency.models
+        expected = self._policy.expected_to_load(self._queue, now_s)
+        return islice((models[r.model] for r in expected if r.model not in ready), HORIZON_MODELS)
+
+    def _likely(self) -> Iterator[Model]:
+        """Those that were ever asked for, likeliest first, then the others: free memory is of no use."""
+        models = self._residency.models
+        for name in dict.fromkeys([*self._policy.forecast.ranked(), *models]):
+            if not (models[name].retiring or models[name].is_unfit):
+                yield models[name]
+
+    def _crowd(self) -> object:
+        """While this stands, what is awaited finds no more room: nobody left whose copy could be replaced."""
+        queue = self._queue
+        return (self._residency.copies.changes, queue.admissions - len(queue))
+
+    def _history(self) -> object:
+        """While this stands, nothing else is likely that has no copy yet, or there is no gap for it."""
+        residency = self._residency
+        changes = (residency.copies.changes, residency.evictions, residency.retries.pauses)
+        return (*changes, len(residency.models))

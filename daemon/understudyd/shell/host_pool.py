@@ -1,0 +1,47 @@
+"""The host pool: shared memory that holds blobs one copy away from the arena.
+
+The parent owns it, loaders fill it. This module imports no torch.
+"""
+
+import fcntl
+import os
+
+from understudyd.loader.mapping import Mapping, MappingError
+from understudyd.shell.memory import ArenaError, memory_available_bytes
+
+
+class HostPool:
+    """A memfd of `size_bytes`, sealed in its size. Each loader maps it, and pins it where there is a GPU.
+
+    Its pages come in the background, first to last, so that loads need not make them. Raises `ArenaError`
+    when it is larger than the memory that is available.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        available_bytes = memory_available_bytes()
+        if not 0 < size_bytes <= available_bytes:
+            raise ArenaError(
+                f"a host pool of {size_bytes} bytes is not possible: give it more than none and less than "
+                f"the {available_bytes} bytes of memory that are available"
+            )
+        self._fd = os.memfd_create("understudy-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, size_bytes)
+            fcntl.fcntl(
+                self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            )
+            self._mapping = Mapping(self.fds(), size_bytes)
+        except (OSError, MappingError) as error:
+            os.close(self._fd)
+            raise ArenaError(f"cannot have {size_bytes} bytes of shared memory: {error}") from error
+        self._mapping.populate()
+
+    def fds(self) -> tuple[int, ...]:
+        """What a loader must be handed."""
+        return (self._fd,)
+
+    def close(self) -> None:
+        """Let go of it. Its memory lives until the last loader has let go of it."""
+        self._mapping.close()
+        os.close(self._fd)

@@ -1,0 +1,147 @@
+"""The daemon's parts as the configuration wants them, each made without knowing the others' order."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from understudy.paths import CLIENT_SOCKET
+from understudyd.config import AUTO, Config
+from understudyd.core.machine import Machine
+from understudyd.core.policy import PolicySettings
+from understudyd.shell.adapters import ServedModels, StageAdapter
+from understudyd.shell.frontend import Frontend
+from understudyd.shell.host_pool import HostPool
+from understudyd.shell.limits import Limits
+from understudyd.shell.memory import Arena, ArenaError, CpuArena, memory_available_bytes
+from understudyd.shell.runtime import Runtime
+from understudyd.shell.supervisor import LoaderPool, LoaderSettings
+from understudyd.shell.timeline import Timeline
+from understudyd.store.store import Store
+
+CPU_ARENA_SHARE = 0.5
+HOST_POOL_SHARE = 0.5
+SWITCH_INTERVAL_S = 0.001
+_GRAIN_BYTES = 2 * 1024 * 1024
+
+
+class Parts:
+    """Makes parts for `device`, "cpu" or "cuda"."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device: str = config.device.kind
+        if self.device == "auto":
+            self.device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+        gpu = config.device.gpu
+        self._gpu: str | int = int(gpu) if gpu.isdigit() else gpu
+        # Asked before the host pool takes its share, which it does in the background.
+        self._available_bytes = memory_available_bytes()
+
+    def host_pool(self) -> HostPool | None:
+        """None where it is to have no bytes. Raises `ArenaError`."""
+        wanted = int(self.config.host.pool)
+        if wanted == AUTO:
+            wanted = _whole_grains(self._available_bytes * HOST_POOL_SHARE) if self.device == "cuda" else 0
+        return HostPool(wanted) if wanted else None
+
+    def loader_pool(
+        self, loop: asyncio.AbstractEventLoop, timeline: Timeline, host_pool: HostPool | None
+    ) -> LoaderPool:
+        """The loaders, not started yet. Raises `ArenaError` when there is no such GPU."""
+        chosen = self.config.loader
+        settings = LoaderSettings(
+            chunk_bytes=int(chosen.chunk),
+            reader_threads=chosen.threads,
+            copies_in_flight=chosen.copies_in_flight,
+            rate_limit_bytes_per_s=float(chosen.rate_limit),
+            dead_after_s=chosen.dead_after_s,
+            stalled_after_s=chosen.stalled_after_s,
+            transport=chosen.transport,
+        )
+        return LoaderPool(
+            loop,
+            count=chosen.count,
+            settings=settings,
+            record=timeline.record,
+            host_pool=host_pool,
+            gpu_uuid=self._gpu_uuid(),
+        )
+
+    def _gpu_uuid(self) -> str:
+        if self.device != "cuda":
+            return ""
+        from understudyd.loader.cuda import Cuda, CudaError, load_driver  # cuda-bindings take a while
+
+        try:
+            return Cuda(load_driver()).device(self._gpu)[1]
+        except CudaError as error:
+            raise ArenaError(str(error)) from error
+
+    def arena(self) -> Arena:
+        """The arena; blocks until all of its memory is there. Raises `ArenaError`."""
+        wanted = int(self.config.device.arena)
+        if self.device == "cuda":
+            from understudyd.shell import memory_cuda  # cuda-bindings are not installed everywhere
+
+            reserve = int(self.config.device.reserve)
+            size = memory_cuda.auto_size_bytes(reserve, self._gpu) if wanted == AUTO else wanted
+            return memory_cuda.CudaArena(size, self._gpu, share=self.config.loader.transport != "thread")
+        left_bytes = self._available_bytes - max(0, int(self.config.host.pool))
+        return CpuArena(_whole_grains(left_bytes * CPU_ARENA_SHARE) if wanted == AUTO else wanted)
+
+    def machine(self, arena: Arena, host_pool: HostPool | None) -> Machine:
+        """The core."""
+        chosen = self.config.policy
+        policy = PolicySettings(
+            order=chosen.order,
+            lookahead=chosen.lookahead,
+            max_wait_s=chosen.max_wait_s,
+            max_skips=chosen.max_skips,
+            prefetch=chosen.prefetch,
+            pause_priority=chosen.pause_priority,
+        )
+        return Machine(
+            arena.size_bytes,
+            pool_bytes=0 if host_pool is None else host_pool.size_bytes,
+            policy=policy,
+            max_waiting=self.config.queue.max_waiting,
+        )
+
+    def frontend(self, loop: asyncio.AbstractEventLoop, runtime: Runtime, daemon_id: str) -> Frontend:
+        """The clients' door, still shut."""
+        chosen = self.config.server
+        limits = Limits(
+            max_pixels=chosen.max_pixels,
+            max_steps=chosen.max_steps,
+            max_images=chosen.max_images,
+            max_prompt_chars=chosen.max_prompt_chars,
+            max_open_per_client=chosen.max_open_per_client,
+            outbox_bytes=int(chosen.outbox_bytes),
+            answer_ttl_s=chosen.answer_ttl_s,
+            client_timeout_s=chosen.client_timeout_s,
+        )
+        endpoints = [f"ipc://{chosen.runtime_dir / CLIENT_SOCKET}", *chosen.endpoints]
+        return Frontend(loop, endpoints, runtime, limits=limits, daemon_id=daemon_id)
+
+    def stage(self, arena: Arena, store: Store, runtime: Runtime, timeline: Timeline) -> StageAdapter:
+        """The stage; blocks for seconds while torch and diffusers are imported."""
+        from understudyd.stage.stage import Stage
+
+        # Threads that wait for the interpreter get it within a millisecond: the stage changes over
+        # between threads, and the event loop's share is small.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        return StageAdapter(
+            Stage(
+                arena.tensor(),
+                ServedModels(store, runtime.records),
+                device=self.device,
+                threads=self.config.stage.threads,
+                emit=runtime.emit,
+                on_progress=runtime.progress,
+                record=timeline.record,
+            )
+        )
+
+
+def _whole_grains(size_bytes: float) -> int:
+    return int(size_bytes) // _GRAIN_BYTES * _GRAIN_BYTES
