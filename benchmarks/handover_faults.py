@@ -6,7 +6,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,8 +43,9 @@ def survive(kills: int) -> Survived:
         _evict_all(daemon)
         before = _settled(daemon)
         with _traffic(daemon, sorted(records)) as traffic:
+            struck: list[str] = []
             for _ in range(kills):
-                _kill_a_busy_loader(daemon)
+                struck.append(_kill_a_busy_loader(daemon, spare=struck[-2:]))
         say(f"  {traffic.done} requests, {len(traffic.failures)} failed, {kills} kills")
         for failure in traffic.failures[:3]:
             say(f"  {failure}")
@@ -147,24 +148,27 @@ def _traffic(daemon: DaemonProcess, models: list[str]) -> Iterator[_Traffic]:
         traffic.stop()
 
 
-def _kill_a_busy_loader(daemon: DaemonProcess) -> None:
+def _kill_a_busy_loader(daemon: DaemonProcess, spare: Collection[str]) -> str:
     """The first that is seen with a load in hand, once some loads have gone well since the last time.
 
-    A blob whose loads kill their loader three times in a row is given up by the daemon, and rightly so.
+    Returns that load's name; loads in `spare` are let be. A blob whose loads kill their loader three times in
+    a row is given up by the daemon, and rightly so: what is struck here is the loader, not the blob.
     """
     before = _loads_done(daemon)
     _poll(daemon, lambda: _loads_done(daemon) >= before + LOADS_BETWEEN_KILLS, "loads go well again")
-    (pid, *_) = _poll(
-        daemon,
-        lambda: [row["pid"] for row in daemon.ask(admin.Loaders()) if row["state"] == "loading"],
-        "a loader has a load",
-    )
+
+    def candidates() -> list[tuple[int, str]]:
+        rows = [row for row in daemon.ask(admin.Loaders()) if row["state"] == "loading"]
+        return [(row["pid"], row["load"]) for row in rows if row["load"] not in spare]
+
+    (pid, load), *_ = _poll(daemon, candidates, "a loader has a load")
     os.kill(pid, signal.SIGKILL)
     _poll(
         daemon,
         lambda: pid not in [row["pid"] for row in daemon.ask(admin.Loaders()) if row["state"] != "lost"],
         "the daemon has seen that it is dead",
     )
+    return str(load)
 
 
 def _loads_done(daemon: DaemonProcess) -> int:

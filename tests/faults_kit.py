@@ -106,14 +106,14 @@ class Stricken:
             known[model] = self.family.reference(model, **REFERENCE)
         return known[model]
 
-    async def refused(self, model: str, code: str) -> None:
+    async def refused(self, model: str, code: str) -> understudy.DaemonError:
         """Ask for a model whose request must fail with this code."""
         try:
             await self.served(model)
         except understudy.DaemonError as error:
             assert error.code == code, f"{error.code}, not {code}: {error}"
-        else:
-            raise AssertionError(f"{model} was served, not refused with {code}")
+            return error
+        raise AssertionError(f"{model} was served, not refused with {code}")
 
     # -- what the daemon says -----------------------------------------------------------------------
 

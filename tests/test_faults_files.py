@@ -84,12 +84,14 @@ def test_a_file_is_gone_or_wrong_before_its_load(
     async def scenario() -> None:
         async with stricken.visited():
             mishap(blob)
-            await asyncio.gather(stricken.refused(model, code), stricken.served("sd-c"))
+            error, _ = await asyncio.gather(stricken.refused(model, code), stricken.served("sd-c"))
+            assert mishap is not flip_a_bit or "is damaged between" in str(error)
             restore(blob, saved)
             if code == "load_failed":  # whoever asks again has it tried again; damage is for good
                 await stricken.served(model)
             else:
-                await stricken.refused(model, code)
+                assert not error.retryable
+                assert "remove it and add it again" in str(await stricken.refused(model, code))
         assert stricken.restarts() == 0
         await stricken.emptied()
 

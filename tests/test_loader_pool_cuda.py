@@ -52,6 +52,14 @@ def test_the_arena_is_what_is_free_but_for_the_reserve(driver: FakeDriver) -> No
     assert driver.live == []
 
 
+@pytest.mark.parametrize(("arena", "is_too_large"), [("48MiB", False), ("50MiB", True), ("auto", False)])
+def test_an_arena_that_eats_the_reserve_is_told(
+    driver: FakeDriver, caplog: pytest.LogCaptureFixture, arena: str, is_too_large: bool
+) -> None:
+    on_gpu({"arena": arena}).arena().close()
+    assert ("make device.arena smaller" in caplog.text) is is_too_large
+
+
 def test_an_arena_for_threads_is_not_exported(driver: FakeDriver) -> None:
     arena = on_gpu({"arena": "4MiB"}, loader={"transport": "thread"}).arena()
     assert arena.size_bytes == 4 * MIB and arena.open_fields().transport == "cuda_local"

@@ -183,7 +183,7 @@ class AsyncClient:
             return
         self._session.cancel_all(self._wire.now())
         self._wire.pump()
-        self._wire.close(_FAREWELL_MS if self._session.connected else 0)
+        self._wire.close(_FAREWELL_MS)
         self._session.abandon("the client was closed")
         self._wire = None
 

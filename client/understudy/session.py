@@ -163,11 +163,6 @@ class Session:
         """Requests without an answer."""
         return tuple(self._open)
 
-    @property
-    def connected(self) -> bool:
-        """Whether this daemon was ever heard of."""
-        return self._daemon is not None
-
     # -- what the driver does ---------------------------------------------------------------------------
 
     def take_outgoing(self) -> list[Frames]:

@@ -1,6 +1,7 @@
 """The daemon's parts as the configuration wants them, each made without knowing the others' order."""
 
 import asyncio
+import logging
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ CPU_ARENA_SHARE = 0.5
 HOST_POOL_SHARE = 0.5
 SWITCH_INTERVAL_S = 0.001
 _GRAIN_BYTES = 2 * 1024 * 1024
+_log = logging.getLogger(__name__)
 
 
 class Parts:
@@ -84,7 +86,15 @@ class Parts:
             from understudyd.shell import memory_cuda  # cuda-bindings are not installed everywhere
 
             reserve = int(self.config.device.reserve)
-            size = memory_cuda.auto_size_bytes(reserve, self._gpu) if wanted == AUTO else wanted
+            size = wanted
+            if wanted == AUTO:
+                size = memory_cuda.auto_size_bytes(reserve, self._gpu)
+            elif (left_bytes := memory_cuda.free_bytes(self._gpu) - size) < reserve:
+                _log.warning(
+                    "an arena of %d bytes leaves %d bytes of GPU memory for activations, less than the %d of "
+                    "device.reserve: large images may fail with out_of_memory; make device.arena smaller",
+                    *(size, left_bytes, reserve),
+                )
             return memory_cuda.CudaArena(size, self._gpu, share=self.config.loader.transport != "thread")
         left_bytes = self._available_bytes - max(0, int(self.config.host.pool))
         return CpuArena(_whole_grains(left_bytes * CPU_ARENA_SHARE) if wanted == AUTO else wanted)
