@@ -6,7 +6,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from understudyd.core.forecast import HALF_LIVES_REQUESTS, Forecast
+from understudyd.core.forecast import Forecast
+from understudyd.core.predictors import Popularity, Returns, Succession
 
 
 def after(*names: str) -> Forecast:
@@ -44,14 +45,87 @@ def test_time_is_counted_in_requests() -> None:
     assert forecast.chance("a") < before
 
 
-def test_a_count_halves_with_its_half_life() -> None:
-    forecast = after("a")
-    once = [1 - 0.5 ** (1 / h) for h in HALF_LIVES_REQUESTS]
-    assert forecast.chance("a") == pytest.approx(sum(once) / 3)
-    for _ in range(50):
+def test_a_share_halves_against_who_came_meanwhile() -> None:
+    """After a half-life as many requests count as came; in seconds, only time makes the difference."""
+    counts = Popularity(10.0)
+    counts.saw(["a"], 0.0)
+    assert counts.share("a") == 1.0
+    counts.saw(["b"], 10.0)
+    assert counts.share("a") == pytest.approx(1 / 3) and counts.share("b") == pytest.approx(2 / 3)
+    assert counts.share("c") == 0.0
+    counts.forget("a")
+    assert counts.share("a") == 0.0
+
+
+def test_who_follows_whom() -> None:
+    follows = Succession()
+    for _ in range(5):
+        follows.saw(("a",))
+        follows.saw(("b", "blob of b"))
+    follows.saw(("a",))
+    assert follows.share("b") == follows.share("blob of b") == 1.0 and follows.share("a") == 0.0
+    follows.forget("b")
+    assert follows.share("b") == 0.0
+
+
+def test_followers_are_bounded_and_the_old_ones_fade() -> None:
+    follows = Succession()
+    for i in range(200):
+        follows.saw(("a",))
+        follows.saw((f"m{i}",))
+    follows.saw(("a",))
+    shares = [follows.share(f"m{i}") for i in range(200)]
+    assert 0 < sum(share > 0 for share in shares) <= 16
+    assert shares[-1] == max(shares) > 0 == shares[0]
+
+
+def test_clients_come_back_for_the_same_after_their_usual_absence() -> None:
+    """Each client asks every 10 s, five times, and never again; two are there at a time."""
+    returns, now_s = Returns(), 0.0
+    for i in range(100):
+        for _ in range(5):
+            for which in ("x", "y"):
+                returns.saw(f"{which}{i}", (f"model of {which}{i}", "shared"), now_s)
+                now_s += 5.0
+    here, gone = returns.share("model of x99"), returns.share("model of x98")
+    assert here > 0.3 > 0.01 > gone
+    assert returns.share("shared") == pytest.approx(1.0)
+    returns.pass_time(now_s + 3600.0)
+    assert returns.share("model of x99") < here
+    returns.forget("shared")
+    assert returns.share("model of x99") == 0.0, "a client is known by its whole request"
+
+
+def test_two_requests_at_one_moment_leave_one_client() -> None:
+    returns = Returns()
+    for _ in range(3):
+        returns.saw("c", ("a",), 1.0)
+    returns.pass_time(100.0)
+    assert sum(returns._all) == pytest.approx(sum(sum(held.values()) for held in returns._held.values()))
+    assert len(returns._held["a"]) == 1 and min(returns._all) >= 0.0
+
+
+def test_the_better_predictor_gains_weight() -> None:
+    """Where every client has a model of its own, who is here says more than what is popular."""
+    forecast, dice, now_s = Forecast(), random.Random(3), 0.0
+    for i in range(200):
+        for _ in range(6):
+            forecast.saw(f"m{i % 40}", client=f"c{i}", now_s=now_s)
+            now_s += dice.uniform(5.0, 10.0)
+    names = [type(predictor).__name__ for predictor in forecast._predictors]
+    weights = dict(zip(names[-2:], forecast._weights[-2:]))
+    by_requests = forecast._weights[2]
+    assert weights["Returns"] > 5 * by_requests
+
+
+def test_an_estimate_is_not_old() -> None:
+    forecast = after(*(["a", "b"] * 50))
+    assert forecast.estimate("a") == forecast.chance("a")
+    forecast.saw("a")
+    assert forecast.estimate("a") == forecast.chance("a"), "whoever is asked for is looked at anew"
+    for _ in range(40):
         forecast.saw("b")
-    halves = [0.5 ** (50 / h) for h in HALF_LIVES_REQUESTS]
-    assert forecast.chance("a") == pytest.approx(sum(o * h for o, h in zip(once, halves)) / 3)
+    assert forecast.estimate("a") == forecast.chance("a"), "due after a few dozen requests"
 
 
 def test_the_chance_converges_to_the_probability() -> None:

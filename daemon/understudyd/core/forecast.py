@@ -1,77 +1,109 @@
 """What history says about the next request: the chance that it asks for a given model, or needs a blob.
 
-Per name, counts that decay with half-lives of 5, 50 and 500 requests, mixed: bursts, sessions and
-lasting popularity (after LRFU, Lee et al. 2001, which spans LRU and LFU with one decay; several at
-once need no tuning). Time is counted in requests, so that a quiet night forgets nothing.
+A mixture of simple predictors: decayed counts over requests and over seconds, who followed whom, and which
+clients are expected back. Their weights are learned online, by one step of expectation maximisation a
+request: whoever gave what came the larger share gains (after Herbster and Warmuth, 1998, tracking the best
+expert; the floor lets any of them come back). Nothing in it is tuned to a trace.
 """
 
-import math
-from dataclasses import dataclass, field
+from understudyd.core.predictors import Popularity, Returns, Succession
 
-HALF_LIVES_REQUESTS = (5.0, 50.0, 500.0)
-_BURST, _SESSION, _LASTING = (math.pow(0.5, 1.0 / h) for h in HALF_LIVES_REQUESTS)
-
-
-@dataclass(slots=True)
-class _Counts:
-    """Decayed counts, one per half-life, as they stood at request number `at_request`."""
-
-    at_request: int
-    burst: float = 0.0
-    session: float = 0.0
-    lasting: float = 0.0
+HALF_LIVES_REQUESTS = (10.0, 100.0, 2000.0)
+HALF_LIVES_S = (60.0, 300.0, 1800.0)
+_STEP = 0.01
+_FLOOR = 1e-3
+_SURPRISE = 1e-6
+_ESTIMATE_REQUESTS = 16
 
 
-@dataclass(slots=True)
 class Forecast:
-    """Decayed request counts per name."""
+    """Names of models and blobs alike; time in seconds never goes back."""
 
-    requests: int = 0
-    _counts: dict[str, _Counts] = field(default_factory=dict)
-    _ranked: list[str] = field(default_factory=list)
-    _ranked_at: int = -1
+    def __init__(self) -> None:
+        self.requests = 0
+        self._now_s = 0.0
+        self._by_requests = [Popularity(half_life) for half_life in HALF_LIVES_REQUESTS]
+        self._by_time = [Popularity(half_life) for half_life in HALF_LIVES_S]
+        self._succession = Succession()
+        self._returns = Returns()
+        self._predictors = [*self._by_requests, *self._by_time, self._succession, self._returns]
+        self._weights = [1.0 / len(self._predictors)] * len(self._predictors)
+        self._names: set[str] = set()
+        self._models: dict[str, None] = {}
+        self._estimates: dict[str, tuple[float, int]] = {}
+        self._turn = 0
+        self._ranked: list[str] = []
+        self._ranked_at = -1
 
-    def saw(self, *names: str) -> None:
-        """One request came, for all these names."""
+    def saw(self, *names: str, client: str = "", now_s: float = 0.0) -> None:
+        """One request came, for all these names: the model first, then what else it needs."""
+        self._now_s = now_s = max(self._now_s, now_s)
+        self._returns.pass_time(now_s)
+        if self.requests:
+            self._weigh(names[0])
         self.requests += 1
+        for counts in self._by_requests:
+            counts.saw(names, float(self.requests))
+        for counts in self._by_time:
+            counts.saw(names, now_s)
+        self._succession.saw(names)
+        self._returns.saw(client, names, now_s)
+        self._names.update(names)
+        self._models[names[0]] = None
         for name in names:
-            counts = self._counts.setdefault(name, _Counts(self.requests))
-            age = self.requests - counts.at_request
-            counts.at_request = self.requests
-            counts.burst = counts.burst * _BURST**age + 1.0
-            counts.session = counts.session * _SESSION**age + 1.0
-            counts.lasting = counts.lasting * _LASTING**age + 1.0
+            self._estimates.pop(name, None)
 
     def forget(self, name: str) -> None:
         """Nobody can, or should, count on this name any more."""
-        if self._counts.pop(name, None) is not None:
+        if name in self._names:
+            self._names.discard(name)
+            self._models.pop(name, None)
+            self._estimates.pop(name, None)
             self._ranked_at = -1
+            for predictor in self._predictors:
+                predictor.forget(name)
 
     def chance(self, name: str) -> float:
-        """About the probability (0 to 1) that the next request asks for `name`.
-
-        A count decaying by d per request has the steady value p / (1 - d) for a name of probability
-        p; the three estimates are averaged.
-        """
-        counts = self._counts.get(name)
-        if counts is None:
+        """About the probability (0 to 1) that the next request asks for `name`."""
+        if name not in self._names:
             return 0.0
-        age = self.requests - counts.at_request
-        return (
-            counts.burst * _BURST**age * (1.0 - _BURST)
-            + counts.session * _SESSION**age * (1.0 - _SESSION)
-            + counts.lasting * _LASTING**age * (1.0 - _LASTING)
-        ) / 3.0
+        shares = [predictor.share(name) for predictor in self._predictors]
+        return sum(map(float.__mul__, self._weights, shares))
+
+    def estimate(self, name: str) -> float:
+        """`chance` as it was at most a few dozen requests ago: for going over hundreds at every load.
+
+        Names fall due one after the other, so that no request pays for all. Whoever is asked for is due at once.
+        """
+        known = self._estimates.get(name)
+        if known is not None and self.requests < known[1]:
+            return known[0]
+        chance = self.chance(name)
+        self._turn = (self._turn + 1) % _ESTIMATE_REQUESTS
+        self._estimates[name] = (chance, self.requests + _ESTIMATE_REQUESTS + self._turn)
+        return chance
 
     def ranked(self) -> list[str]:
-        """Names that were ever asked for, likeliest first.
+        """Models that were ever asked for, likeliest first.
 
-        Ranking a thousand names takes a millisecond, so the answer may be as many requests old as a
-        sixteenth of the names; with fewer than 32 names it is always fresh.
+        Ranking a thousand models takes milliseconds, so the answer may be as many requests old as a
+        sixteenth of the models; with fewer than 32 it is always fresh.
         """
         age = self.requests - self._ranked_at
-        if self._ranked_at < 0 or age >= max(1, len(self._counts) // 16):
-            chances = {name: self.chance(name) for name in self._counts}
+        if self._ranked_at < 0 or age >= max(1, len(self._models) // 16):
+            chances = {name: self.chance(name) for name in self._models}
             self._ranked = sorted(chances, key=lambda name: (-chances[name], name))
             self._ranked_at = self.requests
         return self._ranked
+
+    def _weigh(self, name: str) -> None:
+        """Who expected this gains weight."""
+        gains = [
+            weight * (predictor.share(name) + _SURPRISE)
+            for weight, predictor in zip(self._weights, self._predictors)
+        ]
+        step, total = max(_STEP, 1.0 / (self.requests + 20.0)), sum(gains)
+        weights = [
+            max(_FLOOR, weight + step * (gain / total - weight)) for weight, gain in zip(self._weights, gains)
+        ]
+        self._weights = [weight / sum(weights) for weight in weights]

@@ -153,7 +153,7 @@ class Machine:
             self._actions.append(AnswerRequest(info.request_id, *refusal))
             return
         model = self.residency.models[info.model]
-        self.policy.saw(model)
+        self.policy.saw(model, info.client, now_s)
         self.residency.retries.end_rest(model)
         tier = Tier.BOUND if model.is_ready and self.on_stage == info.model else model.tier
         position = len(self.queue)

@@ -66,27 +66,26 @@ class Policy:
     def __init__(self, settings: PolicySettings, forecast: Forecast) -> None:
         self.settings = settings
         self.forecast = forecast
-        self._demand = Forecast()  # per blob: what a blob's models have in common, without adding them up
 
     # -- what history says --------------------------------------------------------------------------
 
-    def saw(self, model: Model) -> None:
-        """A request for the model was admitted."""
-        self.forecast.saw(model.name)
-        self._demand.saw(*{blob.key for blob in model.blobs})
+    def saw(self, model: Model, client: str, now_s: float) -> None:
+        """A request for the model was admitted. Blobs are forecast as models are: shared ones count once."""
+        keys = dict.fromkeys(blob.key for blob in model.blobs)
+        self.forecast.saw(model.name, *keys, client=client, now_s=now_s)
 
     def forget(self, model: Model) -> None:
         """The model is retired; blobs that it shares stay in demand."""
         self.forecast.forget(model.name)
         for blob in model.blobs:
             if not blob.models:
-                self._demand.forget(blob.key)
+                self.forecast.forget(blob.key)
 
     def copy_worth(self, queue: RequestQueue, blob: Blob) -> float:
         """The chance that a host copy of the blob saves a read; infinite while somebody waits for it."""
         if blob.state is not BlobState.RESIDENT and not queue.models().isdisjoint(blob.models):
             return float("inf")
-        return self._demand.chance(blob.key)
+        return self.forecast.estimate(blob.key)
 
     # -- what rests ---------------------------------------------------------------------------------
 
@@ -185,7 +184,7 @@ class Policy:
             awaited = needs.awaited & blob.models
             if not awaited:
                 reload = _RELOAD_FROM_POOL if blob.has_copy else 1.0
-                prices[extent] = self._demand.chance(blob.key) * reload
+                prices[extent] = self.forecast.estimate(blob.key) * reload
             elif (need := min(map(needs.rank, awaited))) > limit:
                 later.append((need, extent))
         place = {need: i for i, need in enumerate(sorted({need for need, _ in later}, reverse=True))}
