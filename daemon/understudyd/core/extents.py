@@ -194,27 +194,43 @@ class ArenaMap:
         One pass with two pointers: for every last piece the shortest run that is long enough.
         """
         need = self.rounded(size_bytes)
-        if self.free_bytes + sum(extent.size_bytes for extent in prices) < need:
+        if self.free_bytes + sum([extent.size_bytes for extent in prices]) < need:
             return None
-        best: Window | None = None
-        run: list[tuple[int, int, Extent | None, float]] = []
-        first, length, total = 0, 0, 0.0
-        for offset, size, extent in self._pieces():
-            price = 0.0 if extent is None else prices.get(extent)
-            if price is None:
-                run, first, length, total = [], 0, 0, 0.0
-                continue
-            run.append((offset, size, extent, price))
+        extents, gaps, price_of = self._extents, self._gaps, prices.get
+        best: tuple[float, int] | None = None
+        found = (0, 0)
+        offsets: list[int] = []
+        sizes: list[int] = []
+        costs: list[float] = []
+        offset, end, first, length, total = 0, self.size_bytes, 0, 0, 0.0
+        while offset < end:  # hundreds of pieces at every load: nothing is called but two look-ups
+            extent = extents.get(offset)
+            if extent is None:
+                size, price = gaps[offset], 0.0
+            else:
+                size, known = extent.size_bytes, price_of(extent)
+                if known is None:
+                    offset += size
+                    first, length, total = len(offsets), 0, 0.0
+                    continue
+                price = known
+            offsets.append(offset)
+            sizes.append(size)
+            costs.append(price)
+            offset += size
             length += size
             total += price
-            while length - run[first][1] >= need:
-                length -= run[first][1]
-                total -= run[first][3]
+            while length - sizes[first] >= need:
+                length -= sizes[first]
+                total -= costs[first]
                 first += 1
-            if length >= need and (best is None or (total, length) < (best.cost, best.size_bytes)):
-                victims = tuple(e for _, _, e, _ in run[first:] if e is not None)
-                best = Window(run[first][0], length, victims, total)
-        return best
+            if length >= need and (best is None or (total, length) < best):
+                best, found = (total, length), (first, len(offsets))
+        if best is None:
+            return None
+        window = offsets[slice(*found)]
+        victims = tuple(extents[offset] for offset in window if offset in extents)
+        return Window(window[0], best[1], victims, best[0])
 
     def would_fit(self, sizes_bytes: Iterable[int], kept: Callable[[Extent], bool]) -> bool:
         """Whether `allocate` would place all these, one after another, if only `kept` extents were left."""

@@ -73,7 +73,7 @@ class Forecast:
     def estimate(self, name: str) -> float:
         """`chance` as it was at most a few dozen requests ago: for going over hundreds at every load.
 
-        Names fall due one after the other, so that no request pays for all. Whoever is asked for is due at once.
+        Names fall due one after the other, so that no request pays for all; who is asked for is at once.
         """
         known = self._estimates.get(name)
         if known is not None and self.requests < known[1]:

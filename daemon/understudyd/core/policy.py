@@ -141,8 +141,8 @@ class Policy:
             return []
         names: dict[str, None] = {}
         for request in self.expected_to_load(queue, now_s):
-            if request.model not in ready:
-                names[request.model] = None
+            if (name := request.info.model) not in ready:
+                names[name] = None
                 if len(names) >= max(1, self.settings.lookahead):
                     break
         return list(names)
@@ -171,21 +171,22 @@ class Policy:
         something later needs, the later the cheaper. What is needed sooner stays, or as soon: the requester's
         own blobs must not evict each other.
         """
-        limit = needs.rank(requester)
-        sooner = needs.awaited & residency.ready.keys()
+        rank, awaited, models = needs.rank, needs.awaited, residency.models
+        limit = rank(requester)
+        sooner = awaited & residency.ready.keys()
         if limit[0] <= _READY:
-            sooner = {name for name in sooner if needs.rank(name) < limit}
-        kept = {blob.key for name in sooner for blob in residency.models[name].blobs}
+            sooner = {name for name in sooner if rank(name) < limit}
+        kept = {blob.info.key for name in sooner for blob in models[name].blobs}
         prices: dict[Extent, float] = {}
         later: list[tuple[Need, Extent]] = []
+        evictable, estimate = residency.evictable, self.forecast.estimate
         for extent in residency.arena:
-            if extent.blob in kept or (blob := residency.evictable(extent)) is None:
+            if extent.blob in kept or (blob := evictable(extent)) is None:
                 continue
-            awaited = needs.awaited & blob.models
-            if not awaited:
+            if awaited.isdisjoint(blob.models):
                 reload = _RELOAD_FROM_POOL if blob.has_copy else 1.0
-                prices[extent] = self.forecast.estimate(blob.key) * reload
-            elif (need := min(map(needs.rank, awaited))) > limit:
+                prices[extent] = estimate(extent.blob) * reload
+            elif (need := min(map(rank, awaited & blob.models))) > limit:
                 later.append((need, extent))
         place = {need: i for i, need in enumerate(sorted({need for need, _ in later}, reverse=True))}
         return prices | {extent: 1e6 * (1 + place[need]) for need, extent in later}
@@ -194,7 +195,7 @@ class Policy:
 
     def _pressing(self, queue: RequestQueue, now_s: float) -> Iterator[Request]:
         skips, wait_s = self.settings.max_skips * PRESSING_SHARE, self.settings.max_wait_s * PRESSING_SHARE
-        for request in queue.waiting():  # `reaches`, written out: this goes over hundreds at every event
+        for request in queue.oldest_of_models():  # `reaches`, written out: these may be hundreds an event
             if request.skips < skips and now_s < request.received_at_s + wait_s:
                 return
             yield request
@@ -216,7 +217,9 @@ class Needs:
         wanted: Iterable[str] = (),
     ) -> None:
         self._settings, self._queue, self._models = settings, queue, models
-        self._on_stage, self._now_s = on_stage, now_s
+        self._on_stage = on_stage
+        self._pressing_skips = settings.max_skips * PRESSING_SHARE
+        self._pressing_since_s = now_s - settings.max_wait_s * PRESSING_SHARE
         self._wished = {name: i for i, name in enumerate(wanted)}
         self._ranks: dict[str, Need] = {}
         self.awaited: Set[str] = queue.models() | self._wished.keys() if self._wished else queue.models()
@@ -228,13 +231,14 @@ class Needs:
         return self._ranks[name]
 
     def _find(self, name: str) -> Need:
-        head, oldest = self._queue.head_of(name), self._queue.oldest_of(name)
-        if head is None or oldest is None:
+        group = self._queue.groups.get(name)
+        if group is None:
             return (_WISHED, 0, False, self._wished[name]) if name in self._wished else LAST
+        head, oldest = group.head, group.oldest
         priority = head.info.priority
         if self._settings.order == "fcfs":
             return (_STRICT, -priority, False, head.seq)
-        if self._settings.reaches(oldest, self._now_s, PRESSING_SHARE):
+        if oldest.skips >= self._pressing_skips or oldest.received_at_s <= self._pressing_since_s:
             return (_PRESSING, 0, False, oldest.seq)
         if self._models[name].is_ready:
             return (_READY, -priority, name != self._on_stage, head.seq)

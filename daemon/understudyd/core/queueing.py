@@ -52,21 +52,46 @@ Place = tuple[int, int, Request]
 """Sorts in C, and never looks at the request: no two have the same arrival number."""
 
 
+class Group:
+    """Waiting requests of one model: `head` runs first, `oldest` came first. Never empty between two calls."""
+
+    __slots__ = ("_arrivals", "head", "oldest", "places")
+
+    def __init__(self, first: Request) -> None:
+        self.head = self.oldest = first
+        self.places: list[Place] = [first.place]
+        self._arrivals: dict[int, Request] = {first.seq: first}
+
+    def join(self, request: Request) -> None:
+        """One more, which came last."""
+        insort(self.places, request.place)
+        self._arrivals[request.seq] = request
+        self.head = self.places[0][2]
+
+    def leave(self, request: Request) -> bool:
+        """One fewer; whether any is left."""
+        del self.places[bisect_left(self.places, request.place)], self._arrivals[request.seq]
+        if self.places:
+            self.head = self.places[0][2]
+            self.oldest = next(iter(self._arrivals.values()))
+        return bool(self.places)
+
+
 @dataclass(slots=True)
 class RequestQueue:
     """Every request from admission until it is answered and its lease has ended.
 
-    `_by_model` and `_heads` (the first of every model) are kept sorted, so that nothing is sorted, and
-    little is walked through, per event. `withdrawals` counts those who left without running.
+    Groups by model, their heads and their oldest are kept sorted, so that nothing is sorted, and little is
+    walked through, per event. `withdrawals` counts those who left without running.
     """
 
     max_waiting: int
     requests: dict[str, Request] = field(default_factory=dict)
     withdrawals: int = 0
     _waiting: dict[str, Request] = field(default_factory=dict)
-    _by_arrival: dict[str, dict[int, Request]] = field(default_factory=dict)
-    _by_model: dict[str, list[Place]] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
     _heads: list[Place] = field(default_factory=list)
+    _oldest: list[tuple[int, Request]] = field(default_factory=list)
     _young: deque[Request] = field(default_factory=deque)
     _deadlines: list[tuple[float, int, str]] = field(default_factory=list)
     _seq: int = 0
@@ -133,22 +158,23 @@ class RequestQueue:
         """The first waiting request of every model, by priority and arrival."""
         return (place[2] for place in self._heads)
 
+    def oldest_of_models(self) -> Iterator[Request]:
+        """The waiting request of every model that came first, by arrival."""
+        return (entry[1] for entry in self._oldest)
+
     def head_of(self, model: str | None) -> Request | None:
         """The first waiting request of one model."""
-        group = self._by_model.get(model) if model is not None else None
-        return group[0][2] if group else None
-
-    def oldest_of(self, model: str) -> Request | None:
-        """The request for this model that came first."""
-        return next(iter(self._by_arrival.get(model, {}).values()), None)
+        group = self.groups.get(model) if model is not None else None
+        return None if group is None else group.head
 
     def models(self) -> Set[str]:
         """The models that somebody waits for."""
-        return self._by_model.keys()
+        return self.groups.keys()
 
     def waiting_for(self, model: str) -> list[Request]:
         """Waiting requests of one model, first to run first."""
-        return [place[2] for place in self._by_model.get(model, ())]
+        group = self.groups.get(model)
+        return [] if group is None else [place[2] for place in group.places]
 
     def first_younger_than(self, age_s: float, now_s: float) -> Request | None:
         """The oldest waiting request that has not waited `age_s` yet. `age_s` and time never go back."""
@@ -180,40 +206,47 @@ class RequestQueue:
         return None
 
     def _join(self, request: Request) -> None:
-        group = self._by_model.setdefault(request.model, [])
-        if not group or request.place < group[0]:
-            if group:
-                self._drop_head(group[0])
+        group = self.groups.get(request.model)
+        if group is None:
+            self.groups[request.model] = Group(request)
+            insort(self._oldest, (request.seq, request))
             insort(self._heads, request.place)
-        insort(group, request.place)
-        self._by_arrival.setdefault(request.model, {})[request.seq] = request
+            return
+        head = group.head
+        group.join(request)
+        self._follow_head(head, group)
 
     def _leave(self, request: Request) -> None:
         del self._waiting[request.id]
-        del self._by_arrival[request.model][request.seq]
-        group = self._by_model[request.model]
-        index = bisect_left(group, request.place)
-        del group[index]
-        if index == 0:
-            self._drop_head(request.place)
-            if group:
-                insort(self._heads, group[0])
-            else:
-                del self._by_model[request.model], self._by_arrival[request.model]
+        group = self.groups[request.model]
+        head, oldest = group.head, group.oldest
+        if not group.leave(request):
+            del self.groups[request.model]
+            del self._heads[bisect_left(self._heads, head.place)]
+            del self._oldest[bisect_left(self._oldest, (oldest.seq, oldest))]
+            return
+        self._follow_head(head, group)
+        if group.oldest is not oldest:
+            del self._oldest[bisect_left(self._oldest, (oldest.seq, oldest))]
+            insort(self._oldest, (group.oldest.seq, group.oldest))
 
-    def _drop_head(self, place: Place) -> None:
-        del self._heads[bisect_left(self._heads, place)]
+    def _follow_head(self, head: Request, group: Group) -> None:
+        if group.head is not head:
+            del self._heads[bisect_left(self._heads, head.place)]
+            insort(self._heads, group.head.place)
 
     def check(self) -> None:
         """Groups, heads and waiting list agree; answered requests stay only while they hold a lease."""
-        grouped = [place for group in self._by_model.values() for place in group]
+        groups = self.groups.values()
+        grouped = [place for group in groups for place in group.places]
         assert sorted(grouped) == sorted(r.place for r in self._waiting.values())
-        assert all(group == sorted(group) for group in self._by_model.values())
-        arrived = {m: list(group.values()) for m, group in self._by_arrival.items()}
-        assert all(r == sorted(r, key=lambda x: x.seq) for r in arrived.values())
-        assert sorted(r.place for group in arrived.values() for r in group) == sorted(grouped)
-        assert arrived.keys() == self._by_model.keys()
-        assert self._heads == sorted(group[0] for group in self._by_model.values())
+        for name, group in self.groups.items():
+            requests = [place[2] for place in group.places]
+            assert requests and all(request.model == name for request in requests)
+            assert group.places == sorted(group.places) and group.head is requests[0]
+            assert group.oldest is min(requests, key=lambda request: request.seq)
+        assert self._heads == sorted(group.head.place for group in groups)
+        assert self._oldest == sorted((group.oldest.seq, group.oldest) for group in groups)
         assert len(self._waiting) <= self.max_waiting
         seqs = [r.seq for r in self._waiting.values()]
         assert seqs == sorted(seqs)
