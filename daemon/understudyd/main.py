@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from understudyd import config as configuration
+from understudyd.simulate.commands import plan_command, simulate_command, synthesize_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -71,6 +72,11 @@ def config() -> None:
 def check(path: Path | None) -> None:
     """Say whether a configuration file can be used."""
     raise SystemExit(configuration.main(["check", *([str(path)] if path else [])]))
+
+
+main.add_command(simulate_command)
+main.add_command(plan_command)
+main.add_command(synthesize_command)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What a daemon would do with recorded requests: the core machine, driven by a virtual clock."""

@@ -1,0 +1,95 @@
+"""Reports and plans for people: tables in the terminal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from understudyd.simulate.planning import Plan, Row
+from understudyd.simulate.report import Report, Scenario
+
+_GIB = 1024**3
+
+
+def print_report(report: Report) -> None:
+    """What a simulation found."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    refused = f", {report.failed} not served" if report.failed else ""
+    table.add_row("requests", f"{report.requests}{refused}; time compressed by {report.compress:g}")
+    memory = f"{report.arena_bytes / _GIB:.1f} GiB arena, {report.host_pool_bytes / _GIB:.1f} GiB host pool"
+    table.add_row("models", f"{report.models}, of which {report.resident} fit the arena: {memory}")
+    table.add_row("stage busy", f"{report.stage_utilisation_percent:.1f} % of the time")
+    idle, on_demand = report.idle_while_waiting_percent, report.idle_while_waiting_percent_lru_on_demand
+    table.add_row("idle while work waits", f"{idle:.2f} % of busy time; LRU on demand: {on_demand:.2f} %")
+    p50, p95 = report.visible_switch_p50_ms, report.visible_switch_p95_ms
+    table.add_row("visible switch", f"p50 {p50:.2f} ms, p95 {p95:.2f} ms, over {report.switches} switches")
+    waits = ", ".join(
+        f"p{share} {seconds:.1f} s"
+        for share, seconds in ((50, report.wait_p50_s), (95, report.wait_p95_s), (99, report.wait_p99_s))
+    )
+    table.add_row("waiting", waits)
+    if report.slots:
+        table.add_row(
+            f"misses of {report.slots} slots",
+            f"{report.miss_percent:.2f} %; LRU {report.lru_miss_percent:.2f} %, Belady "
+            f"{report.belady_miss_percent:.2f} %: {report.way_from_lru_to_belady_percent:.0f} % of the way",
+        )
+    if report.events is not None:
+        table.add_row(
+            "decisions",
+            f"{report.events}: p50 {report.decision_us_p50:.0f} us, p99 {report.decision_us_p99:.0f} us",
+        )
+    console = Console()
+    console.print(f"[bold]{report.policy}[/] with the costs of [bold]{report.profile}[/]")
+    console.print(table)
+
+
+@contextmanager
+def plan_table(scenario: Scenario, gpu: str, *, is_quiet: bool) -> Iterator[Callable[[Row], Row]]:
+    """A table that grows as rows are found; gives what takes a row."""
+    survey = scenario.survey
+    title = f"{survey.requests} requests for {len(survey.models)} models on {gpu} ({scenario.profile.name})"
+    table = Table(title=f"{title}, time compressed by {scenario.compress:g}")
+    for column in (
+        "arena", "models", "idle", "on demand", "Belady", "switch p50/p95", "on demand",
+        "wait p50/p95/p99", "on demand", "busy",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+
+    def add(row: Row) -> Row:
+        ours, theirs = row.understudy, row.on_demand
+        table.add_row(
+            f"{row.arena_bytes / _GIB:.1f} GiB",
+            str(row.resident),
+            f"{ours.idle_percent:.2f} %",
+            f"{theirs.idle_percent:.2f} %",
+            f"{row.foresight.idle_percent:.2f} %",
+            f"{ours.visible_switch_p50_ms:.1f}/{ours.visible_switch_p95_ms:.1f} ms",
+            f"{theirs.visible_switch_p50_ms:.0f}/{theirs.visible_switch_p95_ms:.0f} ms",
+            f"{ours.wait_p50_s:.1f}/{ours.wait_p95_s:.1f}/{ours.wait_p99_s:.1f} s",
+            f"{theirs.wait_p50_s:.1f}/{theirs.wait_p95_s:.1f}/{theirs.wait_p99_s:.1f} s",
+            f"{ours.utilisation_percent:.1f} %",
+        )
+        return row
+
+    if is_quiet:
+        yield add
+        return
+    with Live(table, console=Console(), refresh_per_second=2):
+        yield add
+
+
+def print_plan(plan: Plan, gpu: str) -> None:
+    """What the rows mean."""
+    target = f"idle while work waits at most {plan.target_idle_percent:g} % of busy time"
+    console = Console()
+    if plan.enough_bytes is None:
+        console.print(f"No arena that {gpu} has room for meets the target: {target}.")
+    else:
+        console.print(f"[bold]{plan.enough_bytes / _GIB:.1f} GiB[/] of arena are enough: {target}.")
+    if plan.on_demand_enough_bytes is None:
+        console.print(f"Loading on demand with LRU does not get there on {gpu}.")
+    else:
+        console.print(f"Loading on demand with LRU needs {plan.on_demand_enough_bytes / _GIB:.1f} GiB.")

@@ -1,0 +1,214 @@
+"""A daemon without its machinery: the core machine, driven through virtual time.
+
+What the shell, the stage and the loaders do in the daemon happens here at the times that a profile gives: one
+event ends each action. As in the daemon, one request runs, the next one is on deck and takes the stage over
+without asking; images are encoded off the stage; loads share disk and bus.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable
+from time import perf_counter_ns
+from typing import assert_never
+
+from understudyd.core import actions as ac
+from understudyd.core import events as ev
+from understudyd.core.machine import Machine
+from understudyd.core.types import Outcome, RequestInfo
+from understudyd.simulate.meter import Meter, Quantiles
+from understudyd.simulate.profiles import Profile
+from understudyd.simulate.trace import TraceRequest
+from understudyd.simulate.traffic import Traffic
+
+START_BEFORE_S = 3600.0
+"""The daemon is started so long before the first request: its host pool has filled, as far as it will."""
+
+_STEP_BYTES = 4 << 20  # a cancelled load stops within a piece of this size
+
+Watch = Callable[[float, ac.Action], None]
+
+
+class _Open:
+    """A request without an answer."""
+
+    __slots__ = ("arrived_at_s", "images", "run_s")
+
+    def __init__(self, arrived_at_s: float, run_s: float, images: int) -> None:
+        self.arrived_at_s = arrived_at_s
+        self.run_s = run_s
+        self.images = images
+
+
+class World:
+    """Plays requests to a machine. `watch`, if given, sees every action in order with its time.
+
+    `decision_us` are wall-clock microseconds of `Machine.handle`, one an event.
+    """
+
+    def __init__(
+        self, machine: Machine, profile: Profile, *, loaders: int = 2, watch: Watch | None = None
+    ) -> None:
+        self.machine = machine
+        self.meter = Meter()
+        self.decision_us = Quantiles(least=0.01)
+        self.events = 0
+        self.loads = 0
+        self.loaded_bytes = 0
+        self.now_s = 0.0
+        self._profile = profile
+        self._watch = watch
+        self._traffic = Traffic(profile)
+        self._agenda: list[tuple[float, int, ev.Event]] = []
+        self._order = 0
+        self._open: dict[str, _Open] = {}
+        self._deck: tuple[str, str] | None = None
+        self._running: str | None = None
+        self._on_stage: str | None = None
+        self._asked = 0
+        for loader_id in range(loaders):
+            self.tell(ev.LoaderReady(loader_id))
+
+    # -- driving ------------------------------------------------------------------------------------
+
+    def add_models(self, names: Iterable[str]) -> None:
+        """Models that may be asked for."""
+        for name in names:
+            self.tell(ev.ModelAdded(self._profile.model(name)))
+
+    def settle(self, for_s: float) -> None:
+        """Let time pass without requests."""
+        until_s = self.now_s + for_s
+        while self._step(until_s):
+            pass
+        self.now_s = until_s
+
+    def play(self, requests: Iterable[TraceRequest]) -> None:
+        """Have all these come at their `arrival_s`, which counts from now; return when all are answered.
+
+        Raises RuntimeError when the machine leaves some without an answer.
+        """
+        start_s = self.now_s
+        for request in requests:
+            arrival_s = start_s + request.arrival_s
+            while self._step(arrival_s):
+                pass
+            self.now_s = arrival_s
+            self._ask(request)
+        while self._open and self._step(float("inf")):
+            pass
+        if self._open:
+            raise RuntimeError(f"{len(self._open)} requests were never answered")
+
+    def tell(self, event: ev.Event) -> None:
+        """One event; then everything that the machine wants done."""
+        started_ns = perf_counter_ns()
+        actions = self.machine.handle(event, self.now_s)
+        self.decision_us.add((perf_counter_ns() - started_ns) / 1e3)
+        self.events += 1
+        for action in actions:
+            if self._watch is not None:
+                self._watch(self.now_s, action)
+            self._perform(action)
+
+    def _step(self, until_s: float) -> bool:
+        """What comes next, if it comes before `until_s`."""
+        planned_s = self._agenda[0][0] if self._agenda else float("inf")
+        loaded_s = self._traffic.next_end_s
+        next_s = planned_s if planned_s <= loaded_s else loaded_s
+        if next_s > self.now_s:  # else the machine is asked when this moment is over, as by the daemon's loop
+            wake_s = self.machine.next_deadline_s(self.now_s)
+            if wake_s is not None and wake_s < next_s:
+                if wake_s > until_s:
+                    return False
+                self.now_s = wake_s
+                self.tell(ev.Ticked())
+                return True
+        if next_s > until_s or next_s == float("inf"):
+            return False
+        self.now_s = next_s
+        if planned_s <= loaded_s:
+            self._happen(heapq.heappop(self._agenda)[2])
+        else:
+            self._later(self._profile.load_s.value, ev.LoadFinished(self._traffic.pop_ended()))
+        return True
+
+    def _later(self, after_s: float, event: ev.Event) -> None:
+        self._order += 1
+        heapq.heappush(self._agenda, (self.now_s + after_s, self._order, event))
+
+    # -- requests and the stage ---------------------------------------------------------------------
+
+    def _ask(self, request: TraceRequest) -> None:
+        self._asked += 1
+        request_id = f"r{self._asked}"
+        self._open[request_id] = _Open(self.now_s, self._profile.run_s(request), request.images)
+        self.meter.arrived(self.now_s)
+        info = RequestInfo(request_id, request.client, request.model, request.priority)
+        self.tell(ev.RequestReceived(info))
+
+    def _happen(self, event: ev.Event) -> None:
+        if isinstance(event, ev.RunEnded):
+            self._leave_stage(event.request_id)
+        self.tell(event)
+        if isinstance(event, ev.RunEnded):
+            self._take_stage()
+
+    def _take_stage(self) -> None:
+        """Whoever is on deck runs, if the stage is free."""
+        if self._running is not None or self._deck is None:
+            return
+        (request_id, model), self._deck = self._deck, None
+        request = self._open[request_id]
+        is_switch = model != self._on_stage
+        bind_s = self._profile.bind_s.value if is_switch else 0.0
+        self._running, self._on_stage = request_id, model
+        self.meter.started(request.arrived_at_s, is_switch, self.now_s + bind_s)
+        self._later(bind_s, ev.RunStarted(request_id))
+        self._later(bind_s + request.run_s, ev.RunEnded(request_id, Outcome.FINISHED))
+
+    def _leave_stage(self, request_id: str) -> None:
+        request = self._open[request_id]
+        self._running = None
+        self.meter.ended(request.run_s, self.now_s)
+        self._later(0.0, ev.LeaseEnded(request_id))
+        self._later(self._profile.encode_s.value * request.images, ev.ImagesEncoded(request_id))
+
+    # -- actions ------------------------------------------------------------------------------------
+
+    def _perform(self, action: ac.Action) -> None:
+        match action:
+            case ac.PutOnDeck(request_id=request_id, model=model):
+                self._deck = (request_id, model)
+                self._take_stage()
+            case ac.AnswerRequest(request_id=request_id, code=code):
+                del self._open[request_id]
+                if code is not None:
+                    self.meter.gave_up(self.now_s)
+            case ac.StartLoad():
+                self.loads += 1
+                self.loaded_bytes += action.size_bytes
+                self._traffic.start(
+                    action.load_id,
+                    action.size_bytes,
+                    on_disk=not action.from_pool,
+                    on_bus=action.offset is not None,
+                    now_s=self.now_s,
+                )
+            case ac.CancelLoad(load_id=load_id):
+                if self._traffic.cancel(load_id, self.now_s):
+                    piece_s = _STEP_BYTES / self._profile.disk_bytes_per_s.value
+                    self._later(piece_s, ev.LoadCancelled(load_id))
+            case ac.BuildViews(blob=key, generation=generation):
+                self._later(self._profile.views_s.value, ev.ViewsBuilt(key, generation))
+            case ac.PrepareModel(which):
+                self._later(self._profile.prepare_s.value, ev.ModelPrepared(which))
+            case ac.MoveExtent(blob=key, generation=generation, size_bytes=size_bytes):
+                move_s = size_bytes / self._profile.move_bytes_per_s.value
+                self._later(move_s, ev.ExtentMoved(key, generation))
+            case ac.PauseLoads(is_paused=is_paused):
+                self._traffic.pause(is_paused, self.now_s)
+            case ac.AcceptRequest() | ac.DropViews() | ac.ForgetModel() | ac.RetireModel():
+                pass  # takes no time
+            case ac.CancelRun(request_id=request_id):
+                raise AssertionError(f"{request_id}: traces know neither cancellations nor deadlines")
+            case _:
+                assert_never(action)
