@@ -5,12 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint format bench-switch bench-serve bench-handover bench-coldstart gpu-check clean
+.PHONY: help demo plan-example test lint format bench-switch bench-serve bench-handover bench-coldstart gpu-check clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
 demo: $(STAMP)  ## a family of models served on a quarter of the memory: table, timeline, contact sheet
 	@$(BIN)/understudy-demo run --out demo-out
+
+plan-example: $(STAMP)  ## how much GPU memory the shipped example trace needs: table and plan.png
+	@$(BIN)/understudyd plan daemon/understudyd/simulate/example.csv.gz --gpu a100-80 --host-pool all \
+	  --utilisation 85% --plot plan.png
 
 test: $(STAMP)  ## the whole test suite
 	@$(BIN)/python -m pytest

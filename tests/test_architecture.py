@@ -87,6 +87,7 @@ def broken(found: dict[Source, set[str]]) -> str:
         ("store", ["core", "stage", "shell", "main", "config", "simulate"]),
         ("stage", ["shell", "main", "config", "simulate"]),
         ("shell", ["main", "simulate"]),
+        ("simulate", ["store", "loader", "stage", "shell", "main"]),
     ],
 )
 def test_imports_point_downwards(name: str, above: list[str]) -> None:
@@ -106,6 +107,13 @@ def test_a_loader_is_light() -> None:
     light = {*sys.stdlib_module_names, "msgspec", "xxhash", "cuda", "understudyd"}
     found = {s: {n for n in s.imports if n.split(".")[0] not in light} for s in room("loader")}
     assert found and not broken(found), broken(found)
+
+
+def test_the_simulator_needs_no_daemon_and_draws_only_when_asked() -> None:
+    light = {*sys.stdlib_module_names, "msgspec", "click", "rich", "understudyd"}
+    found = {s: {n for n in s.imports if n.split(".")[0] not in light} for s in room("simulate")}
+    drawing = {s.module for s, names in found.items() if names}
+    assert drawing == {"understudyd.simulate.plot"}
 
 
 def test_the_client_knows_neither_daemon_nor_torch() -> None:

@@ -113,10 +113,11 @@ def plan_command(
 @click.option("--requests", type=click.IntRange(1), default=16_000, show_default=True)
 @click.option("--models", type=click.IntRange(1), default=synthetic.Shape.models, show_default=True)
 @click.option("--clients", type=click.IntRange(1), default=synthetic.Shape.clients, show_default=True)
+@click.option("--skew", type=float, default=synthetic.Shape.skew, show_default=True, help="Of popularity.")
 @click.option("--seed", type=int, default=synthetic.Shape.seed, show_default=True)
-def synthesize_command(path: Path, requests: int, models: int, clients: int, seed: int) -> None:
+def synthesize_command(path: Path, requests: int, models: int, clients: int, skew: float, seed: int) -> None:
     """Write made-up requests to PATH (CSV; gzip when it ends in .gz), shaped like real ones."""
-    shape = synthetic.Shape(models=models, clients=clients, seed=seed)
+    shape = synthetic.Shape(models=models, clients=clients, skew=skew, seed=seed)
     write(path, synthetic.csv_lines(synthetic.generate(requests, shape)))
 
 

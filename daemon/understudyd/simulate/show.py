@@ -11,6 +11,7 @@ from understudyd.simulate.planning import Plan, Row
 from understudyd.simulate.report import Report, Scenario
 
 _GIB = 1024**3
+_TABLE_CHARS = 140
 
 
 def print_report(report: Report) -> None:
@@ -48,37 +49,47 @@ def print_report(report: Report) -> None:
 
 @contextmanager
 def plan_table(scenario: Scenario, gpu: str, *, is_quiet: bool) -> Iterator[Callable[[Row], Row]]:
-    """A table that grows as rows are found; gives what takes a row."""
+    """A table that grows as rows are found, on a terminal; gives what takes a row."""
     survey = scenario.survey
     title = f"{survey.requests} requests for {len(survey.models)} models on {gpu} ({scenario.profile.name})"
-    table = Table(title=f"{title}, time compressed by {scenario.compress:g}")
+    table = Table(
+        title=f"{title}, time compressed by {scenario.compress:g}",
+        caption="idle: while work waits, in percent of busy time; d: LRU on demand; B: Belady on demand",
+    )
     for column in (
-        "arena", "models", "idle", "on demand", "Belady", "switch p50/p95", "on demand",
-        "wait p50/p95/p99", "on demand", "busy",
+        "arena\nGiB", "models", "idle\n%", "idle d\n%", "idle B\n%", "switch p50/p95\nms",
+        "switch d p50/p95\nms", "wait p50/p95/p99\ns", "wait d p50/p95/p99\ns", "busy\n%",
     ):  # fmt: skip
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
 
     def add(row: Row) -> Row:
         ours, theirs = row.understudy, row.on_demand
         table.add_row(
-            f"{row.arena_bytes / _GIB:.1f} GiB",
+            f"{row.arena_bytes / _GIB:.1f}",
             str(row.resident),
-            f"{ours.idle_percent:.2f} %",
-            f"{theirs.idle_percent:.2f} %",
-            f"{row.foresight.idle_percent:.2f} %",
-            f"{ours.visible_switch_p50_ms:.1f}/{ours.visible_switch_p95_ms:.1f} ms",
-            f"{theirs.visible_switch_p50_ms:.0f}/{theirs.visible_switch_p95_ms:.0f} ms",
-            f"{ours.wait_p50_s:.1f}/{ours.wait_p95_s:.1f}/{ours.wait_p99_s:.1f} s",
-            f"{theirs.wait_p50_s:.1f}/{theirs.wait_p95_s:.1f}/{theirs.wait_p99_s:.1f} s",
-            f"{ours.utilisation_percent:.1f} %",
+            f"{ours.idle_percent:.2f}",
+            f"{theirs.idle_percent:.2f}",
+            f"{row.foresight.idle_percent:.2f}",
+            _numbers(ours.visible_switch_p50_ms, ours.visible_switch_p95_ms),
+            _numbers(theirs.visible_switch_p50_ms, theirs.visible_switch_p95_ms),
+            _numbers(ours.wait_p50_s, ours.wait_p95_s, ours.wait_p99_s),
+            _numbers(theirs.wait_p50_s, theirs.wait_p95_s, theirs.wait_p99_s),
+            f"{ours.utilisation_percent:.1f}",
         )
         return row
 
-    if is_quiet:
-        yield add
+    console = Console()
+    if console.is_terminal and not is_quiet:
+        with Live(table, console=console, refresh_per_second=2):
+            yield add
         return
-    with Live(table, console=Console(), refresh_per_second=2):
-        yield add
+    yield add
+    if not is_quiet:
+        Console(width=_TABLE_CHARS).print(table)
+
+
+def _numbers(*values: float) -> str:
+    return "/".join(f"{value:.1f}" if value < 10 else f"{value:.0f}" for value in values)
 
 
 def print_plan(plan: Plan, gpu: str) -> None:
