@@ -79,7 +79,9 @@ def draw_plan(plan: Plan, path: Path) -> None:
     switches.set(ylabel="visible switch, ms", yscale="log")
     waits.set(ylabel="seconds waited")
     waits.set_yscale("symlog", linthresh=0.1)
-    busy.set(ylabel="stage utilisation, %")
+    busy.set(ylabel="stage utilisation, %", ylim=(0, 100))
+    idle.set_ylim(bottom=0)
+    waits.set_ylim(bottom=0)
     for each in axes.flat:
         each.set_xlabel("arena, GiB")
         each.legend(fontsize=7)
