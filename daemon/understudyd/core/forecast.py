@@ -6,7 +6,7 @@ once need no tuning). Time is counted in requests, so that a quiet night forgets
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 HALF_LIVES_REQUESTS = (5.0, 50.0, 500.0)
 _BURST, _SESSION, _LASTING = (math.pow(0.5, 1.0 / h) for h in HALF_LIVES_REQUESTS)
@@ -45,6 +45,13 @@ class Forecast:
     def forget(self, name: str) -> None:
         """Nobody can, or should, count on this name any more."""
         if self._counts.pop(name, None) is not None:
+            self._ranked_at = -1
+
+    def inherit(self, name: str, other: "Forecast", source: str) -> None:
+        """`name` is new and expected as often as `source`, in `other`, which saw the same requests."""
+        counts = other._counts.get(source)
+        if counts is not None and name not in self._counts:
+            self._counts[name] = replace(counts)
             self._ranked_at = -1
 
     def chance(self, name: str) -> float:
