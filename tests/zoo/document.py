@@ -41,12 +41,13 @@ _WAYS_IN = """
 `understudyctl add NAME SOURCE`, or `understudyd ingest` without a daemon; `tests/test_store_*.py` prove each.
 
 * **A diffusers folder**, kept in the dtype of its files, component by component (`--dtype` converts).
-* **A hub id**, `org/name`, `org/name@revision`, or a cache entry: what is needed of one commit, which the record
-  names. `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` mean what they mean everywhere.
-* **A single `.safetensors` checkpoint** of SD 1.x, SD 2.x or SDXL, with configs and missing components from a model
-  of the store (`--like MODEL`) or a folder (`--config`). It equals diffusers' `from_single_file`: one dtype for all
-  components, by default that of its UNet; no safety checker.
-* **A folder tree** (`--scan DIR`): all of the above below it, in one process; `--dry-run` shows what would happen.
+* **A hub id**, `org/name`, `org/name@revision`, or a cache entry: what is needed of one commit, which the
+  record names. `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` mean what they mean everywhere.
+* **A single `.safetensors` checkpoint** of SD 1.x, SD 2.x or SDXL, with configs and missing components from a
+  model of the store (`--like MODEL`) or a folder (`--config`). It equals diffusers' `from_single_file`: one
+  dtype for all components, by default that of its UNet; no safety checker.
+* **A folder tree** (`--scan DIR`): all of the above below it, in one process; `--dry-run` shows what would
+  happen.
 * **A class of your own** (`--pipeline NAME`): see [custom pipelines](custom-pipelines.md).
 * **Other stores**, read-only: `[store] read_only` in the configuration; `understudyctl rescan` looks again.
 
