@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo plan-example test lint format bench-switch bench-serve bench-handover bench-coldstart gpu-check clean
+.PHONY: help demo plan-example test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest \
+  gpu-check docs-models clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
@@ -40,9 +41,15 @@ bench-handover: $(STAMP)  ## loads against plain reads, host tier, loaders kille
 bench-coldstart: $(STAMP)  ## from nothing to the first image
 	@$(BIN)/python -m benchmarks.coldstart --json
 
+bench-ingest: $(STAMP)  ## a scan of 200 models, a single-file checkpoint of real size
+	@$(BIN)/python -m benchmarks.ingest --json
+
 # Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
 gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so
 	@PYTHONPATH=client:daemon$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu --out gpu-check.json
+
+docs-models: $(STAMP)  ## docs/models.md, from the table of pipeline kinds that the tests serve
+	@PYTHONPATH=tests $(BIN)/python -m zoo.document docs/models.md
 
 clean:  ## forget the virtual environment and what the demo made
 	rm -rf $(VENV) demo-out

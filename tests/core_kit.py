@@ -27,10 +27,11 @@ def blob(key: str, pages: int) -> BlobInfo:
     return BlobInfo(key, pages * PAGE)
 
 
-def model(name: str, *blobs: BlobInfo | int) -> ModelInfo:
-    """A model; a bare number is a blob of its own with so many pages."""
-    own = (blob(f"{name}.{i}", b) if isinstance(b, int) else b for i, b in enumerate(blobs))
-    return ModelInfo(name, tuple(own))
+def model(name: str, *blobs: BlobInfo | int, edition: int = 0) -> ModelInfo:
+    """A model; a bare number is a blob of its own with so many pages, which no other edition has."""
+    key = ModelInfo(name, (), edition).key
+    own = (blob(f"{key}.{i}", b) if isinstance(b, int) else b for i, b in enumerate(blobs))
+    return ModelInfo(name, tuple(own), edition)
 
 
 class VirtualClock:
@@ -278,6 +279,8 @@ class World:
     def assert_back_to_baseline(self) -> None:
         residency = self.machine.residency
         assert not residency.models and not residency.blobs and not residency.loads
+        assert not self.machine.catalogue.editions and not self.machine.catalogue.coming
+        assert not self.ledger.coming and not self.ledger.leaving
         assert residency.arena.free_bytes == residency.arena.largest_gap_bytes == self.ledger.arena_bytes
         pool = residency.copies.pool
         assert pool.free_bytes == pool.largest_gap_bytes == self.ledger.pool.pool_bytes
@@ -299,10 +302,10 @@ class World:
                     self.later(self.stage.views_s, ev.ViewsBuilt(key, generation))
                 case ac.MoveExtent(blob=key, generation=generation):
                     self.later(self.stage.views_s, ev.ExtentMoved(key, generation))
-                case ac.PrepareModel(name=name) if name in self.stage.broken:
-                    self.later(self.stage.prepare_s, ev.ModelPreparationFailed(name, "as told"))
-                case ac.PrepareModel(name=name):
-                    self.later(self.stage.prepare_s, ev.ModelPrepared(name))
+                case ac.PrepareModel(key=key) if key in self.stage.broken:
+                    self.later(self.stage.prepare_s, ev.ModelPreparationFailed(key, "as told"))
+                case ac.PrepareModel(key=key):
+                    self.later(self.stage.prepare_s, ev.ModelPrepared(key))
                 case ac.PutOnDeck(request_id=request_id):
                     self.stage.put_on_deck(self, request_id)
                 case ac.CancelRun(request_id=request_id):

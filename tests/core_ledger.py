@@ -64,7 +64,10 @@ class Ledger:
     answers: dict[str, ac.AnswerRequest] = field(default_factory=dict)
     accepted: dict[str, ac.AcceptRequest] = field(default_factory=dict)
     waiting: dict[str, Waiting] = field(default_factory=dict)
-    leases: dict[str, str] = field(default_factory=dict)
+    leases: dict[str, ModelInfo] = field(default_factory=dict)
+    coming: dict[str, ModelInfo] = field(default_factory=dict)
+    leaving: dict[str, ModelInfo] = field(default_factory=dict)
+    can_serve: dict[str, bool] = field(default_factory=dict)  # by its successor's key
     deck: str | None = None
     running: set[str] = field(default_factory=set)
     unreleased: set[str] = field(default_factory=set)
@@ -85,6 +88,10 @@ class Ledger:
                 self.waiting[info.request_id] = Waiting(info, now_s)
             case ev.ModelAdded(model=info):
                 self.models[info.name] = info
+            case ev.ModelReplaced(model=info):
+                old = self.machine.residency.models[info.name]
+                self.can_serve[info.key] = old.key in self.prepared and not old.is_unfit
+                self.coming[info.key] = info
             case ev.ModelRemoved(name=name):
                 self.retiring.add(name)
             case ev.LoaderReady(loader_id=loader_id):
@@ -124,11 +131,11 @@ class Ledger:
                 self._holder(key, generation).kind = "resident"
             case ev.ViewsFailed(blob=key, generation=generation):
                 del self.views[key, generation]
-            case ev.ModelPrepared(name=name):
-                self.preparing.remove(name)
-                self.prepared.add(name)
-            case ev.ModelPreparationFailed(name=name):
-                self.preparing.remove(name)
+            case ev.ModelPrepared(key=key):
+                self.preparing.remove(key)
+                self.prepared.add(key)
+            case ev.ModelPreparationFailed(key=key):
+                self.preparing.remove(key)
             case ev.RunStarted(request_id=request_id):
                 assert self.deck == request_id
                 self.deck = None
@@ -205,22 +212,43 @@ class Ledger:
                 assert (key, generation) not in self.views, f"{key} lost its views while they were built"
                 self.held.remove(held)
                 self.evictions.append(key)
-            case ac.PrepareModel(name=name):
-                assert name in self.models and name not in self.preparing | self.prepared
-                self.preparing.add(name)
-            case ac.PutOnDeck(request_id=request_id, model=name):
-                self._put_on_deck(request_id, name, now_s)
+            case ac.PrepareModel(key=key):
+                assert key in self._alive() and key not in self.preparing | self.prepared
+                self.preparing.add(key)
+            case ac.PutOnDeck(request_id=request_id, model=key):
+                self._put_on_deck(request_id, key, now_s)
             case ac.CancelRun(request_id=request_id):
                 assert request_id == self.deck or request_id in self.running
-            case ac.ForgetModel(name=name):
-                assert name in self.retiring
-                self.prepared.discard(name)
+            case ac.ForgetModel(key=key):
+                assert key not in self.preparing and key not in {x.key for x in self.leases.values()}
+                self.prepared.discard(key)
             case ac.RetireModel(name=name):
-                assert name in self.retiring and name not in self.leases.values()
-                assert name not in self.preparing
+                assert name in self.retiring and self.models[name] not in self.leases.values()
+                assert self.models[name].key not in self.preparing | self.prepared
                 assert all(w.info.model != name for w in self.waiting.values())
                 self.retiring.remove(name)
                 del self.models[name]
+            case ac.AdoptEdition() | ac.RejectEdition() | ac.RetireEdition():
+                self._edition(action)
+
+    def _alive(self) -> set[str]:
+        return {info.key for info in self.models.values()} | self.coming.keys() | self.leaving.keys()
+
+    def _edition(self, action: ac.AdoptEdition | ac.RejectEdition | ac.RetireEdition) -> None:
+        """Nobody waits for an edition's parts because of the swap, and nobody loses what it uses."""
+        match action:
+            case ac.AdoptEdition(name=name, key=key):
+                old = self.models[name]
+                assert key in self.prepared or not self.can_serve[key], f"{old.key} could still serve"
+                self.models[name] = self.coming.pop(key)
+                self.leaving[old.key] = old
+            case ac.RejectEdition(name=name, key=key):
+                assert key not in self.preparing | self.prepared and self.models[name].key != key
+            case ac.RetireEdition(name=name, key=key):
+                assert key not in self.preparing | self.prepared
+                assert key not in {info.key for info in self.leases.values()}
+                gone = self.leaving.pop(key, None) or self.coming.pop(key)
+                assert gone.name == name
 
     def _start_load(self, load: ac.StartLoad) -> None:
         assert self.loaders[load.loader_id] is None, "a loader has one load at a time"
@@ -249,13 +277,14 @@ class Ledger:
         self.held.append(Held(move.to_offset, end, move.blob, move.generation, "moving"))
         self.moves[move.blob, move.generation] = move
 
-    def _put_on_deck(self, request_id: str, name: str, now_s: float) -> None:
+    def _put_on_deck(self, request_id: str, key: str, now_s: float) -> None:
         assert self.deck is None, "one on deck at a time"
         chosen = self.waiting.pop(request_id)
-        assert chosen.info.model == name and name in self.prepared
+        info = self.models[chosen.info.model]
+        assert info.key == key and key in self.prepared, "only what its name stands for now"
         resident = {h.blob for h in self.held if h.kind == "resident"}
-        assert {b.key for b in self.models[name].blobs} <= resident, f"{name} is not all there"
-        self.deck, self.leases[request_id] = request_id, name
+        assert {b.key for b in info.blobs} <= resident, f"{key} is not all there"
+        self.deck, self.leases[request_id] = request_id, info
         self._overtaking(chosen, now_s)
 
     def _overtaking(self, chosen: Waiting, now_s: float) -> None:
@@ -279,7 +308,7 @@ class Ledger:
         return [w for w in self.waiting.values() if order.index(w.info.request_id) < rank]
 
     def leased_blobs(self) -> set[str]:
-        return {b.key for name in self.leases.values() for b in self.models[name].blobs}
+        return {b.key for info in self.leases.values() for b in info.blobs}
 
     def _same_as_machine(self) -> None:
         """The machine believes the same about every byte."""

@@ -68,7 +68,7 @@ def measure(
             case ac.BuildViews():
                 later(0.01, ev.ViewsBuilt(action.blob, action.generation))
             case ac.PrepareModel():
-                later(0.2, ev.ModelPrepared(action.name))
+                later(0.2, ev.ModelPrepared(action.key))
             case ac.PutOnDeck(request_id=request_id):
                 decks.append(request_id)
                 go()

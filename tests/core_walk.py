@@ -5,6 +5,7 @@ Who chooses is an argument: hypothesis, which shrinks, or a seeded `random.Rando
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -52,7 +53,7 @@ class Walk:
         first = list(infos.values())[:4]
         self.world = World(pages, pool_pages=pool_pages, models=first, policy=policy, max_waiting=6)
         self.ledger = self.world.ledger
-        self.next_loader_id = 0
+        self.next_loader_id = self.editions = 0
         for _ in range(loaders):
             self._new_loader()
 
@@ -63,6 +64,17 @@ class Walk:
     def usable(self) -> list[str]:
         """Models that may be asked for."""
         return [name for name in self.ledger.models if name not in self.ledger.retiring]
+
+    def _next_edition(self) -> int:
+        self.editions += 1
+        return self.editions
+
+    def _successor(self, name: str, choose: Choose) -> ModelInfo:
+        """The same bytes again, some of them, somebody else's, or all new ones."""
+        edition, old = self._next_edition(), self.ledger.models[name]
+        new = model(name, choose(range(1, 6)), edition=edition).blobs
+        kept = choose([old.blobs, old.blobs[:1] + new, new, self.infos[choose(NAMES)].blobs[:1] + new])
+        return ModelInfo(name, kept, edition)
 
     # -- kinds of steps -------------------------------------------------------------------------------
 
@@ -82,14 +94,13 @@ class Walk:
             self.world.tell(ev.RequestCancelled(choose([*known, "unheard of"])))
 
     def administer(self, choose: Choose) -> None:
-        what = choose(
-            ["add", "add", "pin", "unpin", "unpin", "load", "evict", "remove", "open", "open", "close"]
-        )
+        kinds = ["add", "add", "pin", "unpin", "unpin", "load", "evict", "remove", "open", "open", "close"]
+        what = choose([*kinds, "replace", "replace"])
         absent = [n for n in NAMES if n not in self.ledger.models]
         if what in ("open", "close"):
             self.world.tell(ev.AdmissionChanged(what == "open"))
         elif what == "add" and absent:
-            self.world.tell(ev.ModelAdded(self.infos[choose(absent)]))
+            self.world.tell(ev.ModelAdded(replace(self.infos[choose(absent)], edition=self._next_edition())))
         elif self.usable():
             name = choose(self.usable())
             match what:
@@ -97,6 +108,8 @@ class Walk:
                     self.world.tell(ev.ModelRemoved(name))
                 case "pin" | "unpin":
                     self.world.tell(ev.PinChanged(name, what == "pin"))
+                case "replace":
+                    self.world.tell(ev.ModelReplaced(self._successor(name, choose)))
                 case "load":
                     self.world.tell(ev.LoadWanted(name))
                 case _:
@@ -109,7 +122,7 @@ class Walk:
         ends += [ev.LoadCancelled(i) for i in sorted(ledger.told_to_stop & ledger.loads.keys())]
         ends += [ev.ViewsBuilt(*view) for view in sorted(ledger.views)]
         ends += [ev.ExtentMoved(*move) for move in sorted(ledger.moves)]
-        ends += [ev.ModelPrepared(name) for name in sorted(ledger.preparing)]
+        ends += [ev.ModelPrepared(key) for key in sorted(ledger.preparing)]
         if ledger.deck is not None and len(ledger.running) < MAX_RUNNING:
             ends.append(ev.RunStarted(ledger.deck))
         ends += [ev.RunEnded(i, Outcome.FINISHED) for i in sorted(ledger.running)]
@@ -125,7 +138,11 @@ class Walk:
         ends: list[ev.Event] = [ev.LoadFailed(i, c, "?") for i in sorted(ledger.loads) for c in FAULTS]
         ends += [ev.ViewsFailed(*view, "?") for view in sorted(ledger.views)]
         ends += [ev.MoveFailed(*move, "?") for move in sorted(ledger.moves)]
-        ends += [ev.ModelPreparationFailed(name, "?") for name in sorted(ledger.preparing)[:1]]
+        ends += [
+            ev.ModelPreparationFailed(key, "?", b)
+            for key in sorted(ledger.preparing)[:1]
+            for b in (True, False)
+        ]
         on_stage = sorted(ledger.running | ({ledger.deck} if ledger.deck is not None else set()))
         ends += [ev.RunEnded(i, o) for i in on_stage for o in (Outcome.FAILED, Outcome.CANCELLED)]
         ends += [ev.EncodingFailed(i, "?") for i in sorted(ledger.encoding)]
@@ -182,19 +199,30 @@ class Walk:
 
     def _illegal_about_models(self) -> Iterator[ev.Event]:
         ledger = self.ledger
+        for key in [
+            *(info.key for info in ledger.models.values()),
+            *ledger.coming,
+            *ledger.leaving,
+            "nobody",
+        ]:
+            if key not in ledger.preparing:
+                yield ev.ModelPrepared(key)
+                yield ev.ModelPreparationFailed(key, "?")
+        for info in [*ledger.coming.values(), *ledger.leaving.values()]:
+            yield ev.ModelReplaced(info)
         for name in [*ledger.models, "nobody"]:
-            if name not in ledger.preparing:
-                yield ev.ModelPrepared(name)
-                yield ev.ModelPreparationFailed(name, "?")
             if name == "nobody" or name in ledger.retiring:
+                yield ev.ModelReplaced(model(name, 1, edition=self.editions + 1))
                 yield ev.ModelRemoved(name)
                 yield ev.PinChanged(name, True)
                 yield ev.LoadWanted(name)
                 yield ev.EvictWanted(name)
         for name, info in ledger.models.items():
             yield ev.ModelAdded(info)
+            yield ev.ModelReplaced(info)
             other = BlobInfo(info.blobs[0].key, info.blobs[0].size_bytes + 1)
             yield ev.ModelAdded(ModelInfo(f"not {name}", (BlobInfo("new", 1), other)))
+            yield ev.ModelReplaced(ModelInfo(name, (BlobInfo("new", 1), other), self.editions + 1))
 
     def _illegal_about_requests(self) -> Iterator[ev.Event]:
         ledger = self.ledger

@@ -22,7 +22,9 @@ class DaemonDied(Exception):
     """The daemon ended while it was waited for; the text is its log."""
 
 
-def configuration(store: Path, runtime_dir: Path, *, arena: str = "32MiB", **sections: dict[str, Any]) -> str:
+def configuration(
+    store: Path, runtime_dir: Path, /, *, arena: str = "32MiB", **sections: dict[str, Any]
+) -> str:
     """A TOML document; `sections` are merged over the defaults of the tests."""
     document: dict[str, dict[str, Any]] = {
         "store": {"path": str(store)},
@@ -40,6 +42,8 @@ def configuration(store: Path, runtime_dir: Path, *, arena: str = "32MiB", **sec
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if isinstance(value, int | float) else f'"{value}"'
@@ -114,6 +118,7 @@ class DaemonProcess:
 def running_daemon(
     store: Path,
     runtime_dir: Path,
+    /,
     *,
     wait: bool = True,
     environ: dict[str, str] | None = None,

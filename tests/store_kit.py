@@ -10,11 +10,11 @@ from understudyd.store.safetensors_file import plan_blob
 
 
 def listing(folder: Path) -> dict[str, str]:
-    """Every file below a folder with the sha256 of its bytes, but for the lock's."""
+    """Every file below a folder with the sha256 of its bytes, but for the locks'."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != "writer.lock"
+        if path.is_file() and path.name not in ("writer.lock", "serving.lock")
     }
 
 

@@ -218,7 +218,7 @@ def test_missing_keys_are_no_crash(daemon: FakeDaemon, arguments: str, answer: A
 def test_commands_say_what_was_meant(daemon: FakeDaemon, tmp_path: Path) -> None:
     daemon.notes = [admin.Note(phase="copying", done=5, total=10), admin.Note(phase="hashing")]
     for line in (
-        f"add name {tmp_path} --dtype float16 --variant fp16 --ignore-pickle",
+        f"add name {tmp_path} --dtype fp16 --variant fp16 --ignore-pickle",
         "remove m",
         "load m --no-wait",
         "evict m",
@@ -230,7 +230,7 @@ def test_commands_say_what_was_meant(daemon: FakeDaemon, tmp_path: Path) -> None
         result = daemon.run(*line.split())
         assert result.exit_code == 0, result.output
     assert daemon.asked == [
-        admin.Add(name="name", source=str(tmp_path), dtype="float16", variant="fp16", ignore_pickle=True),
+        admin.Add(name="name", source=str(tmp_path), dtype="fp16", variant="fp16", ignore_pickle=True),
         admin.Remove(name="m"),
         admin.Load(name="m", wait=False),
         admin.Evict(name="m"),

@@ -1,12 +1,8 @@
 """The session alone, on a virtual clock: exactly one answer, whatever the network and the daemon do."""
 
-import itertools
-
-import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from session_kit import PATIENCE, Driven
 from understudy.errors import (
     CallerError,
     Cancelled,
@@ -16,64 +12,20 @@ from understudy.errors import (
     UnderstudyError,
 )
 from understudy.results import Pinged, Result
-from understudy.session import HEARTBEAT_ID, Mailbox, Patience, Session
 from understudy.wire import (
     Accepted,
     Cancel,
     Failed,
     Generate,
     ListModels,
-    Message,
     ModelList,
     Ping,
     Pong,
     Progress,
-    Request,
-    decode_request,
     encode,
     encode_entries,
 )
 from wire_kit import MODELS, finished, request
-
-PATIENCE = Patience(heartbeat_s=1, silence_s=3, reconnect_s=30, refresh_s=10, deadline_grace_s=2)
-
-
-class Driven:
-    """A session with a clock in hand."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.session = Session("ipc:///test", PATIENCE)
-        self.sent: list[Request] = []
-
-    def open(self, wish: Generate | ListModels | Ping) -> Mailbox:
-        mailbox = self.session.open(wish, self.now)
-        self.collect()
-        return mailbox
-
-    def pass_time(self, seconds: float) -> None:
-        """Tick exactly when the session asks for it."""
-        end = self.now + seconds
-        while (due := self.session.next_deadline_s()) is not None and due <= end:
-            self.now = max(self.now, due)
-            self.session.tick(self.now)
-            self.collect()
-        self.now = end
-
-    def hear(self, reply: Message, *payload: bytes) -> None:
-        self.session.received([encode(reply), *payload], self.now)
-        self.collect()
-
-    def pong(self, daemon: str = "d1") -> None:
-        self.hear(Pong(id=HEARTBEAT_ID, daemon=daemon))
-
-    def collect(self) -> None:
-        self.sent += [decode_request(frames[0]) for frames in self.session.take_outgoing()]
-
-    def take(self, kind: type) -> list[Request]:
-        taken = [message for message in self.sent if isinstance(message, kind)]
-        self.sent = [message for message in self.sent if not isinstance(message, kind)]
-        return taken
 
 
 @pytest.fixture
@@ -145,6 +97,52 @@ def test_a_request_nothing_is_heard_of_is_sent_again(driven: Driven) -> None:
         driven.pass_time(1)
         driven.pong()
     assert len(driven.take(Generate)) == 2
+
+
+def missing(request_id: str = "r1") -> Failed:
+    return Failed(id=request_id, code="inputs_missing", message="send it whole", retryable=True)
+
+
+def test_images_are_sent_again_where_they_may_be_lost(driven: Driven) -> None:
+    driven.open(request(), b"image", b"mask")
+    driven.pong("d1")
+    driven.pong("d2")
+    driven.pass_time(20)
+    driven.pong("d2")
+    assert driven.payloads == [(b"image", b"mask")] * 3
+
+
+def test_a_request_nothing_is_heard_of_is_asked_for_without_its_images(driven: Driven) -> None:
+    mailbox = driven.open(request(), b"image")
+    for _ in range(11):
+        driven.pass_time(1)
+        driven.pong()
+    assert driven.payloads == [(b"image",), ()]
+    driven.hear(missing())
+    driven.hear(missing())  # an older question's answer, while the whole request is on its way
+    assert driven.payloads == [(b"image",), (), (b"image",)]
+    assert mailbox.answer is None
+    reply, images = finished(request())
+    driven.hear(reply, *images)
+    assert isinstance(mailbox.answer, Result)
+
+
+def test_a_cancelled_request_is_not_sent_whole_again(driven: Driven) -> None:
+    mailbox = driven.open(request(), b"image")
+    for _ in range(11):
+        driven.pass_time(1)
+        driven.pong()
+    driven.session.cancel("r1", driven.now)
+    driven.hear(missing())
+    assert driven.payloads == [(b"image",), ()]
+    driven.pass_time(PATIENCE.cancel_grace_s)
+    assert isinstance(mailbox.answer, Cancelled)
+
+
+def test_errors_say_which_request(driven: Driven) -> None:
+    mailbox = driven.open(request("mine"))
+    driven.hear(Failed(id="mine", code="queue_full", message="full", retryable=True))
+    assert isinstance(mailbox.answer, UnderstudyError) and mailbox.answer.request_id == "mine"
 
 
 def test_no_daemon_for_too_long_fails_everything_and_cancels_it(
@@ -252,114 +250,3 @@ def test_models_and_ping(driven: Driven) -> None:
     assert ping.answer == Pinged(daemon="d1", round_trip_s=0.25)
     driven.hear(ModelList(id="m"), encode_entries(MODELS[:1]), encode_entries(MODELS[1:]))
     assert models.answer == MODELS
-
-
-class Chaos(RuleBasedStateMachine):
-    """Messages are lost, repeated and delayed in both directions; the daemon forgets everything at times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.driven = Driven()
-        self.driven.open(request("first"))  # so that time means something
-        self.boxes: dict[str, Mailbox] = {}
-        self.seeds: dict[str, int] = {}
-        self.cancelled: set[str] = set()
-        self.to_client: list[tuple[Message, list[bytes]]] = []
-        self.daemons = itertools.count(1)
-        self.longest_silence_s = 0.0
-        self.restart()
-
-    @rule()
-    def restart(self) -> None:
-        self.daemon = f"d{next(self.daemons)}"
-        self.running: dict[str, Generate] = {}
-        self.answers: dict[str, tuple[Message, list[bytes]]] = {}
-        self.runs: dict[str, int] = {}
-
-    @rule(deadline_s=st.sampled_from([None, None, 20.0]))
-    def open(self, deadline_s: float | None) -> None:
-        name = f"r{len(self.boxes)}"
-        wish = request(name, seed=len(self.boxes), deadline_s=deadline_s)
-        self.boxes[name], self.seeds[name] = self.driven.open(wish), wish.seed
-        if deadline_s is not None:
-            self.cancelled.add(name)  # may end without an image, like a cancelled one
-
-    @rule(pick=st.randoms(use_true_random=False))
-    def cancel(self, pick: object) -> None:
-        if self.boxes:
-            name = sorted(self.boxes)[pick.randrange(len(self.boxes))]  # type: ignore[attr-defined]
-            self.cancelled.add(name)
-            self.driven.session.cancel(name, self.driven.now)
-            self.driven.collect()
-
-    @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
-    def wait(self, seconds: float) -> None:
-        self.driven.pass_time(seconds)
-
-    @rule(lost=st.booleans(), twice=st.booleans())
-    def deliver_to_daemon(self, lost: bool, twice: bool) -> None:
-        if self.driven.sent:
-            message = self.driven.sent.pop(0)
-            for _ in range(0 if lost else 1 + twice):
-                self.daemon_hears(message)
-
-    @rule(lost=st.booleans(), twice=st.booleans())
-    def deliver_to_client(self, lost: bool, twice: bool) -> None:
-        if self.to_client:
-            reply, payload = self.to_client.pop(0)
-            for _ in range(0 if lost else 1 + twice):
-                self.driven.hear(reply, *payload)
-
-    @rule()
-    def finish_one(self) -> None:
-        if self.running:
-            name, wish = self.running.popitem()
-            self.answers[name] = finished(wish)
-            self.to_client.append(self.answers[name])
-
-    def daemon_hears(self, message: Request) -> None:
-        match message:
-            case Ping(id=name):
-                self.to_client.append((Pong(id=name, daemon=self.daemon), []))
-            case Generate(id=name) if name in self.answers:
-                self.to_client.append(self.answers[name])
-            case Generate(id=name):
-                if name not in self.running:
-                    self.runs[name] = self.runs.get(name, 0) + 1
-                    self.running[name] = message
-                self.to_client.append((Accepted(id=name, position=0, tier="disk"), []))
-            case Cancel(id=name):
-                self.running.pop(name, None)
-                end = (Failed(id=name, code="cancelled", message="cancelled"), [])
-                self.to_client.append(self.answers.setdefault(name, end))
-
-    @invariant()
-    def runs_once_in_a_daemons_life(self) -> None:
-        assert all(count == 1 for count in self.runs.values())
-
-    @invariant()
-    def an_image_is_the_one_that_was_asked_for(self) -> None:
-        for name, box in self.boxes.items():
-            if isinstance(box.answer, Result):
-                assert (box.answer.id, box.answer.seed) == (name, self.seeds[name])
-
-    def teardown(self) -> None:
-        """The network heals: within two refreshes every request has its answer."""
-        for _ in range(60):
-            self.driven.pass_time(0.5)
-            while self.driven.sent or self.to_client or self.running:
-                while self.driven.sent:
-                    self.daemon_hears(self.driven.sent.pop(0))
-                self.finish_one()
-                while self.to_client:
-                    reply, payload = self.to_client.pop(0)
-                    self.driven.hear(reply, *payload)
-        assert self.driven.session.open_ids == ()
-        for name, box in self.boxes.items():
-            assert box.answer is not None
-            if name not in self.cancelled and isinstance(box.answer, UnderstudyError):
-                assert box.answer.code == "unreachable"
-
-
-Chaos.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestChaos = Chaos.TestCase

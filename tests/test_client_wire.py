@@ -1,7 +1,6 @@
 """Both clients against a real front end over real ZeroMQ."""
 
 import asyncio
-import io
 import os
 import signal
 import subprocess
@@ -274,8 +273,8 @@ def test_ctrl_c_cancels(tmp_path: Path) -> None:
         finally:
             child.kill()
         assert b"KeyboardInterrupt" in errors
-        served.sink.wait_for(lambda sink: bool(sink.cancelled))
-        assert served.sink.cancelled[0][1] == served.sink.submitted[0][1].id
+        # Told by the cancel, or by the closed connection where that is seen first.
+        served.sink.wait_for(lambda sink: bool(sink.cancelled or sink.gone))
 
 
 # -- the asyncio client --------------------------------------------------------------------------------------
@@ -319,23 +318,6 @@ def test_two_waiters_of_one_handle(served: Served) -> None:
 
 
 # -- results and imports -------------------------------------------------------------------------------------
-
-
-def test_result_as_pillow_images(tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image").new("RGB", (64, 64), (200, 10, 10))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-
-    def paints(sink: FakeSink, client: str, wish: Generate) -> None:
-        data = buffer.getvalue() if wish.format == "png" else image.tobytes()
-        sink.reply(client, *finished(wish, [data]))
-
-    with serving(ipc(tmp_path), FakeSink(paints)) as served, Client(served.endpoint) as client:
-        for format in ("png", "raw"):
-            result = client.generate("sd15-red", "x", format=format)
-            assert result.pil()[0].getpixel((3, 3)) == (200, 10, 10)
-        with pytest.raises(CallerError, match="pil"):
-            result.save(tmp_path / "x.png")
 
 
 def test_importing_understudy_loads_nothing_heavy() -> None:

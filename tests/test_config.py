@@ -6,6 +6,7 @@ import pytest
 
 from understudyd import config
 from understudyd.config import AUTO, ConfigError, load, parse_size
+from understudyd.shell.parts import limits_of
 
 
 def write(folder: Path, text: str) -> Path:
@@ -50,6 +51,22 @@ def test_loaders_and_the_host_pool(tmp_path: Path) -> None:
     assert default.loader.dead_after_s < 3.0, "a hung loader is declared dead within three seconds"
 
 
+def test_limits_of_input_images_reach_the_front_end(tmp_path: Path) -> None:
+    sizes = 'max_input_bytes = "8MiB"\nmax_open_input_bytes = "4MiB"\n'
+    text = f"[server]\nmax_input_pixels = 4096\nmax_steps = 9\n{sizes}"
+    limits = limits_of(load(write(tmp_path, text), {}).server)
+    assert limits.inputs.max_pixels == 4096 and limits.max_open_input_bytes == 4 * 2**20
+    assert limits.inputs.max_total_bytes == 4 * 2**20, "what never fits must not be asked to wait"
+    assert limits.inputs.max_option_items == limits.max_steps == 9
+
+
+def test_several_stores(tmp_path: Path) -> None:
+    text = '[store]\npath = "/var/s"\nread_only = ["/mnt/a", "/mnt/b"]\ncache = "200GiB"\n'
+    chosen, default = load(write(tmp_path, text), {}).store, load(None, {}).store
+    assert chosen.read_only == (Path("/mnt/a"), Path("/mnt/b")) and chosen.cache == 200 * 2**30
+    assert default.read_only == () and default.cache == 0
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -63,6 +80,10 @@ def test_loaders_and_the_host_pool(tmp_path: Path) -> None:
         ('[policy]\norder = "random"\n', "policy.order"),
         ("[policy\n", "not TOML"),
         ("[stage]\nwarm_up_limit_s = 0\n", "warm_up_limit_s"),
+        ('[store]\ncache = "many"\n', "no size.*store.cache"),
+        ('[store]\nread_only = "/mnt"\n', "store.read_only"),
+        ("[startup]\nlimit_s = 0\n", "startup.limit_s"),
+        ("[startup]\nsteps = 0\n", "startup.steps"),
     ],
 )
 def test_errors_name_the_key(tmp_path: Path, text: str, says: str) -> None:

@@ -92,8 +92,13 @@ def test_clients_come_back_for_the_same_after_their_usual_absence() -> None:
     assert returns.share("shared") == pytest.approx(1.0)
     returns.pass_time(now_s + 3600.0)
     assert returns.share("model of x99") < here
+    before = returns.share("model of y99")
     returns.forget("shared")
-    assert returns.share("model of x99") == 0.0, "a client is known by its whole request"
+    assert returns.share("shared") == 0.0 and returns.share("model of y99") == before
+    returns.inherit("new blob", "model of y99")
+    assert returns.share("new blob") == pytest.approx(before)
+    returns.forget("model of y99")
+    assert returns.share("model of y99") == returns.share("new blob") == 0.0
 
 
 def test_two_requests_at_one_moment_leave_one_client() -> None:

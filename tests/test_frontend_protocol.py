@@ -26,7 +26,7 @@ from understudy.wire import (
 )
 from understudyd.shell.limits import Limits
 from understudyd.shell.router import EndpointError, check_endpoint
-from wire_kit import Dealer, FakeSink, Served, accepts, image_of, ipc, request, serving
+from wire_kit import Dealer, FakeSink, Served, accepts, finished, image_of, ipc, request, serving
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -99,6 +99,21 @@ BAD_FIELDS = [
     ({"model": "m" * 257}, "list_models"),
     ({"prompt": "p" * 8193}, "shorten"),
     ({"negative_prompt": "p" * 8193}, "negative_prompt"),
+    ({"task": "Paint!"}, "inpainting"),
+    ({"task": "x" * 65}, "inpainting"),
+    ({"scheduler": ""}, "class name"),
+    ({"scheduler": "../x"}, "class name"),
+    ({"format": "webp", "quality": 0}, "1 to 100"),
+    ({"format": "jpeg", "quality": 101}, "1 to 100"),
+    ({"format": "png", "quality": 90}, "leave it out"),
+    ({"options": {"eta": float("nan")}}, "finite"),
+    ({"options": {"sigmas": [1.0, float("inf")]}}, "finite"),
+    ({"options": {"not a name": 1}}, "argument's name"),
+    ({"options": {"x" * 65: 1}}, "argument's name"),
+    ({"options": {f"x{i}": i for i in range(65)}}, "65 options"),
+    ({"options": {"timesteps": list(range(501))}}, "501 items"),
+    ({"options": {"prompt_2": "p" * 8193}}, "shorten"),
+    ({"options": {"prompts": ["p", "p" * 8193]}}, "shorten"),
 ]
 
 
@@ -136,6 +151,12 @@ UNREADABLE = {
     "nothing": (b"", "", "bad_request", "msgpack"),
     "deep nesting": (b"\x91" * 60_000, "", "bad_request", "msgpack"),
     "deep nesting inside": (b"\x81\xa1x" + b"\x91" * 50_000, "", "bad_request", "msgpack"),
+    "options that nest": (header(options={"x": [[1]]}), "r1", "bad_request", "options"),
+    "options that are a map": (header(options={"x": {"y": 1}}), "r1", "bad_request", "options"),
+    "options of bytes": (header(options={"x": b"y"}), "r1", "bad_request", "options"),
+    "an option without a name": (header(options={1: 1}), "r1", "bad_request", "options"),
+    "inputs that are no list": (header(inputs=5), "r1", "bad_request", "inputs"),
+    "an input without a size": (header(inputs=[{"name": "image"}]), "r1", "bad_request", "inputs"),
     "an array": (msgspec.msgpack.encode([1, 2]), "", "bad_request", "msgpack"),
     "a header of 65 KiB": (header(prompt="p" * 65 * 1024), "r1", "bad_request", "limit"),
     "a header of 5 MiB": (header(prompt="p" * 5 * 1024 * 1024), "", "bad_request", "limit"),
@@ -155,10 +176,10 @@ def test_an_unreadable_header_is_answered_and_the_daemon_serves_on(tmp_path: Pat
         serves_on(dealer)
 
 
-def test_payload_frames_are_refused_for_now(dealer: Dealer, served: Served) -> None:
+def test_payload_frames_that_no_input_describes_are_refused(dealer: Dealer, served: Served) -> None:
     dealer.send(request(), b"an image")
     reply = dealer.receive()
-    assert isinstance(reply, Failed) and "input images" in reply.message
+    assert isinstance(reply, Failed) and "1 payload frames for 0 inputs" in reply.message
     dealer.send(request("r2"), *[b"x"] * 500)  # more frames than are even kept
     assert isinstance(dealer.receive(), Failed)
     serves_on(dealer)
@@ -268,6 +289,20 @@ def test_a_long_error_text_is_cut(tmp_path: Path) -> None:
     with serving(ipc(tmp_path), FakeSink(fails)) as served, Dealer(served.endpoint) as dealer:
         dealer.send(request())
         assert 1000 < len(dealer.receive_until(Failed).message) < 10_000
+
+
+@pytest.mark.parametrize(("count", "is_answered"), [(1000, True), (3000, False)])
+def test_a_long_video_is_an_answer_or_a_typed_error(tmp_path: Path, count: int, is_answered: bool) -> None:
+    def films(sink: FakeSink, client: str, wish: Any) -> None:
+        sink.reply(client, *finished(wish, [b"frame"] * count))
+
+    with serving(ipc(tmp_path), FakeSink(films)) as served, Dealer(served.endpoint) as dealer:
+        dealer.send(request())
+        reply, payload = dealer.receive_all()
+        if is_answered:
+            assert isinstance(reply, Finished) and len(payload) == len(reply.images) == count
+        else:
+            assert isinstance(reply, Failed) and "fewer frames" in reply.message and not payload
 
 
 # -- the socket ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ as long as the simulator's costs say. Those are written anew here, after the por
 import asyncio
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,8 +26,9 @@ from understudyd.shell.runtime import Runtime
 from understudyd.simulate import synthetic
 from understudyd.simulate.trace import TraceRequest
 from understudyd.simulate.world import World
-from understudyd.store.records import BlobRecord, ComponentRecord, ModelRecord
+from understudyd.store.records import BlobRecord, ComponentRecord, ModelRecord, SignatureRecord
 from understudyd.store.store import Store
+from understudyd.store.union import FoundModel, StoreUnion
 
 COSTS = profile(
     step_s=0.0313, bind_s=0.00091, image_s=0.0071, request_s=0.0113, bus_bytes_per_s=997.0 * MB,
@@ -121,7 +122,7 @@ class TimedStage:
     def drop_views(self, blob: str, generation: int) -> None:
         self.decisions.append(f"evict {blob}")
 
-    def put_on_deck(self, request_id: str, model: str, request: Generate) -> None:
+    def put_on_deck(self, request_id: str, model: str, request: Generate, payload: Sequence[bytes]) -> None:
         self.decisions.append(f"deck {request.id} {model}")
         self.deck = (request_id, model, request)
         self._change_over()
@@ -155,7 +156,13 @@ class NoImages:
 
 
 class NoFiles:
-    """The store, as far as a load asks for it."""
+    """The only store, as far as a load asks for it."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+    def signature(self, signature_id: str) -> SignatureRecord:
+        raise AssertionError("the stage is not real")
 
     def blob_path(self, key: str) -> Path:
         return Path(key)
@@ -179,9 +186,10 @@ def machine(room: int, in_host: int) -> Machine:
 def by_the_daemon(requests: list[TraceRequest], room: int, in_host: int) -> list[str]:
     """Through the runtime."""
     loop, decisions = VirtualLoop(), list[str]()
+    files = NoFiles()
     runtime = Runtime(
         machine(room, in_host),
-        cast(Store, NoFiles()),
+        cast(StoreUnion, files),
         cast(asyncio.AbstractEventLoop, loop),
         on_defect=lambda error: pytest.fail(repr(error)),
         clock=lambda: loop.now_s,
@@ -191,7 +199,7 @@ def by_the_daemon(requests: list[TraceRequest], room: int, in_host: int) -> list
     runtime.attach_stage(cast(StageDoor, stage))
     runtime.emit(ev.LoaderReady(0))
     for name in dict.fromkeys(r.model for r in requests):
-        runtime.add_model(record(name))
+        runtime.keeper.add(FoundModel(record(name), cast(Store, files)))
     for i, r in enumerate(requests, 1):
         ask = Generate(id=f"r{i}", model=r.model, prompt="", seed=i, images=r.images, steps=r.steps)
         loop.call_later(START_S + r.arrival_s, runtime.submit, r.client, ask)

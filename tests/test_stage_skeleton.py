@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stage_kit import signature_of
 from understudy_demo import tiny
-from understudyd.stage import skeleton as skeleton_module
+from understudyd.stage import building
 from understudyd.stage.classes import resolve
 from understudyd.stage.errors import NotResident, SkeletonMismatch, StageError, UnknownClass
 from understudyd.stage.skeleton import Skeleton
@@ -59,7 +59,7 @@ class Filled:
 
 @pytest.fixture
 def odd(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    monkeypatch.setattr(skeleton_module, "resolve", lambda library, name: Odd)
+    monkeypatch.setattr(building, "resolve", lambda library, name: Odd)
     torch.manual_seed(0)
     return Odd().eval()
 

@@ -12,7 +12,8 @@ import pytest
 from store_kit import edit_json, fake_source, listing, raw_file, write_json, write_weights
 from understudyd.store.errors import StoreError
 from understudyd.store.guard import check_source, known_library
-from understudyd.store.ingest import ingest, open_source
+from understudyd.store.ingest import ingest
+from understudyd.store.sources.opening import FolderSource, open_source
 from understudyd.store.store import Store
 
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
@@ -203,12 +204,11 @@ def test_libraries(library: str, known: bool) -> None:
 
 
 def test_each_kind_of_source_has_its_answer(source: Path, tmp_path: Path) -> None:
-    assert open_source(str(source)) == source
+    assert open_source(str(source)) == FolderSource(source, str(source))
     answers = {
         source / UNET: "unsupported_source",
         tmp_path: "unsupported_source",
         tmp_path / "nowhere": "not_found",
-        "org/name": "unsupported_source",
         "no where": "not_found",
     }
     for given, code in answers.items():

@@ -6,35 +6,30 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from ingest_kit import assert_serves, reference, single_threaded
 from store_kit import edit_json, listing
 from understudy.admin import Done, Error, Note
 from understudy_demo import tiny
 from understudyd.store.errors import StoreError
 from understudyd.store.ingest import IngestOptions, ingest, ingest_many, run_cli
 from understudyd.store.pretrained import quiet_libraries
-from understudyd.store.records import ModelRecord
 from understudyd.store.store import Store
 
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = pytest.fixture(scope="module", autouse=True)(single_threaded)
 
 
 @pytest.fixture(scope="module")
@@ -65,30 +60,6 @@ def source(sources: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store.open(tmp_path / "store", writable=True)
-
-
-def reference(folder: Path, **options: Any) -> Any:
-    with quiet_libraries():
-        return DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
-
-
-def assert_serves(store: Store, record: ModelRecord, pipeline: Any) -> None:
-    """Every tensor of every component is in the store, and is the pipeline's, bit for bit."""
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    assert {c.name for c in record.components} == set(modules)
-    for component in record.components:
-        stored = load_file(store.blob_path(component.blob.sha256))
-        signature = store.signature(component.signature)
-        module = modules[component.name]
-        assert {t.path for t in signature.tensors} >= set(module.state_dict())
-        for tensor in signature.tensors:
-            owner, _, leaf = tensor.path.rpartition(".")
-            live = getattr(module.get_submodule(owner), leaf)
-            found = stored[tensor.alias_of or tensor.path]
-            assert found.dtype == live.dtype, tensor.path
-            assert torch.equal(found.reshape(-1).view(torch.uint8), live.reshape(-1).view(torch.uint8))
-        names = {t.path for t in signature.tensors if t.alias_of is None}
-        assert {name for name in stored if not name.startswith("__pad.")} == names
 
 
 def test_stable_diffusion_is_what_from_pretrained_made(sources: Path, store: Store) -> None:

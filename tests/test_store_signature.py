@@ -111,11 +111,11 @@ def test_attention_implementation_is_part_of_it() -> None:
     assert one.id != other.id
 
 
-class InList(nn.Module):
+class TwoOfOnePath(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
-        self.tables = [torch.ones(1)]
+        self.tables = {1: torch.ones(1), "1": torch.zeros(1)}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ class InList(nn.Module):
     [
         (nn.Linear(2, 2, device="meta"), "corrupt_source"),
         (nn.ReLU(), "unsupported_source"),
-        (InList(), "unsupported_source"),
+        (TwoOfOnePath(), "unsupported_source"),
         (nn.Module(), "unsupported_source"),
     ],
 )

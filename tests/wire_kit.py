@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class FakeSink:
     def __init__(self, script: Script = paints_at_once) -> None:
         self.script = script
         self.submitted: list[tuple[str, Generate]] = []
+        self.payloads: list[tuple[bytes, ...]] = []
         self.cancelled: list[tuple[str, str]] = []
         self.gone: list[str] = []
         self.entries = list(MODELS)
@@ -88,7 +89,8 @@ class FakeSink:
         self._send = send
 
     # RequestSink, on the loop's thread
-    def submit(self, client: str, request: Generate) -> None:
+    def submit(self, client: str, request: Generate, payload: Sequence[bytes] = ()) -> None:
+        self.payloads.append(tuple(payload))
         self._note(self.submitted, (client, request))
         self.script(self, client, request)
 

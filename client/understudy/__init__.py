@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         UnderstudyError,
         UnknownModel,
     )
+    from understudy.request import Request
     from understudy.results import Pinged, Result
     from understudy.sync import Client, Handle
     from understudy.wire import Accepted, ModelEntry, Progress, Timings
@@ -35,6 +36,7 @@ _HOME = {
     "Client": "sync",
     "Handle": "sync",
     "Pinged": "results",
+    "Request": "request",
     "Result": "results",
     "Accepted": "wire",
     "ModelEntry": "wire",
@@ -64,6 +66,7 @@ __all__ = [
     "ModelEntry",
     "Pinged",
     "Progress",
+    "Request",
     "Result",
     "Timings",
     "TransportError",

@@ -10,7 +10,7 @@ This module imports msgspec and the standard library only, so that `understudyct
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -37,13 +37,46 @@ class Show(AdminRequest, frozen=True, kw_only=True, tag="show"):
 
 
 class Add(AdminRequest, frozen=True, kw_only=True, tag="add"):
-    """Ingest `source` (a folder on the daemon's machine) as `name`. Sends notes with progress."""
+    """Ingest `source` as `name`: a folder or .safetensors checkpoint on the daemon's machine, or a hub id.
+
+    A checkpoint needs the rest of a model: from the first of the models `like` that it fits, or from the
+    diffusers folder `config`. `revision` is a branch, tag or commit of the hub id. Sends notes with progress.
+
+    `pipeline` names a custom pipeline that is installed there; `source` has the weights for it.
+    """
 
     name: str
     source: str
     dtype: str = "keep"
     variant: str | None = None
     ignore_pickle: bool = False
+    pipeline: str | None = None
+    revision: str | None = None
+    like: tuple[str, ...] = ()
+    config: str | None = None
+    replace: bool = False
+
+
+class Scan(AdminRequest, frozen=True, kw_only=True, tag="scan"):
+    """Ingest every model below `folder`, under names made from paths with `name_prefix` before them.
+
+    Each is served as soon as it is there: a note with its `result` says so. The document at the end has all
+    results. `dry_run` adds nothing and says what would be tried. The other fields are those of `Add`.
+    """
+
+    folder: str
+    name_prefix: str = ""
+    dry_run: bool = False
+    dtype: str = "keep"
+    variant: str | None = None
+    ignore_pickle: bool = False
+    like: tuple[str, ...] = ()
+    config: str | None = None
+    replace: bool = False
+
+
+class Rescan(AdminRequest, frozen=True, kw_only=True, tag="rescan"):
+    """Look at all stores again: serve what is new in them, and no longer what is gone."""
 
 
 class Remove(AdminRequest, frozen=True, kw_only=True, tag="remove"):
@@ -104,17 +137,36 @@ class Shutdown(AdminRequest, frozen=True, kw_only=True, tag="shutdown"):
 
 
 Command = (
-    Status | Models | Show | Add | Remove | Load | Evict | Pin | Unpin
+    Status | Models | Show | Add | Scan | Rescan | Remove | Load | Evict | Pin | Unpin
     | Queue | CancelRequest | Loaders | Trace | Shutdown
 )  # fmt: skip
 
 
+class ScanResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one find of a scan.
+
+    `name` is empty for what is no model, `why` and `code` are for what was refused or skipped.
+    `size_bytes` is the model's size in the arena, before it is added that of its files.
+    """
+
+    outcome: Literal["added", "replaced", "unchanged", "refused", "skipped"]
+    path: str
+    name: str = ""
+    why: str = ""
+    code: str = ""
+    size_bytes: int = 0
+
+
 class Note(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="note"):
-    """Progress of a long command: `done` of `total` (bytes unless the phase says otherwise)."""
+    """Progress of a long command: `done` of `total` (bytes unless the phase says otherwise).
+
+    `result` comes with a scan's note that one of its finds is settled.
+    """
 
     phase: str
     done: int = 0
     total: int = 0
+    result: ScanResult | None = None
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="done"):

@@ -10,17 +10,19 @@ at a time. See `session.py` for what it survives.
 """
 
 import asyncio
-import secrets
+import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, Unpack, cast
 
 import zmq
 
 from understudy.errors import CallerError, TransportError, UnderstudyError
+from understudy.many import check_in_flight, outcome
 from understudy.paths import default_endpoint
+from understudy.request import Request, RequestFields, compose, parts_of
 from understudy.results import Answer, Hint, Pinged, Result
 from understudy.session import Mailbox, Openable, Patience, Session
 from understudy.wire import Generate, ListModels, ModelEntry, Ping
@@ -52,6 +54,9 @@ class AsyncHandle:
             yield (event := await self.next_event())
             if isinstance(event, Result):
                 return
+
+    def __aiter__(self) -> AsyncIterator[Hint | Result]:
+        return self.events()
 
     async def next_event(self) -> Hint | Result:
         """The next event; once there is an answer, that answer again and again."""
@@ -105,64 +110,66 @@ class AsyncClient:
 
     # -- requests -----------------------------------------------------------------------------------------
 
-    async def generate(self, model: str, prompt: str, **options: Any) -> Result:
-        """Images for a prompt; see `submit` for the options. Cancelling the task cancels the request."""
-        handle = await self.submit(model, prompt, **{"progress": False} | options)
+    async def generate(self, model: str, prompt: str = "", **fields: Unpack[RequestFields]) -> Result:
+        """Images for a prompt; see `RequestFields`. Cancelling the task cancels the request."""
+        fields.setdefault("progress", False)
+        handle = await self.submit(model, prompt, **fields)
         try:
             return await handle.result()
         finally:
             handle.cancel()  # ignored once there is an answer
 
-    async def stream(self, model: str, prompt: str, **options: Any) -> AsyncGenerator[Hint | Result, None]:
+    async def stream(
+        self, model: str, prompt: str = "", **fields: Unpack[RequestFields]
+    ) -> AsyncGenerator[Hint | Result, None]:
         """`Accepted`, `Progress`, ..., `Result`. Leaving the loop early cancels the request."""
-        handle = await self.submit(model, prompt, **options)
+        handle = await self.submit(model, prompt, **fields)
         try:
-            async for event in handle.events():
+            async for event in handle:
                 yield event
         finally:
             handle.cancel()
 
-    async def submit(
-        self,
-        model: str,
-        prompt: str,
-        *,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        images: int = 1,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        format: str = "png",
-        progress: bool = True,
-        request_id: str | None = None,
-    ) -> AsyncHandle:
-        """Send a request and return at once.
+    async def submit(self, model: str, prompt: str = "", **fields: Unpack[RequestFields]) -> AsyncHandle:
+        """Send a request and return at once; `RequestFields` says what it may ask for.
 
-        Sizes are pixels and multiples of 8; None means the pipeline's own default; `deadline_s` counts
-        from now; higher `priority` (-100..100) runs earlier; `format` is "png" or "raw". A seed that is
-        not given is chosen here and reported in the result. Raises `CallerError` for a wrong type.
+        Raises `CallerError` for an unknown field, a wrong type, or an input that is no image.
         """
-        request = Generate(
-            id=request_id or uuid.uuid4().hex,
-            model=model,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            seed=secrets.randbits(32) if seed is None else seed,
-            width=width,
-            height=height,
-            steps=steps,
-            guidance=guidance,
-            images=images,
-            priority=priority,
-            deadline_s=self._timeout_s if deadline_s is None else deadline_s,
-            format=format,
-            progress=progress,
-        )
-        return AsyncHandle(self, request, self._open(request))
+        request, payload = compose(model, prompt, fields, self._timeout_s)
+        return AsyncHandle(self, request, self._open(request, payload))
+
+    async def generate_many(
+        self,
+        requests: Iterable[Request | tuple[str, str]],
+        *,
+        in_flight: int = 32,
+        ordered: bool = False,
+        return_errors: bool = False,
+    ) -> AsyncGenerator[Result | UnderstudyError, None]:
+        """Results as they finish, or in the order of `requests`, with `in_flight` of them open at most.
+
+        A request is a dict (see `Request`) or (model, prompt); the iterable is read as there is room. A
+        result's `id`, and an error's `request_id`, is the `request_id` that was given. The first error ends
+        it, unless `return_errors` has errors take the place of results. Leaving early cancels the rest.
+        """
+        source = iter(requests)
+        waiting: dict[asyncio.Task[Result], None] = {}
+        check_in_flight(in_flight)
+        try:
+            while True:
+                for request in itertools.islice(source, in_flight - len(waiting)):
+                    waiting[asyncio.ensure_future(self._generate_one(request))] = None
+                if not waiting:
+                    return
+                among = [next(iter(waiting))] if ordered else list(waiting)
+                done, _ = await asyncio.wait(among, return_when=asyncio.FIRST_COMPLETED)
+                task = done.pop()
+                del waiting[task]
+                yield outcome(task, return_errors)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
     async def models(self) -> list[ModelEntry]:
         """What may be asked for, with tiers. Raises `TransportError`."""
@@ -196,9 +203,17 @@ class AsyncClient:
             self._wire = _Wire(self._session, self.endpoint, self._routing_id)
         return self._wire
 
-    def _open(self, request: Openable) -> Mailbox:
+    async def _generate_one(self, request: Request | tuple[str, str]) -> Result:
+        model, prompt, fields = parts_of(request)
+        try:
+            return await self.generate(model, prompt, **cast(RequestFields, fields))
+        except UnderstudyError as error:
+            error.request_id = error.request_id or fields.get("request_id") or ""
+            raise
+
+    def _open(self, request: Openable, payload: tuple[bytes, ...] = ()) -> Mailbox:
         wire = self._connect()
-        mailbox = self._session.open(request, wire.now())
+        mailbox = self._session.open(request, wire.now(), payload)
         wire.pump()
         return mailbox
 

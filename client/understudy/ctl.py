@@ -14,12 +14,16 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from understudy.completion import complete_known_model, completion_option
+from understudy.ctl_add import add_options, make_command
 from understudy.paths import admin_socket
 
 EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 5, 130
 _UNREACHABLE = ("unreachable", "timeout")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+model_argument = click.argument("name", shell_complete=complete_known_model)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,6 +34,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
     type=click.Path(path_type=Path),
     help="The daemon's admin socket. Default: admin.sock in the runtime directory.",
 )
+@completion_option("understudyctl")
 @click.pass_context
 def main(context: click.Context, socket_path: Path | None) -> None:
     """Operate an Understudy daemon."""
@@ -73,7 +78,7 @@ def models(socket_path: Path, output: str) -> None:
 
 
 @main.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_known_model)
 @click.option("--arena", is_flag=True, help="Draw the maps of the arena and the host pool.")
 @output_option
 @click.pass_obj
@@ -130,33 +135,32 @@ def trace(socket_path: Path, seconds: float, output: Path) -> None:
 
 
 @main.command()
-@click.argument("name")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--dtype", default="keep", show_default=True, help="keep, float16, bfloat16 or float32.")
-@click.option("--variant", help="Which weight files to read, for example fp16.")
-@click.option("--ignore-pickle", is_flag=True, help="Skip pickled weights where safetensors lie beside them.")
+@add_options
 @output_option
 @click.pass_obj
-def add(
-    socket_path: Path,
-    name: str,
-    source: Path,
-    dtype: str,
-    variant: str | None,
-    ignore_pickle: bool,
-    output: str,
-) -> None:
-    """Ingest SOURCE, a model's folder on the daemon's machine, and serve it as NAME."""
-    from understudy.admin import Add
+def add(socket_path: Path, /, output: str, **options: Any) -> None:
+    """Ingest SOURCE and serve it as NAME.
 
-    command = Add(
-        name=name, source=str(source.absolute()), dtype=dtype, variant=variant, ignore_pickle=ignore_pickle
-    )
-    _show(_ask_long(socket_path, command, f"adding {name}"), output, "facts")
+    SOURCE is a diffusers folder, a .safetensors checkpoint or an entry of the Hugging Face cache on the
+    daemon's machine, or a hub id: org/name[@revision].
+    """
+    command = make_command(**options)
+    if options["folder"] is None:
+        _show(_ask_long(socket_path, command, f"adding {options['name']}"), output, "facts")
+        return
+    document = _ask_long(socket_path, command, "scanning")
+    if output == "json":
+        click.echo(json.dumps(document, indent=2))
+    else:
+        from understudy import render, render_scan
+
+        render.show(render_scan.scan_table(document["results"], is_dry_run=options["dry_run"]))
+    if any(result["outcome"] == "refused" for result in document["results"]):
+        sys.exit(EXIT_REFUSED)
 
 
 @main.command()
-@click.argument("name")
+@model_argument
 @output_option
 @click.pass_obj
 def remove(socket_path: Path, name: str, output: str) -> None:
@@ -167,7 +171,7 @@ def remove(socket_path: Path, name: str, output: str) -> None:
 
 
 @main.command()
-@click.argument("name")
+@model_argument
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Answer when it is resident.")
 @output_option
 @click.pass_obj
@@ -179,7 +183,7 @@ def load(socket_path: Path, name: str, wait: bool, output: str) -> None:
 
 
 @main.command()
-@click.argument("name")
+@model_argument
 @output_option
 @click.pass_obj
 def evict(socket_path: Path, name: str, output: str) -> None:
@@ -190,7 +194,7 @@ def evict(socket_path: Path, name: str, output: str) -> None:
 
 
 @main.command()
-@click.argument("name")
+@model_argument
 @output_option
 @click.pass_obj
 def pin(socket_path: Path, name: str, output: str) -> None:
@@ -201,7 +205,7 @@ def pin(socket_path: Path, name: str, output: str) -> None:
 
 
 @main.command()
-@click.argument("name")
+@model_argument
 @output_option
 @click.pass_obj
 def unpin(socket_path: Path, name: str, output: str) -> None:

@@ -6,12 +6,13 @@ later. Every class says what to do about it.
 
 
 class UnderstudyError(Exception):
-    """Base of all errors of this library."""
+    """Base of all errors of this library. `request_id` is empty where no request was sent."""
 
     def __init__(self, message: str, *, code: str = "internal", retryable: bool = False) -> None:
         super().__init__(message)
         self.code = code
         self.retryable = retryable
+        self.request_id = ""
 
 
 class CallerError(UnderstudyError):
@@ -44,6 +45,7 @@ class TransportError(UnderstudyError):
 
 _BY_CODE: dict[str, type[UnderstudyError]] = {
     "bad_request": CallerError,
+    "inputs_missing": CallerError,
     "unknown_model": UnknownModel,
     "model_removed": UnknownModel,
     "cancelled": Cancelled,

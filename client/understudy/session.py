@@ -9,7 +9,8 @@ So an open request is sent again under its id (a) when the daemon's name in a `P
 is heard after a silence, (c) when nothing was heard about this very request for `refresh_s`. A daemon
 that knows the id answers `Accepted` again or repeats its answer; one that does not runs it with the same
 seed. What the daemon never answers, the session answers: after the deadline, after a cancel, and when
-there was no word from the daemon for `reconnect_s`.
+there was no word from the daemon for `reconnect_s`. In case (c) input images stay here until the daemon
+says that it has none.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,14 @@ from math import isfinite
 
 import msgspec
 
-from understudy.errors import CallerError, Cancelled, DeadlineExceeded, TransportError, error_from
+from understudy.errors import (
+    CallerError,
+    Cancelled,
+    DeadlineExceeded,
+    TransportError,
+    UnderstudyError,
+    error_from,
+)
 from understudy.results import Answer, Hint, Pinged, result_from
 from understudy.wire import (
     Accepted,
@@ -103,6 +111,8 @@ class _Open:
     refresh_at_s: float
     give_up_at_s: float
     cancelled: bool = False
+    payload: Frames = ()
+    asked_without_payload: bool = False
     mailbox: Mailbox = field(default_factory=Mailbox)
 
 
@@ -121,17 +131,20 @@ class Session:
 
     # -- what callers want ------------------------------------------------------------------------------
 
-    def open(self, request: Openable, now: float) -> Mailbox:
-        """Send a request; the mailbox gets its answer. Raises `CallerError` for a field of a wrong type."""
+    def open(self, request: Openable, now: float, payload: Frames = ()) -> Mailbox:
+        """Send a request with its input frames; the mailbox gets its answer.
+
+        Raises `CallerError` for a field of a wrong type.
+        """
         header = _checked(request)
         if request.id in self._open:
             raise CallerError(f"request id {request.id!r} is in use; choose another", code="bad_request")
         if not self._open:
             self._heard_s = now  # silence is counted from when there was something to say
         give_up_at_s = _give_up_at_s(request, now, self._patience.deadline_grace_s)
-        entry = _Open(request, now, now + self._patience.refresh_s, give_up_at_s)
+        entry = _Open(request, now, now + self._patience.refresh_s, give_up_at_s, payload=payload)
         self._open[request.id] = entry
-        self._outgoing.append((header,))
+        self._outgoing.append((header, *payload))
         self._wake_at(min(self._heartbeat_at_s, entry.refresh_at_s, give_up_at_s))
         return entry.mailbox
 
@@ -187,7 +200,10 @@ class Session:
         if entry is None:
             return  # answered already, or a heartbeat
         entry.refresh_at_s = now + self._patience.refresh_s
-        if isinstance(reply, Accepted | Progress):
+        if isinstance(reply, Failed) and reply.code == "inputs_missing" and entry.payload:
+            if entry.asked_without_payload:  # else the whole request is on its way already
+                self._send(entry, now)
+        elif isinstance(reply, Accepted | Progress):
             entry.mailbox.put_hint(reply)
         else:
             self._answer(reply.id, _answer_from(reply, frames[1:], now - entry.opened_at_s))
@@ -203,7 +219,7 @@ class Session:
             elif now >= entry.refresh_at_s:
                 entry.refresh_at_s = now + self._patience.refresh_s
                 if not silent:  # in silence copies would only pile up in the socket
-                    self._send(entry, now)
+                    self._send(entry, now, is_question=True)
         if self._open and now >= self._heartbeat_at_s:
             self._heartbeat_at_s = now + self._patience.heartbeat_s
             self._outgoing.append((encode(Ping(id=HEARTBEAT_ID)),))
@@ -222,8 +238,11 @@ class Session:
             for entry in self._open.values():
                 self._send(entry, now)
 
-    def _send(self, entry: _Open, now: float) -> None:
+    def _send(self, entry: _Open, now: float, *, is_question: bool = False) -> None:
+        """Send again what was sent; a question leaves the images out, which the daemon most likely has."""
         request: Openable | Cancel = entry.request
+        payload = () if is_question or entry.cancelled else entry.payload
+        entry.asked_without_payload = is_question and bool(entry.payload)
         if entry.cancelled:
             request = Cancel(id=request.id)
         elif isinstance(request, Generate) and request.deadline_s is not None:
@@ -232,7 +251,7 @@ class Session:
                 return  # too late for anybody; the session gives up by itself
             request = msgspec.structs.replace(request, deadline_s=left_s)
         entry.refresh_at_s = now + self._patience.refresh_s
-        self._outgoing.append((encode(request),))
+        self._outgoing.append((encode(request), *payload))
 
     def _give_up(self, request_id: str, entry: _Open) -> None:
         if entry.cancelled:
@@ -260,6 +279,8 @@ class Session:
             self._answer(request_id, TransportError(message, code="unreachable", retryable=True))
 
     def _answer(self, request_id: str, answer: Answer) -> None:
+        if isinstance(answer, UnderstudyError):
+            answer.request_id = request_id
         self._open.pop(request_id).mailbox.put_answer(answer)
 
     def _wake_at(self, at_s: float) -> None:

@@ -10,13 +10,17 @@ make one in each process.
 """
 
 import asyncio
+import itertools
 import threading
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Coroutine, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from understudy.aio import AsyncClient, AsyncHandle
-from understudy.errors import TransportError
+from understudy.errors import TransportError, UnderstudyError
+from understudy.many import check_in_flight, outcome
+from understudy.request import Request, RequestFields
 from understudy.results import Hint, Pinged, Result
 from understudy.session import Patience
 from understudy.wire import ModelEntry
@@ -43,6 +47,9 @@ class Handle:
             yield (event := self._client._call(self._handle.next_event()))
             if isinstance(event, Result):
                 return
+
+    def __iter__(self) -> Iterator[Hint | Result]:
+        return self.events()
 
     @property
     def done(self) -> bool:
@@ -80,21 +87,49 @@ class Client:
     ) -> None:
         self.close()
 
-    def generate(self, model: str, prompt: str, **options: Any) -> Result:
-        """Images for a prompt; `AsyncClient.submit` lists the options. Raises `UnderstudyError`."""
-        return self._call(self._client.generate(model, prompt, **options))
+    def generate(self, model: str, prompt: str = "", **fields: Unpack[RequestFields]) -> Result:
+        """Images for a prompt; see `RequestFields`. Raises `UnderstudyError`."""
+        return self._call(self._client.generate(model, prompt, **fields))
 
-    def stream(self, model: str, prompt: str, **options: Any) -> Generator[Hint | Result, None, None]:
+    def stream(
+        self, model: str, prompt: str = "", **fields: Unpack[RequestFields]
+    ) -> Generator[Hint | Result, None, None]:
         """`Accepted`, `Progress`, ..., `Result`. Leaving the loop early cancels the request."""
-        handle = self.submit(model, prompt, **options)
+        handle = self.submit(model, prompt, **fields)
         try:
             yield from handle.events()
         finally:
             handle.cancel()
 
-    def submit(self, model: str, prompt: str, **options: Any) -> Handle:
-        """Send a request and return at once; `AsyncClient.submit` lists the options."""
-        return Handle(self, self._call(self._client.submit(model, prompt, **options)))
+    def submit(self, model: str, prompt: str = "", **fields: Unpack[RequestFields]) -> Handle:
+        """Send a request and return at once; see `RequestFields`. Raises `CallerError`."""
+        return Handle(self, self._call(self._client.submit(model, prompt, **fields)))
+
+    def generate_many(
+        self,
+        requests: Iterable[Request | tuple[str, str]],
+        *,
+        in_flight: int = 32,
+        ordered: bool = False,
+        return_errors: bool = False,
+    ) -> Generator[Result | UnderstudyError, None, None]:
+        """Results as they finish, or in order; `AsyncClient.generate_many` explains the arguments."""
+        source = iter(requests)
+        waiting: dict[Future[Result], None] = {}
+        check_in_flight(in_flight)
+        try:
+            while True:
+                for request in itertools.islice(source, in_flight - len(waiting)):
+                    waiting[self._start(self._client._generate_one(request))] = None
+                if not waiting:
+                    return
+                among = [next(iter(waiting))] if ordered else list(waiting)
+                future = wait(among, return_when=FIRST_COMPLETED).done.pop()
+                del waiting[future]
+                yield outcome(future, return_errors)
+        finally:
+            for future in waiting:
+                future.cancel()
 
     def models(self) -> list[ModelEntry]:
         """What may be asked for, with tiers. Raises `TransportError`."""
@@ -120,11 +155,14 @@ class Client:
         waiting = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*waiting, return_exceptions=True)
 
-    def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
+    def _start(self, work: Coroutine[Any, Any, _T]) -> "Future[_T]":
         if self._closed:
             work.close()
             raise TransportError("this client was closed; make another", code="closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
+        future = self._start(work)
         try:
             return future.result()
         except BaseException:

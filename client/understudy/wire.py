@@ -2,11 +2,15 @@
 
 DEALER (client) to ROUTER (daemon). A message is one msgpack header frame of at most 64 KiB, then raw
 payload frames (images). The header is a tagged map: `type` names the struct, `v` the protocol
-version. Unknown fields are ignored, new fields carry defaults, so that minor versions mix.
+version. Unknown fields are ignored, new fields carry defaults, so that minor versions mix. Input images
+travel with `Generate`, outputs with `Finished`.
 
 Ids belong to the client. A request that was sent again under its id is the same request: it runs
 once within a daemon's life and gets exactly one answer, `Finished` or `Failed`. The seed is fixed
 before the first send, so that a request that runs again after a crash gives the same image.
+
+A `Generate` with inputs may come again without its frames, as a question: a daemon that knows the id answers
+as always, one that does not says `Failed(code="inputs_missing")`, and the client sends it whole.
 """
 
 from collections.abc import Sequence
@@ -18,6 +22,9 @@ PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 64 * 1024
 MAX_ID_CHARS = 64
 MAX_SEED = 2**63 - 1
+MAX_INPUTS = 16
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+"""One payload frame of a request: a larger one costs the connection. Daemons may allow less, and say so."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -29,17 +36,43 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 # -- requests --------------------------------------------------------------------------------------
 
 
+class InputInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One payload frame of a request: the image for the pipeline's argument `name`.
+
+    `name` is "image", "mask_image", "control_image", ...; several frames of one name make a list, in order.
+    `format` is "raw" (`height * width * channels` bytes, uint8 rows, 1, 3 or 4 channels), "png", "jpeg" or
+    "webp"; the sizes are checked against the file's own header before anything is decoded.
+    """
+
+    name: str
+    format: str
+    width: int
+    height: int
+    channels: int = 3
+
+
+Option = bool | int | float | str | list[bool | int | float | str | None] | None
+"""What a pipeline-specific argument may be on the wire."""
+
+
 class Generate(Message, frozen=True, kw_only=True, tag="generate"):
-    """Ask for images. None means the pipeline's own default.
+    """Ask for images or video. None means the pipeline's own default.
+
+    `task` is "text-to-image", "image-to-image", "inpainting", or one of them with "-controlnet" behind it,
+    over the model's own components; None is the model's own pipeline, or what fits the inputs where that one
+    takes none. `scheduler` replaces the model's own by a class name from an allow-list. `options` are
+    further keyword arguments of the pipeline, checked against its signature. Each of `inputs` describes
+    one payload frame.
 
     `width` and `height` are pixels, `deadline_s` seconds from receipt, `priority` higher first.
-    `images` counts images per prompt. `format` is "png" or "raw" (H x W x 3 uint8 rows, see
-    `ImageInfo`). `progress` asks for `Progress` messages.
+    `images` counts images per prompt. `format` is "png", "jpeg", "webp" (`quality` 1 to 100 for these two),
+    "raw" (rows of uint8), "latent" (see `ImageInfo`), or "mp4" for pipelines that make video; in the other
+    formats each frame of a video is an image. `progress` asks for `Progress` messages.
     """
 
     id: str
     model: str
-    prompt: str
+    prompt: str = ""
     negative_prompt: str | None = None
     seed: int
     width: int | None = None
@@ -47,9 +80,14 @@ class Generate(Message, frozen=True, kw_only=True, tag="generate"):
     steps: int | None = None
     guidance: float | None = None
     images: int = 1
+    task: str | None = None
+    scheduler: str | None = None
+    options: dict[str, Option] = {}
+    inputs: tuple[InputInfo, ...] = ()
     priority: int = 0
     deadline_s: float | None = None
     format: str = "png"
+    quality: int | None = None
     progress: bool = True
 
 
@@ -111,13 +149,24 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     gap_s: float | None = None
 
 
-class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One payload frame: `format` "png", or "raw" with `height * width * channels` bytes."""
+class ImageInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One payload frame: a "png", "jpeg", "webp" or "mp4" file, or "raw" or "latent" bytes.
+
+    Raw rows are `height * width * channels` bytes of uint8. A latent is a C-contiguous array of `shape` and
+    `dtype` ("float32", "float16", ...; bfloat16 is sent as float32), its sizes in `width` and `height`.
+    `clip` counts videos, `frames` are in an mp4 file, `fps` its frames per second. Defaults are not sent, so
+    that the frames of a long video fit one header.
+    """
 
     format: str
     width: int
     height: int
     channels: int = 3
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    clip: int = 0
+    frames: int = 1
+    fps: float | None = None
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
@@ -204,7 +253,8 @@ def encode(message: Message) -> bytes:
     if len(header) > MAX_HEADER_BYTES:
         raise WireError(
             "bad_request",
-            f"header is {len(header)} bytes, the limit is {MAX_HEADER_BYTES}; shorten the prompt",
+            f"header is {len(header)} bytes, the limit is {MAX_HEADER_BYTES}; "
+            "shorten the prompt or the options",
             getattr(message, "id", ""),
         )
     return header

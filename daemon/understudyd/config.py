@@ -16,11 +16,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from understudy.paths import runtime_dir
+from understudyd.names import unknown_model
 
 ENV_PREFIX = "UNDERSTUDY__"
 SYSTEM_PATH = Path("/etc/understudy/understudyd.toml")
 _UNITS = {"": 1, "B": 1} | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
 _UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+_PIXELS = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)\s*(/s)?\s*")
 
 
@@ -55,13 +57,45 @@ def default_store() -> Path:
 
 
 class StoreConfig(_Section, frozen=True, kw_only=True):
-    """Where models are kept."""
+    """Where models are kept: `path` is written to, `read_only` stores (a network mount) are not.
+
+    Up to `cache` bytes of what is loaded from these are copied to `path`/cache, at `cache_rate`; "0" is none.
+    """
 
     path: Path = msgspec.field(default_factory=default_store)
+    read_only: tuple[Path, ...] = ()
+    cache: Size = Size(0)
+    cache_rate: Rate = Rate(200 * 1024**2)
+
+
+class StartupConfig(_Section, frozen=True, kw_only=True):
+    """Models that are loaded and prepared, and that run each of `prompts` once, before the daemon is ready.
+
+    Runs take the pipeline's own `size` ("512x512") and `steps` where none are given. After `limit_s` the
+    daemon serves without what is missing, and says what that is.
+    """
+
+    models: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    size: str | None = None
+    steps: Positive | None = None
+    limit_s: Seconds = 300.0
+
+    def width_and_height(self) -> tuple[int, int] | tuple[None, None]:
+        """Pixels of `size`. Raises `ConfigError`."""
+        if self.size is None:
+            return None, None
+        if (matched := _PIXELS.fullmatch(self.size)) is None:
+            raise ConfigError(f'startup.size {self.size!r} is no size of an image; write it like "512x512"')
+        return int(matched[1]), int(matched[2])
 
 
 class ServerConfig(_Section, frozen=True, kw_only=True):
-    """Doors and limits. `endpoints` are added to the ipc socket in `runtime_dir`."""
+    """Doors and limits. `endpoints` are added to the ipc socket in `runtime_dir`.
+
+    Input images: `max_input_pixels` of one, `max_input_bytes` of one request, `max_open_input_bytes` of one
+    client's open requests, `max_all_input_bytes` of all of them.
+    """
 
     runtime_dir: Path = msgspec.field(default_factory=runtime_dir)
     endpoints: tuple[str, ...] = ()
@@ -70,6 +104,10 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     max_images: Positive = 16
     max_prompt_chars: Positive = 8192
     max_open_per_client: Positive = 256
+    max_input_pixels: Positive = 2048 * 2048
+    max_input_bytes: Size = Size(64 * 1024**2)
+    max_open_input_bytes: Size = Size(512 * 1024**2)
+    max_all_input_bytes: Size = Size(2 * 1024**3)
     outbox_bytes: Size = Size(64 * 1024**2)
     answer_ttl_s: Seconds = 60.0
     client_timeout_s: Seconds = 30.0
@@ -150,6 +188,7 @@ class Config(_Section, frozen=True, kw_only=True):
     """The whole file."""
 
     store: StoreConfig = msgspec.field(default_factory=StoreConfig)
+    startup: StartupConfig = StartupConfig()
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     device: DeviceConfig = DeviceConfig()
     host: HostConfig = HostConfig()
@@ -189,9 +228,26 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
         if key.startswith(ENV_PREFIX):
             _override(document, key, text)
     try:
-        return msgspec.convert(document, Config, dec_hook=_decode)
+        config = msgspec.convert(document, Config, dec_hook=_decode)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path or 'environment'}: {error}") from error
+    config.startup.width_and_height()
+    return config
+
+
+def check_startup(config: Config) -> None:
+    """Look for the models of `[startup]` in the stores, if all of these can be read. Raises `ConfigError`."""
+    from understudyd.store.store import Store
+
+    names: set[str] = set()
+    for path in (config.store.path, *config.store.read_only):
+        try:
+            names |= set(Store(path).names())
+        except OSError:
+            return
+    for name in config.startup.models:
+        if name not in names:
+            raise ConfigError(f"startup.models: {unknown_model(name, names, 'add it first')}")
 
 
 def _override(document: dict[str, Any], key: str, text: str) -> None:
@@ -229,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(args[1]) if len(args) == 2 else find()
     try:
         config = load(path)
+        check_startup(config)
     except ConfigError as error:
         print(f"bad configuration: {error}", file=sys.stderr)
         return 1

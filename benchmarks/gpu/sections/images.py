@@ -12,6 +12,7 @@ from benchmarks import real_store
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.theatre import PROMPT, RESERVE_BYTES, theatre
 from understudyd.stage.encode import encode_images
+from understudyd.stage.pictures import Made
 
 SEED = 7
 
@@ -58,7 +59,7 @@ def _reference(bench: Bench, kind: str, name: str, steps: int) -> tuple[str, str
             generator=torch.Generator("cpu").manual_seed(SEED),
             output_type="pt",
         ).images
-        digests.append(_digest(encode_images(images.cpu(), "raw")[0][0]))
+        digests.append(_digest(encode_images(Made(images.cpu(), is_video=False), "raw")[0][0]))
     del pipeline, images
     gc.collect()
     if bench.is_cuda:

@@ -93,21 +93,24 @@ class DropViews:
 
 @dataclass(frozen=True, slots=True)
 class PrepareModel:
-    """Build skeletons, tokenizers, scheduler. Ends in `ModelPrepared` or `ModelPreparationFailed`."""
+    """Build skeletons, tokenizers, scheduler of an edition of a model.
 
-    name: str
+    Ends in `ModelPrepared` or `ModelPreparationFailed`.
+    """
+
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
 class ForgetModel:
-    """Drop the prepared parts of a removed model."""
+    """Drop the prepared parts of an edition that nobody uses any more."""
 
-    name: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
 class PutOnDeck:
-    """Run this request when the stage is free. Its blobs are leased from now on.
+    """Run this request, with the edition `model`, when the stage is free. Its blobs are leased from now on.
 
     Ends in `RunStarted` then `RunEnded`, or in `RunEnded` alone; then `LeaseEnded`; and after a
     finished run in `ImagesEncoded` or `EncodingFailed`.
@@ -132,6 +135,31 @@ class RetireModel:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class AdoptEdition:
+    """From now on the name stands for this edition."""
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class RejectEdition:
+    """The edition's small parts cannot be built: its name stands for what it stood for before."""
+
+    name: str
+    key: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RetireEdition:
+    """The last user of an edition that was replaced or rejected is gone: what only it used may be deleted."""
+
+    name: str
+    key: str
+
+
 Action = (
     AcceptRequest
     | AnswerRequest
@@ -146,4 +174,7 @@ Action = (
     | PutOnDeck
     | CancelRun
     | RetireModel
+    | AdoptEdition
+    | RejectEdition
+    | RetireEdition
 )

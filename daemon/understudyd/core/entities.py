@@ -44,18 +44,28 @@ class Blob:
 
 @dataclass(eq=False, slots=True)
 class Model:
-    """A model and its blobs in order of first use. A retiring model takes no requests any more."""
+    """One edition of a model and its blobs in order of first use.
+
+    A retiring one, removed or replaced, takes no requests any more. `was_out_of_reach`: the last attempt to
+    prepare it failed for a reason that may pass; only somebody who asks for it has it tried again.
+    """
 
     info: ModelInfo
     blobs: tuple[Blob, ...]
     parts: Lifecycle[PartsState]
     retiring: bool = False
     leases: int = 0
+    was_out_of_reach: bool = False
 
     @property
     def name(self) -> str:
         """The model's name."""
         return self.info.name
+
+    @property
+    def key(self) -> str:
+        """What tells this edition from the name's others."""
+        return self.info.key
 
     @property
     def is_resident(self) -> bool:

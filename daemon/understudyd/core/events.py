@@ -40,6 +40,17 @@ class ModelAdded:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelReplaced:
+    """The store has another edition of a model. Ends in `AdoptEdition`, `RejectEdition` or `RetireEdition`.
+
+    What runs or is on deck finishes with the old edition; what waits, and what comes, gets the new one as
+    soon as its small parts are at hand.
+    """
+
+    model: ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
 class ModelRemoved:
     """An operator removes a model: waiting requests fail, running ones finish, then `RetireModel`."""
 
@@ -162,17 +173,22 @@ class MoveFailed:
 
 @dataclass(frozen=True, slots=True)
 class ModelPrepared:
-    """Skeletons, tokenizers and small parts of the model are at hand."""
+    """Skeletons, tokenizers and small parts of this edition of a model are at hand."""
 
-    name: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPreparationFailed:
-    """The model's small parts cannot be built: its requests fail."""
+    """The edition's small parts cannot be built: requests that wait for it fail.
 
-    name: str
+    `is_lasting`: nor can they later. Otherwise, where its files cannot be reached at the moment, the next
+    request has it tried again.
+    """
+
+    key: str
     message: str
+    is_lasting: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +243,7 @@ Event = (
     | RequestCancelled
     | ClientGone
     | ModelAdded
+    | ModelReplaced
     | ModelRemoved
     | PinChanged
     | LoadWanted

@@ -68,11 +68,11 @@ class Fetching:
 
     def _crowd(self) -> object:
         """While this stands, what is awaited finds no more room: nobody left whose copy could be replaced."""
-        queue = self._queue
-        return (self._residency.copies.changes, queue.admissions - len(queue))
+        queue, residency = self._queue, self._residency
+        return (residency.copies.changes, residency.replacements, queue.admissions - len(queue))
 
     def _history(self) -> object:
         """While this stands, nothing else is likely that has no copy yet, or there is no gap for it."""
         residency = self._residency
         changes = (residency.copies.changes, residency.evictions, residency.retries.pauses)
-        return (*changes, len(residency.models))
+        return (*changes, residency.replacements, len(residency.models))

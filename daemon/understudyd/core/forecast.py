@@ -6,7 +6,7 @@ request: whoever gave what came the larger share gains (after Herbster and Warmu
 expert; the floor lets any of them come back). Nothing in it is tuned to a trace.
 """
 
-from understudyd.core.predictors import Popularity, Returns, Succession
+from understudyd.core.predictors import Popularity, Predictor, Returns, Succession
 
 HALF_LIVES_REQUESTS = (10.0, 100.0, 2000.0)
 HALF_LIVES_S = (60.0, 300.0, 1800.0)
@@ -26,7 +26,12 @@ class Forecast:
         self._by_time = [Popularity(half_life) for half_life in HALF_LIVES_S]
         self._succession = Succession()
         self._returns = Returns()
-        self._predictors = [*self._by_requests, *self._by_time, self._succession, self._returns]
+        self._predictors: list[Predictor] = [
+            *self._by_requests,
+            *self._by_time,
+            self._succession,
+            self._returns,
+        ]
         self._weights = [1.0 / len(self._predictors)] * len(self._predictors)
         self._names: set[str] = set()
         self._models: dict[str, None] = {}
@@ -69,6 +74,13 @@ class Forecast:
             return 0.0
         shares = [predictor.share(name) for predictor in self._predictors]
         return sum(map(float.__mul__, self._weights, shares))
+
+    def inherit(self, name: str, source: str) -> None:
+        """`name` is new and takes its part in whatever `source` was asked for."""
+        if name not in self._names and source in self._names:
+            self._names.add(name)
+            for predictor in self._predictors:
+                predictor.inherit(name, source)
 
     def estimate(self, name: str) -> float:
         """`chance` as it was at most a few dozen requests ago: for going over hundreds at every load.

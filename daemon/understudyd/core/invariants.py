@@ -1,7 +1,7 @@
 """What must hold after every event; tests and the simulator call `check`, the daemon can afford not to."""
 
 from understudyd.core.machine import Machine
-from understudyd.core.states import BlobState, ExtentState, LoaderState, RequestState
+from understudyd.core.states import BlobState, ExtentState, LoaderState, PartsState, RequestState
 
 _UNDER_WAY = (BlobState.LOADING, BlobState.FETCHING, BlobState.VIEWING, BlobState.MOVING)
 
@@ -10,11 +10,27 @@ def check(machine: Machine) -> None:
     """Raise AssertionError when the machine contradicts itself."""
     machine.residency.arena.check()
     machine.queue.check()
+    _check_editions(machine)
     _check_blobs(machine)
     _check_copies(machine)
     _check_leases(machine)
     _check_loaders(machine)
     _check_stage(machine)
+
+
+def _check_editions(machine: Machine) -> None:
+    """An edition is its name's, or about to be, or somebody still uses it."""
+    catalogue, models = machine.catalogue, machine.residency.models
+    assert all(catalogue.editions[model.key] is model for model in models.values())
+    for name, model in catalogue.coming.items():
+        assert catalogue.editions[model.key] is model and not model.blobs and not models[name].retiring
+        assert model.parts.state is PartsState.PREPARING and not model.retiring
+    for key, model in catalogue.editions.items():
+        assert key == model.key
+        is_used = bool(model.leases) or model.parts.state is PartsState.PREPARING
+        assert not model.retiring or is_used, f"{key} should be gone"
+        assert model.retiring or catalogue.is_current(model) or catalogue.coming[model.name] is model
+    assert all(models[name] is model for name, model in machine.residency.pinned.items())
 
 
 def _check_blobs(machine: Machine) -> None:
@@ -37,7 +53,8 @@ def _check_blobs(machine: Machine) -> None:
         assert (blob.load_id is not None) == (blob.state in (BlobState.LOADING, BlobState.FETCHING))
         if blob.extent is not None:
             owners[blob.extent.offset] = blob
-        assert blob.models or blob.state in _UNDER_WAY, f"{blob.key} is orphaned"
+        is_leased = blob.extent is not None and bool(blob.extent.leases)
+        assert blob.models or blob.state in _UNDER_WAY or is_leased, f"{blob.key} is orphaned"
         for name in blob.models:
             assert blob in residency.models[name].blobs
     for extent in residency.arena:
@@ -66,9 +83,9 @@ def _check_leases(machine: Machine) -> None:
     expected: dict[int, int] = {}
     per_model: dict[str, int] = {}
     for request in machine.queue.requests.values():
-        if request.holds_lease:
-            model = machine.residency.models[request.model]
-            per_model[model.name] = per_model.get(model.name, 0) + 1
+        if (model := request.lease) is not None:
+            assert machine.catalogue.editions[model.key] is model and model.name == request.model
+            per_model[model.key] = per_model.get(model.key, 0) + 1
             for blob in model.blobs:
                 assert blob.state is BlobState.RESIDENT, f"{request.id} leases {blob.key}: {blob.state}"
                 assert blob.extent is not None
@@ -76,8 +93,8 @@ def _check_leases(machine: Machine) -> None:
         assert request.holds_lease or request.state not in (RequestState.ON_DECK, RequestState.RUNNING)
     for extent in machine.residency.arena:
         assert extent.leases == expected.get(extent.offset, 0), f"leases of extent at {extent.offset}"
-    for model in machine.residency.models.values():
-        assert model.leases == per_model.get(model.name, 0)
+    for model in machine.catalogue.editions.values():
+        assert model.leases == per_model.get(model.key, 0)
     assert machine.residency.leases == sum(per_model.values())
 
 

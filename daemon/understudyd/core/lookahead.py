@@ -209,7 +209,7 @@ class Lookahead:
             return
         for name in self._policy.forecast.ranked():
             model = residency.models[name]
-            if name in residency.ready or model.is_unfit:
+            if name in residency.ready or model.is_unfit or model.was_out_of_reach:
                 continue
             lacking = {b for b in model.blobs if b.state is BlobState.ABSENT}
             if any(b.retry_at_s > now_s for b in lacking):

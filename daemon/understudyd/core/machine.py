@@ -12,6 +12,7 @@ from typing import assert_never
 
 from understudyd.core import events as ev
 from understudyd.core.actions import AcceptRequest, Action, AnswerRequest, CancelRun, PauseLoads, PutOnDeck
+from understudyd.core.catalogue import Catalogue
 from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
 from understudyd.core.lookahead import Lookahead
@@ -20,7 +21,7 @@ from understudyd.core.queueing import Request, RequestQueue
 from understudyd.core.residency import Residency
 from understudyd.core.room import make_room
 from understudyd.core.states import IllegalEvent, PartsState, RequestState
-from understudyd.core.types import ErrorCode, Outcome, RequestInfo, Tier
+from understudyd.core.types import ErrorCode, ModelInfo, Outcome, RequestInfo, Tier
 
 ANSWERING = (ev.ImagesEncoded, ev.EncodingFailed)
 """Events after which nothing can run, load or expire that could not before: they only bring an answer."""
@@ -51,14 +52,21 @@ class Machine:
         self.residency = Residency(
             arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self._copy_worth
         )
+        self.catalogue = Catalogue(self.residency, self.policy, self._actions)
         self._lookahead = Lookahead(self.policy, self.queue, self.residency)
         self.wanted = self._lookahead.wanted
         self.on_deck: Request | None = None
         self.running: dict[str, Request] = {}
-        self.on_stage: str | None = None
+        self._staged: Model | None = None
         self.is_open = True
         self._loads_rest = False
         self._handled_at_s = float("-inf")
+
+    @property
+    def on_stage(self) -> str | None:
+        """The model whose weights the stage used last, unless its name has come to stand for others."""
+        staged = self._staged
+        return staged.name if staged is not None and self.catalogue.is_current(staged) else None
 
     # -- the two calls of a driver -------------------------------------------------------------------
 
@@ -105,17 +113,16 @@ class Machine:
                     self._cancel(request, ErrorCode.CLIENT_GONE, "the client is gone", now_s)
             case ev.AdmissionChanged(is_open=is_open):
                 self.is_open = is_open
-            case ev.ModelAdded() | ev.ModelRemoved() | ev.PinChanged() | ev.LoadWanted() | ev.EvictWanted():
+            case ev.ModelAdded(model=added):
+                self.catalogue.add(added, now_s)
+            case ev.ModelReplaced(model=added):
+                self._replace(added, now_s)
+            case ev.ModelRemoved() | ev.PinChanged() | ev.LoadWanted() | ev.EvictWanted():
                 self._administer(event, now_s)
-            case ev.ModelPrepared(name=name):
-                model = self._preparing(name)
-                self.residency.parts_prepared(model, now_s)
-                self._retire_if_unused(model, now_s)
-            case ev.ModelPreparationFailed(name=name, message=message):
-                model = self._preparing(name)
-                model.parts.to(PartsState.BROKEN, now_s, message)
-                self._give_up([name], ErrorCode.INTERNAL, message, now_s)
-                self._retire_if_unused(model, now_s)
+            case ev.ModelPrepared(key=key):
+                self.catalogue.prepared(self.catalogue.preparing(key), now_s)
+            case ev.ModelPreparationFailed(key=key, message=message, is_lasting=is_lasting):
+                self._preparation_failed(key, message, is_lasting, now_s)
             case ev.LoaderReady() | ev.LoaderLost() | ev.LoaderReaped():
                 self._loader_changed(event, now_s)
             case ev.LoadFinished() | ev.LoadFailed() | ev.LoadCancelled():
@@ -196,23 +203,17 @@ class Machine:
 
     def _administer(
         self,
-        event: ev.ModelAdded | ev.ModelRemoved | ev.PinChanged | ev.LoadWanted | ev.EvictWanted,
+        event: ev.ModelRemoved | ev.PinChanged | ev.LoadWanted | ev.EvictWanted,
         now_s: float,
     ) -> None:
-        if isinstance(event, ev.ModelAdded):
-            self.residency.add_model(event.model, now_s)
-            return
-        model = self.residency.models.get(event.name)
-        if model is None or model.retiring:
-            raise IllegalEvent(f"no model {event.name!r}")
+        model = self.catalogue.served(event.name)
         match event:
             case ev.ModelRemoved(name=name):
-                model.retiring = True
                 self.residency.pin(model, False)
                 message = f"{name} was removed while the request waited"
                 self._give_up([name], ErrorCode.MODEL_REMOVED, message, now_s)
                 self.forecast.forget(name)
-                self._retire_if_unused(model, now_s)
+                self.catalogue.remove(model, now_s)
             case ev.PinChanged(pinned=pinned):
                 self.residency.pin(model, pinned)
                 self.residency.retries.end_rest(model)
@@ -230,6 +231,19 @@ class Machine:
                 self._evict_model(model, now_s)
             case _:
                 assert_never(event)
+
+    def _replace(self, info: ModelInfo, now_s: float) -> None:
+        self.catalogue.replace(info, now_s)
+        name = info.name
+        if name in self.queue.models() or name in self.wanted or name in self.residency.pinned:
+            self.residency.prepare(self.residency.models[name], now_s)
+
+    def _preparation_failed(self, key: str, message: str, is_lasting: bool, now_s: float) -> None:
+        model = self.catalogue.preparing(key)
+        if self.catalogue.is_current(model):
+            code = ErrorCode.INTERNAL if is_lasting else ErrorCode.LOAD_FAILED
+            self._give_up([model.name], code, message, now_s)
+        self.catalogue.preparation_failed(model, message, is_lasting, now_s)
 
     def _evict_model(self, model: Model, now_s: float) -> None:
         """Evict what no other resident model shares and nobody holds."""
@@ -273,18 +287,18 @@ class Machine:
             case ev.RunStarted(request_id=request_id):
                 request = self._request(request_id, RequestState.ON_DECK)
                 request.life.to(RequestState.RUNNING, now_s)
-                self.on_deck, self.on_stage = None, request.model
+                self.on_deck, self._staged = None, request.lease
                 self.running[request.id] = request
             case ev.RunEnded(request_id=request_id, outcome=outcome, code=code, message=message):
                 self._run_ended(request_id, outcome, code, message, now_s)
             case ev.LeaseEnded(request_id=request_id):
                 request = self._request(request_id, RequestState.ENCODING, RequestState.ANSWERED)
-                if not request.holds_lease:
+                model = request.lease
+                if model is None:
                     raise IllegalEvent(f"{request_id} holds no lease: {request.life.story()}")
-                request.holds_lease = False
-                model = self.residency.models[request.model]
+                request.lease = None
                 self.residency.unlease(model, now_s)
-                self._retire_if_unused(model, now_s)
+                self.catalogue.retire_if_unused(model, now_s)
                 self.queue.forget_if_done(request)
 
     def _run_ended(
@@ -337,10 +351,10 @@ class Machine:
         if request is None:
             return
         self.queue.take(request, now_s)
-        self.residency.lease(self.residency.models[request.model], now_s)
-        request.holds_lease = True
+        request.lease = model = self.residency.models[request.model]
+        self.residency.lease(model, now_s)
         self.on_deck = request
-        self._actions.append(PutOnDeck(request.id, request.model))
+        self._actions.append(PutOnDeck(request.id, model.key))
 
     @property
     def _stage_is_busy(self) -> bool:
@@ -355,13 +369,6 @@ class Machine:
         request.life.require(*states)
         return request
 
-    def _preparing(self, name: str) -> Model:
-        model = self.residency.models.get(name)
-        if model is None:
-            raise IllegalEvent(f"no model {name!r} is being prepared")
-        model.parts.require(PartsState.PREPARING)
-        return model
-
     def _answer(self, request: Request, code: ErrorCode | None, message: str, now_s: float) -> None:
         self.queue.answered(request, now_s, code.value if code is not None else "finished")
         self._actions.append(AnswerRequest(request.id, code, message))
@@ -372,9 +379,3 @@ class Machine:
             self.wanted.pop(name, None)
             for request in self.queue.waiting_for(name):
                 self._answer(request, code, message, now_s)
-
-    def _retire_if_unused(self, model: Model, now_s: float) -> None:
-        if self.residency.retire_if_unused(model, now_s):
-            self.policy.forget(model)
-            if self.on_stage == model.name:
-                self.on_stage = None

@@ -77,6 +77,15 @@ class Policy:
     def forget(self, model: Model) -> None:
         """The model is retired; blobs that it shares stay in demand."""
         self.forecast.forget(model.name)
+        self.forget_blobs(model)
+
+    def replaced(self, model: Model) -> None:
+        """The name stands for this model now: what was asked of the old one is expected of it."""
+        for blob in model.blobs:
+            self.forecast.inherit(blob.key, model.name)
+
+    def forget_blobs(self, model: Model) -> None:
+        """Nobody needs those blobs of a retired edition that no model has any more."""
         for blob in model.blobs:
             if not blob.models:
                 self.forecast.forget(blob.key)

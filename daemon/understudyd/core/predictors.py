@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 _FOLLOWERS = 16
 _FOLLOWER_HALF_LIFE = 34.0
@@ -15,6 +16,19 @@ _BUCKETS = 44
 _RUNS = 4
 _LEARN_EVERY = 32
 _MEDIAN_STEP = 1.05
+
+
+class Predictor(Protocol):
+    """What all of them can do besides learning from a request."""
+
+    def share(self, name: str) -> float:
+        """The part of the next requests that is expected to ask for `name`, 0 to 1."""
+
+    def inherit(self, name: str, source: str) -> None:
+        """A new name for what `source` was asked for."""
+
+    def forget(self, name: str) -> None:
+        """Count on this name no more."""
 
 
 class Popularity:
@@ -46,6 +60,11 @@ class Popularity:
             return 0.0
         count, at = known
         return count * self._fade(self._total_at - at) / self._total  # both fade alike since then
+
+    def inherit(self, name: str, source: str) -> None:
+        """A new name for what `source` was asked for."""
+        if source in self._counts:
+            self._counts[name] = self._counts[source]
 
     def forget(self, name: str) -> None:
         """Count on this name no more."""
@@ -79,6 +98,12 @@ class Succession:
         """How often it came after what came last."""
         followers = self._after.get(self._last)
         return followers.get(name, 0.0) / followers[""] if followers else 0.0
+
+    def inherit(self, name: str, source: str) -> None:
+        """A new name for what `source` was asked for."""
+        for followers in self._after.values():
+            if source in followers:
+                followers[name] = followers[source]
 
     def forget(self, name: str) -> None:
         """Count on this name no more."""
@@ -162,10 +187,19 @@ class Returns:
         expected = sum(chances[bucket] * clients for bucket, clients in held.items())
         return expected / everybody if everybody > 0.0 else 0.0
 
+    def inherit(self, name: str, source: str) -> None:
+        """A new name for what `source` was asked for."""
+        for visit in self._clients.values():
+            if source in visit.names:
+                self._rename(visit, (*visit.names, name))
+
     def forget(self, name: str) -> None:
-        """Count on this name no more."""
-        for client in [client for client, visit in self._clients.items() if name in visit.names]:
-            self._drop(client)
+        """Count on this name no more; who asked for it as a model is forgotten with it."""
+        for visit in [visit for visit in self._clients.values() if name in visit.names]:
+            if visit.names[0] == name:
+                self._drop(visit.client)
+            else:
+                self._rename(visit, tuple(other for other in visit.names if other != name))
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -182,6 +216,11 @@ class Returns:
 
     def _drop(self, client: str) -> None:
         self._hold(self._clients.pop(client), -1.0)
+
+    def _rename(self, visit: _Visit, names: tuple[str, ...]) -> None:
+        self._hold(visit, -1.0)
+        visit.names = names
+        self._hold(visit, 1.0)
 
     def _hold(self, visit: _Visit, sign: float) -> None:
         """Count the client among those that would ask for these names again, or no longer."""

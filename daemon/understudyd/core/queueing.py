@@ -10,13 +10,17 @@ from collections import deque
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
+from understudyd.core.entities import Model
 from understudyd.core.states import REQUEST_TABLE, Lifecycle, RequestState
 from understudyd.core.types import ErrorCode, RequestInfo, Tier
 
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One admitted request. `seq` is its arrival number, `skips` how often it was overtaken."""
+    """One admitted request. `seq` is its arrival number, `skips` how often it was overtaken.
+
+    `lease` is the edition of its model whose blobs stay where they are for it.
+    """
 
     info: RequestInfo
     seq: int
@@ -24,7 +28,7 @@ class Request:
     tier: Tier
     life: Lifecycle[RequestState]
     skips: int = 0
-    holds_lease: bool = False
+    lease: Model | None = None
     cancel_code: ErrorCode | None = None
 
     @property
@@ -43,6 +47,11 @@ class Request:
         return self.life.state
 
     @property
+    def holds_lease(self) -> bool:
+        """From the deck until the device has finished the last use."""
+        return self.lease is not None
+
+    @property
     def place(self) -> "Place":
         """Where it stands among others: by priority, then by arrival."""
         return (-self.info.priority, self.seq, self)
@@ -53,7 +62,7 @@ Place = tuple[int, int, Request]
 
 
 class Group:
-    """Waiting requests of one model: `head` runs first, `oldest` came first. Never empty between two calls."""
+    """Waiting requests of one model: `head` runs first, `oldest` came first. It is never empty."""
 
     __slots__ = ("_arrivals", "head", "oldest", "places")
 

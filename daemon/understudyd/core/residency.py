@@ -2,7 +2,7 @@
 
 `Residency` keeps models, blobs, loads and loaders consistent with each other and with the arena's map,
 and appends the actions that make the world follow. It decides nothing: the machine says what to load
-and prices evictions (`policy.py`).
+and prices evictions (`policy.py`), the catalogue which models there are (`catalogue.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,10 +11,8 @@ from understudyd.core.actions import (
     Action,
     BuildViews,
     DropViews,
-    ForgetModel,
     MoveExtent,
     PrepareModel,
-    RetireModel,
 )
 from understudyd.core.copies import HostCopies, Worth
 from understudyd.core.entities import Blob, Load, Loader, Model
@@ -24,14 +22,13 @@ from understudyd.core.quarantine import Quarantine
 from understudyd.core.retries import Retries
 from understudyd.core.states import (
     BLOB_TABLE,
-    PARTS_TABLE,
     BlobState,
     ExtentState,
     IllegalEvent,
     Lifecycle,
     PartsState,
 )
-from understudyd.core.types import BlobInfo, ModelInfo
+from understudyd.core.types import BlobInfo
 
 
 class Residency:
@@ -39,6 +36,7 @@ class Residency:
 
     `ready` are the models that can go on deck, as `Model.is_ready` says; it is asked of very many at every
     event. `changes` counts what may make room: while it stands, what found no room finds none.
+    `replacements` counts models that stand for other blobs now.
     """
 
     def __init__(
@@ -66,51 +64,26 @@ class Residency:
         self.retries = Retries()
         self.leases = 0
         self.changes = 0
+        self.replacements = 0
         self._actions = actions
         self._quarantine = Quarantine(quarantine_grace_s)
 
     # -- models -------------------------------------------------------------------------------------
 
-    def add_model(self, info: ModelInfo, now_s: float) -> Model:
-        """A model that may be asked for. Its blobs are shared with every model that has the same."""
-        if info.name in self.models:
-            raise IllegalEvent(f"model {info.name} exists already")
-        for known in (self.blobs[blob.key].info for blob in info.blobs if blob.key in self.blobs):
-            if known not in info.blobs:
-                raise IllegalEvent(f"blob {known.key[:12]} of {info.name} has another size than before")
-        blobs = tuple(self._blob(blob) for blob in info.blobs)
-        for blob in blobs:
-            blob.models.add(info.name)
-            if blob.state is BlobState.DAMAGED:
-                blob.life.to(BlobState.ABSENT, now_s, f"{info.name} was added anew")
-        parts = Lifecycle(f"parts of {info.name}", PartsState.UNPREPARED, PARTS_TABLE)
-        model = self.models[info.name] = Model(info, blobs, parts)
-        return model
-
-    def _blob(self, info: BlobInfo) -> Blob:
+    def blob(self, info: BlobInfo) -> Blob:
+        """The blob of this content; a new one is nowhere."""
         blob = self.blobs.get(info.key)
         if blob is None:
             life = Lifecycle(f"blob {info.key[:12]}", BlobState.ABSENT, BLOB_TABLE)
             blob = self.blobs[info.key] = Blob(info, life)
         return blob
 
-    def retire_if_unused(self, model: Model, now_s: float) -> bool:
-        """Let go of a retiring model nobody uses; blobs that no model is left for leave the arena."""
-        if not model.retiring or model.leases or model.parts.state is PartsState.PREPARING:
-            return False
-        del self.models[model.name]
-        self.ready.pop(model.name, None)
-        for blob in model.blobs:
-            blob.models.discard(model.name)
-            if not blob.models:
-                self._abandon(blob, now_s)
-        self._actions += [ForgetModel(model.name), RetireModel(model.name)]
-        return True
-
-    def _abandon(self, blob: Blob, now_s: float) -> None:
-        """No model has this blob any more. A load or views under way end first, by their own events."""
+    def abandon(self, blob: Blob, now_s: float) -> None:
+        """No model has this blob any more. Leases, a load, views end first, by their own events."""
         if blob.state is BlobState.RESIDENT:
-            self.evict(blob, now_s, "no model left")
+            assert blob.extent is not None
+            if not blob.extent.leases:
+                self.evict(blob, now_s, "no model left")
         elif blob.load_id is not None:
             self.cancel_load(self.loads[blob.load_id])
         self._forget_if_unused(blob, now_s)
@@ -124,14 +97,10 @@ class Residency:
         """Have the model's small parts built, once."""
         if model.parts.state is PartsState.UNPREPARED:
             model.parts.to(PartsState.PREPARING, now_s)
-            self._actions.append(PrepareModel(model.name))
+            self._actions.append(PrepareModel(model.key))
 
-    def parts_prepared(self, model: Model, now_s: float) -> None:
-        """The model's small parts are at hand."""
-        model.parts.to(PartsState.PREPARED, now_s)
-        self._note_ready([model])
-
-    def _note_ready(self, models: Iterable[Model]) -> None:
+    def note_ready(self, models: Iterable[Model]) -> None:
+        """Something about these models has changed: those that can go on deck now are in `ready`."""
         self.ready |= {model.name: model for model in models if model.is_ready}
 
     def required_bytes(self, model: Model) -> int:
@@ -163,7 +132,7 @@ class Residency:
         for blob in model.blobs:
             assert blob.extent is not None
             if blob.extent.leases == 0:
-                blob.extent.life.to(ExtentState.LEASED, now_s, model.name)
+                blob.extent.life.to(ExtentState.LEASED, now_s, model.key)
             blob.extent.leases += 1
         model.leases += 1
         self.leases += 1
@@ -174,7 +143,9 @@ class Residency:
             assert blob.extent is not None
             blob.extent.leases -= 1
             if blob.extent.leases == 0:
-                blob.extent.life.to(ExtentState.READY, now_s, model.name)
+                blob.extent.life.to(ExtentState.READY, now_s, model.key)
+                if not blob.models:
+                    self.abandon(blob, now_s)
         model.leases -= 1
         self.leases -= 1
         self.changes += 1
@@ -328,9 +299,9 @@ class Residency:
         self.changes += 1
         blob.life.to(BlobState.RESIDENT, now_s, "views built")
         self.retries.start_anew(blob)
-        self._note_ready(self.models[name] for name in sorted(blob.models))
+        self.note_ready(self.models[name] for name in sorted(blob.models))
         if not blob.models:
-            self._abandon(blob, now_s)
+            self.abandon(blob, now_s)
 
     def views_failed(self, blob: Blob, now_s: float, why: str) -> None:
         """The extent is of no use."""

@@ -56,7 +56,10 @@ class LoaderState(StrEnum):
 
 
 class PartsState(StrEnum):
-    """A model's small parts: skeletons, tokenizers, scheduler."""
+    """A model's small parts: skeletons, tokenizers, scheduler.
+
+    PREPARING ends in UNPREPARED where the files could not be reached, which may pass.
+    """
 
     UNPREPARED = "unprepared"
     PREPARING = "preparing"
@@ -98,7 +101,7 @@ LOADER_TABLE: Mapping[LoaderState, frozenset[LoaderState]] = {
 }
 PARTS_TABLE: Mapping[PartsState, frozenset[PartsState]] = {
     P.UNPREPARED: frozenset({P.PREPARING}),
-    P.PREPARING: frozenset({P.PREPARED, P.BROKEN}),
+    P.PREPARING: frozenset({P.PREPARED, P.BROKEN, P.UNPREPARED}),
     P.PREPARED: frozenset(),
     P.BROKEN: frozenset(),
 }

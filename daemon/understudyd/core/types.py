@@ -56,10 +56,20 @@ class BlobInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model as the core sees it: its blobs in the order of their first use."""
+    """A model as the core sees it: its blobs in the order of their first use.
+
+    `edition` counts what the name has stood for: a model that is replaced while it is used goes on under its
+    old edition until its last use has ended. No two editions of a name that are alive have one number.
+    """
 
     name: str
     blobs: tuple[BlobInfo, ...]
+    edition: int = 0
+
+    @property
+    def key(self) -> str:
+        """What tells this edition from the name's others; the first one's is the name itself."""
+        return f"{self.name}@{self.edition}" if self.edition else self.name
 
 
 @dataclass(frozen=True, slots=True)

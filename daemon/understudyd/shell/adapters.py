@@ -9,8 +9,7 @@ from understudy.wire import Generate, ImageInfo, Timings
 from understudyd.core.actions import StartLoad
 from understudyd.shell.loading import LoadTask
 from understudyd.shell.supervisor import LoaderPool
-from understudyd.store.records import BlobRecord, ModelRecord
-from understudyd.store.store import Store
+from understudyd.store.records import BlobRecord
 
 if TYPE_CHECKING:
     from understudyd.stage.run import RunTimings
@@ -58,26 +57,6 @@ class Answer:
     switched: bool
 
 
-class ServedModels:
-    """The store as the stage sees it: the records that the runtime serves, without reading the disk again.
-
-    Called from the stage's threads; `records` changes on the event loop's.
-    """
-
-    def __init__(self, store: Store, records: dict[str, ModelRecord]) -> None:
-        self._records = records
-        self.signature = store.signature
-        self.model_folder = store.model_folder
-
-    def model(self, name: str) -> ModelRecord:
-        """One model's record. Raises KeyError when it is not served any more."""
-        return self._records[name]
-
-    def models(self) -> dict[str, ModelRecord]:
-        """A copy, because the original may change while the caller walks it."""
-        return dict(self._records)
-
-
 class StageAdapter:
     """`StageDoor` over the stage. This module imports no torch: the stage is given."""
 
@@ -92,7 +71,7 @@ class StageAdapter:
         self.strays = stage.strays
         self.close = stage.close
 
-    def put_on_deck(self, request_id: str, model: str, request: Generate) -> None:
+    def put_on_deck(self, request_id: str, model: str, request: Generate, payload: Sequence[bytes]) -> None:
         """See `StageDoor`."""
         from understudyd.stage.run import RunParams  # imported by whoever made the stage
 
@@ -105,7 +84,12 @@ class StageAdapter:
             steps=request.steps,
             guidance=request.guidance,
             images=request.images,
+            task=request.task,
+            scheduler=request.scheduler,
+            options=request.options,
+            inputs=tuple(zip(request.inputs, payload, strict=True)),
             format=request.format,
+            quality=request.quality,
         )
         self._stage.put_on_deck(request_id, model, params)
 

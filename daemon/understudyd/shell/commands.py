@@ -12,13 +12,15 @@ from understudyd.core import events as ev
 from understudyd.core import snapshot
 from understudyd.core.states import BlobState, PartsState
 from understudyd.core.types import Tier
+from understudyd.names import unknown_model
 from understudyd.shell.admin import Notify
 from understudyd.shell.ingesting import IngestFailed, ingest
+from understudyd.shell.keeper import ReplaceFailed
 from understudyd.shell.runtime import Runtime
+from understudyd.shell.scanning import scan
 from understudyd.shell.supervisor import LoaderPool
 from understudyd.shell.timeline import Timeline
-from understudyd.store.errors import StoreError
-from understudyd.store.store import Store
+from understudyd.store.errors import StoreError, StoreErrorCode
 
 
 class Lifecycle(Protocol):
@@ -28,6 +30,10 @@ class Lifecycle(Protocol):
     device: str
     daemon_id: str
     started_at_s: float
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Models of `[startup]` that were not ready when the daemon was, and why."""
 
     def request_shutdown(self, drain_s: float) -> None:
         """Stop serving and exit."""
@@ -41,7 +47,6 @@ class Commands:
         runtime: Runtime,
         pool: LoaderPool,
         timeline: Timeline,
-        store: Store,
         daemon: Lifecycle,
         clock: Callable[[], float],
     ) -> None:
@@ -49,7 +54,6 @@ class Commands:
         self._machine = runtime.machine
         self._pool = pool
         self._timeline = timeline
-        self._store = store
         self._daemon = daemon
         self._clock = clock
 
@@ -72,6 +76,10 @@ class Commands:
                 return {"spans": [dataclasses.asdict(s) for s in self._timeline.last(seconds)]}
             case proto.Add():
                 return await self._add(command, notify)
+            case proto.Scan():
+                return await self._scan(command, notify)
+            case proto.Rescan():
+                return await self._rescan()
             case proto.Remove(name=name):
                 return await self._remove(name)
             case proto.Load(name=name, wait=wait):
@@ -119,6 +127,7 @@ class Commands:
             "hand_over_reason": self._pool.hand_over.reason,
             "loaders": self._loaders(),
             "last_error": tally.last_error,
+            "not_loaded_at_start_up": self._daemon.missing,
             "visible_switch_ms": tally.visible_switch_ms(),
         }
 
@@ -154,7 +163,8 @@ class Commands:
     def _show(self, name: str) -> dict[str, Any]:
         self._known(name)
         view = snapshot.model(self._machine, name)
-        record = self._runtime.records[name]
+        edition = self._runtime.keeper.served.current(name)
+        record = edition.record
         blobs = {b.key: b for b in snapshot.blobs(self._machine, name)}
         components = [
             {
@@ -176,6 +186,8 @@ class Commands:
             "chance_next": round(view.chance, 4),
             "dtype": record.dtype,
             "source": record.source,
+            "store": str(edition.home.path),
+            "shadowed": [str(path) for path in edition.shadowed],
             "components": components,
         }
         return self._model_row(view) | more
@@ -203,23 +215,43 @@ class Commands:
     # -- changing -----------------------------------------------------------------------------------
 
     async def _add(self, command: proto.Add, notify: Notify) -> dict[str, Any]:
-        if command.name in self._runtime.records:
-            raise AdminError("exists", f"{command.name!r} exists; remove it first, or choose another name")
+        keeper = self._runtime.keeper
+        if keeper.is_leaving(command.name):
+            raise AdminError("exists", f"{command.name!r} is being removed; try again when it is gone")
+        if command.name in self._runtime.records and not command.replace:
+            raise AdminError(
+                "exists", f"{command.name!r} exists; replace it (--replace), or choose another name"
+            )
         try:
-            async with self._runtime.store_lock:  # one writer at a time
-                await ingest(self._store.path, command, notify)
+            async with keeper.lock:  # one writer at a time
+                await ingest(keeper.stores.own.path, command, notify)
+            record = await keeper.refresh(command.name)
         except IngestFailed as error:
             raise AdminError(error.code, str(error)) from error
-        record = self._store.model(command.name)
-        if command.name not in self._runtime.records:
-            self._runtime.add_model(record)
+        except StoreError as error:
+            raise AdminError(error.code.value, error.message) from error
+        except ReplaceFailed as error:
+            message = f"the old {command.name!r} is served on, until the daemon ends: {error}"
+            raise AdminError("replace_failed", message) from error
         return {"name": record.name, "pipeline": record.pipeline_class, "size_bytes": record.size_bytes}
+
+    async def _scan(self, command: proto.Scan, notify: Notify) -> dict[str, Any]:
+        try:
+            results = await scan(self._runtime.keeper, command, notify)
+            return {"results": results, "dry_run": command.dry_run}
+        except IngestFailed as error:
+            raise AdminError(error.code, str(error)) from error
+
+    async def _rescan(self) -> dict[str, Any]:
+        return dataclasses.asdict(await self._runtime.keeper.rescan())
 
     async def _remove(self, name: str) -> dict[str, Any]:
         self._known(name)
         try:
-            return {"name": name, "freed_bytes": await self._runtime.remove_model(name)}
+            return {"name": name, "freed_bytes": await self._runtime.keeper.remove(name)}
         except StoreError as error:
+            if error.code is StoreErrorCode.READ_ONLY:
+                raise AdminError(error.code.value, error.message) from error
             raise AdminError(error.code.value, f"{name!r} is served no more, but: {error}") from error
 
     async def _load(self, name: str, wait: bool) -> dict[str, Any]:
@@ -259,7 +291,8 @@ class Commands:
     def _known(self, name: str) -> Any:
         model = self._machine.residency.models.get(name)
         if model is None or model.retiring:
-            raise AdminError("unknown_model", f"no model {name!r}; `models` lists them")
+            message = unknown_model(name, self._runtime.keeper.names(), "`models` lists them")
+            raise AdminError("unknown_model", message)
         return model
 
 

@@ -18,23 +18,22 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from understudy.paths import ADMIN_SOCKET
-from understudy.wire import Generate
 from understudyd.config import Config
 from understudyd.core import events as ev
 from understudyd.shell.adapters import PoolAdapter, StageAdapter
 from understudyd.shell.admin import AdminServer
 from understudyd.shell.commands import Commands
-from understudyd.shell.families import representatives
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.host_pool import HostPool
 from understudyd.shell.lock import DaemonLock
 from understudyd.shell.memory import Arena
 from understudyd.shell.notify import notify
 from understudyd.shell.parts import Parts
-from understudyd.shell.runtime import RunFailed, Runtime
+from understudyd.shell.read_through import ReadThrough
+from understudyd.shell.runtime import Runtime
+from understudyd.shell.start_up import StartUp
 from understudyd.shell.supervisor import LoaderPool
 from understudyd.shell.timeline import Timeline
-from understudyd.store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +61,15 @@ class Daemon:
         self._host_pool: HostPool | None = None
         self._arena: Arena | None = None
         self._stage: StageAdapter | None = None
+        self._start_up: StartUp | None = None
         self._stop = asyncio.Event()
         self._drain_s = config.server.drain_s
         self._exit_status = 0
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Models of `[startup]` that were not ready when the daemon was, and why."""
+        return self._start_up.missing if self._start_up is not None else {}
 
     async def serve(self) -> int:
         """Serve until told to stop."""
@@ -86,22 +91,27 @@ class Daemon:
         Raises `_Stopped`, and whatever keeps the daemon from getting ready.
         """
         loop = asyncio.get_running_loop()
-        store = Store.open(self.config.store.path, writable=True)
+        stores = self._parts.stores()
+        stores.own.usage.begin()
+        leaving.callback(stores.own.usage.end)
         leaving.push_async_callback(self._let_go)
         pool = await self._attach_loaders(loop, leaving)
         arena = await self._make_arena(loop)
-        runtime = Runtime(self._parts.machine(arena, self._host_pool), store, loop, on_defect=self._defect)
+        cache = await self._open_cache(loop, leaving)
+        runtime = Runtime(
+            self._parts.machine(arena, self._host_pool), stores, loop, cache=cache, on_defect=self._defect
+        )
         leaving.callback(runtime.close)
-        frontend = await self._make_doors(loop, runtime, pool, store, leaving)
+        frontend = await self._make_doors(loop, runtime, pool, leaving)
         leaving.push_async_callback(self._drain, runtime)
         runtime.attach_pool(PoolAdapter(pool))
-        for record in store.models().values():
-            runtime.add_model(record)
+        await self._unless_stopped(self._look_at_stores(runtime))
         pool.open(arena, runtime.emit)
-        self._load_ahead(runtime, leaving)
-        await self._make_stage(loop, arena, store, runtime)
+        self._start_up = StartUp(runtime, self.config, self._say)
+        self._watch_loads(runtime, self._start_up.load_ahead(), leaving)
+        await self._make_stage(loop, arena, runtime)
         with self._phase("warm-up"):
-            await self._unless_stopped(self._warm_up(runtime))
+            await self._unless_stopped(self._start_up.warm_up())
         runtime.attach_replies(frontend)
         self._ready(frontend.start())
         await self._stop.wait()
@@ -129,11 +139,10 @@ class Daemon:
         loop: asyncio.AbstractEventLoop,
         runtime: Runtime,
         pool: LoaderPool,
-        store: Store,
         leaving: AsyncExitStack,
     ) -> Frontend:
         """The operators' door, open, and the clients', still shut."""
-        commands = Commands(runtime, pool, self._timeline, store, self, time.monotonic)
+        commands = Commands(runtime, pool, self._timeline, self, time.monotonic)
         admin = AdminServer(self.config.server.runtime_dir / ADMIN_SOCKET, commands.execute)
         leaving.push_async_callback(admin.stop)
         await admin.start()
@@ -141,15 +150,27 @@ class Daemon:
         leaving.callback(frontend.close, linger_s=1.0)
         return frontend
 
-    def _load_ahead(self, runtime: Runtime, leaving: AsyncExitStack) -> None:
-        """Have what the warm-up will need on its way while torch is imported."""
-        if not self.config.stage.warm_up:
-            return
-        names = {record.name for record in representatives(runtime.records.values())}
-        watching = asyncio.create_task(self._watch_weights(runtime, names))
-        leaving.callback(watching.cancel)
-        for name in names:
-            runtime.handle(ev.LoadWanted(name))
+    async def _open_cache(
+        self, loop: asyncio.AbstractEventLoop, leaving: AsyncExitStack
+    ) -> ReadThrough | None:
+        cache = self._parts.cache()
+        if cache is not None:
+            await loop.run_in_executor(None, cache.open)
+            leaving.push_async_callback(cache.close)
+        return cache
+
+    async def _look_at_stores(self, runtime: Runtime) -> None:
+        """Serve what they hold. A read-only store that cannot be reached may come later."""
+        report = await runtime.keeper.rescan()
+        for name, why in report.damaged.items():
+            log.warning("model %s is left out: %s", name, why)
+        for path, why in report.away.items():
+            log.warning("the store %s cannot be read (%s): its models are found by a rescan", path, why)
+
+    def _watch_loads(self, runtime: Runtime, names: set[str], leaving: AsyncExitStack) -> None:
+        if names:
+            watching = asyncio.create_task(self._watch_weights(runtime, names))
+            leaving.callback(watching.cancel)
 
     async def _watch_weights(self, runtime: Runtime, names: set[str]) -> None:
         """Note when the first of these models' loads begins and when none is under way any more."""
@@ -162,53 +183,28 @@ class Daemon:
         with self._phase("weights"):
             await runtime.until(lambda: not is_loading())
 
-    async def _make_stage(
-        self, loop: asyncio.AbstractEventLoop, arena: Arena, store: Store, runtime: Runtime
-    ) -> None:
+    async def _make_stage(self, loop: asyncio.AbstractEventLoop, arena: Arena, runtime: Runtime) -> None:
         self._say("importing torch")
         with self._phase("import"):
-            self._stage = await loop.run_in_executor(
-                None, self._parts.stage, arena, store, runtime, self._timeline
-            )
+            self._stage = await loop.run_in_executor(None, self._parts.stage, arena, runtime, self._timeline)
         self._check_not_stopped()
         runtime.attach_stage(self._stage)
 
-    async def _warm_up(self, runtime: Runtime) -> None:
-        """Run each architecture once: first-use kernels and autotuning must not meet a client."""
-        if not self.config.stage.warm_up:
-            return
-        families = representatives(runtime.records.values())
-        try:
-            async with asyncio.timeout(self.config.stage.warm_up_limit_s):
-                for i, record in enumerate(families, 1):
-                    self._say(f"warming up {i} of {len(families)}: {record.pipeline_class}")
-                    request = Generate(
-                        id=f"warm-up-{i}",
-                        model=record.name,
-                        prompt="warm up",
-                        seed=0,
-                        steps=1,
-                        progress=False,
-                    )
-                    await self._warm_up_one(runtime, request)
-        except TimeoutError:
-            log.warning(
-                "warm-up took longer than %g s: serving without it", self.config.stage.warm_up_limit_s
-            )
-
-    async def _warm_up_one(self, runtime: Runtime, request: Generate) -> None:
-        try:
-            await runtime.run(request)
-        except RunFailed as error:
-            log.warning("warm-up with %s failed (%s); it is served all the same", request.model, error)
-
     def _ready(self, endpoints: list[str]) -> None:
+        start_up = self._start_up
         # What start-up made lives as long as the daemon: the collector need not walk it again.
         gc.collect()
         gc.freeze()
         self.state = "ready"
         notify("READY=1")
-        self._say(f"ready after {time.monotonic() - self.started_at_s:.1f} s on {', '.join(endpoints)}")
+        lacks = (
+            f"; not loaded: {start_up.describe_missing()}"
+            if start_up is not None and start_up.missing
+            else ""
+        )
+        self._say(
+            f"ready after {time.monotonic() - self.started_at_s:.1f} s on {', '.join(endpoints)}{lacks}"
+        )
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from understudy.wire import (
     Accepted,
     Cancel,
@@ -34,6 +36,7 @@ from understudy.wire import (
     encode_entries,
     peek_id,
 )
+from understudyd.shell.input_room import InputRoom
 from understudyd.shell.limits import ID_RULE, Limits, is_id, refusal
 from understudyd.shell.outbox import Outbox
 from understudyd.shell.ports import RequestSink
@@ -46,6 +49,7 @@ _SWEEP_S = 1.0
 _MAX_MESSAGE_CHARS = 4096
 _PEEK_BYTES = 1024 * 1024
 _ENTRIES_PER_FRAME = 512
+_MISSING = "the input images are missing, and this request is not known here; send it whole"
 
 
 @dataclass(slots=True)
@@ -101,6 +105,7 @@ class Frontend:
         self._by_name: dict[str, _Client] = {}
         self._blocked: set[str] = set()
         self._serial = 0
+        self._input_room = InputRoom(limits.max_open_input_bytes, limits.max_all_input_bytes)
         self._retry: asyncio.TimerHandle | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._swept_at_s = 0.0
@@ -114,7 +119,7 @@ class Frontend:
             self._wanted,
             self._on_message,
             self._flush_blocked,
-            max_frames=self._limits.max_frames,
+            max_payload_frames=self._limits.inputs.max_inputs,
             max_frame_bytes=self._limits.max_frame_bytes,
             send_high_water_mark=self._limits.send_high_water_mark,
             receive_high_water_mark=self._limits.receive_high_water_mark,
@@ -162,8 +167,9 @@ class Frontend:
                 known.outbox.put_hint(reply.id, "progress", (encode(reply),), now)
             case Finished() | Failed():
                 del known.open[reply.id]
+                self._input_room.give_back(client, reply.id)
                 self.counters.answered += 1
-                frames = (_encode_answer(reply), *payload)
+                frames = _answer_frames(reply, payload)
                 known.outbox.put_answer(reply.id, ("accepted", "progress"), frames, now)
             case Pong() | ModelList():
                 raise AssertionError(f"the front end answers this itself: {reply}")
@@ -187,7 +193,7 @@ class Frontend:
             return
         match request:
             case Generate():
-                self._generate(client, request, len(frames) - 1)
+                self._generate(client, request, frames[1:])
             case Cancel(id=request_id):
                 self._cancel(client, request_id)
             case ListModels(id=request_id):
@@ -204,21 +210,28 @@ class Frontend:
                 client.outbox.put_hint(request_id, "pong", (pong,), self._clock())
         self._flush(client)
 
-    def _generate(self, client: _Client, request: Generate, payload_frames: int) -> None:
+    def _generate(self, client: _Client, request: Generate, payload: Sequence[bytes]) -> None:
         request_id = request.id
         if self._repeat(client, request_id):
             return
-        if message := refusal(request, payload_frames, self._limits):
+        if request.inputs and not payload:
+            self._refuse(client, request_id, "inputs_missing", _MISSING, retryable=True)
+        elif message := refusal(request, payload, self._limits):
             self._refuse(client, request_id, "bad_request", message)
-        elif len(client.open) >= self._limits.max_open_per_client:
-            message = (
-                f"{len(client.open)} requests of this client are open, which is the limit; wait for answers"
-            )
+        elif message := self._no_room(client, request_id, payload):
             self._refuse(client, request_id, "queue_full", message, retryable=True)
         else:
             client.open[request_id] = None
             self.counters.submitted += 1
-            self._sink.submit(client.name, request)
+            self._sink.submit(client.name, request, payload)
+
+    def _no_room(self, client: _Client, request_id: str, payload: Sequence[bytes]) -> str | None:
+        """Why this client must wait before it asks for more; None books the room."""
+        if len(client.open) >= self._limits.max_open_per_client:
+            return (
+                f"{len(client.open)} requests of this client are open, which is the limit; wait for answers"
+            )
+        return self._input_room.take(client.name, request_id, sum(map(len, payload)))
 
     def _repeat(self, client: _Client, request_id: str) -> bool:
         """A request that is known already: say again what was said last."""
@@ -248,7 +261,7 @@ class Frontend:
     ) -> None:
         self.counters.refused += 1
         failed = Failed(id=request_id, code=code, message=message, retryable=retryable)
-        client.outbox.put_notice(request_id, (_encode_answer(failed),), self._clock())
+        client.outbox.put_notice(request_id, _answer_frames(failed), self._clock())
         self._flush(client)
 
     # -- clients --------------------------------------------------------------------------------------------
@@ -286,7 +299,7 @@ class Frontend:
             self.counters.answers_lost += len(lost)
             for request_id in lost:
                 failed = _dropped(request_id, self._limits.outbox_bytes)
-                client.outbox.put_answer(request_id, (), (_encode_answer(failed),), self._clock())
+                client.outbox.put_answer(request_id, (), _answer_frames(failed), self._clock())
 
     def _block(self, client: _Client) -> None:
         self._blocked.add(client.name)
@@ -312,6 +325,7 @@ class Frontend:
             self._loop.call_soon(self._sink.client_gone, client.name)
 
     def _forget(self, client: _Client) -> None:
+        self._input_room.forget(client.name)
         del self._by_name[client.name]
         del self._by_identity[client.identity]
 
@@ -346,12 +360,17 @@ class Frontend:
             self._forget(client)
 
 
-def _encode_answer(reply: Finished | Failed) -> bytes:
-    """An error's text must not outgrow the header, whoever wrote it."""
-    if isinstance(reply, Failed) and len(reply.message) > _MAX_MESSAGE_CHARS:
-        message = reply.message[:_MAX_MESSAGE_CHARS] + " ..."
-        reply = Failed(id=reply.id, code=reply.code, message=message, retryable=reply.retryable)
-    return encode(reply)
+def _answer_frames(reply: Finished | Failed, payload: Sequence[bytes] = ()) -> tuple[bytes, ...]:
+    """Neither an error's text nor a long video may outgrow the header, whoever wrote it."""
+    if isinstance(reply, Failed):
+        if len(reply.message) > _MAX_MESSAGE_CHARS:
+            reply = msgspec.structs.replace(reply, message=reply.message[:_MAX_MESSAGE_CHARS] + " ...")
+        return (encode(reply),)
+    try:
+        return (encode(reply), *payload)
+    except WireError:
+        message = f"{len(payload)} images are too many for one answer; ask for fewer frames, or for mp4"
+        return (encode(Failed(id=reply.id, code="bad_request", message=message)),)
 
 
 def _dropped(request_id: str, outbox_bytes: int) -> Failed:

@@ -5,13 +5,16 @@ touch the process that serves.
 """
 
 import asyncio
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from understudy.admin import MAX_LINE_BYTES, Add, Done, Error, Line, Note
+from understudy.admin import MAX_LINE_BYTES, Add, Done, Error, Line, Note, Scan
+from understudyd.store.sources.opening import user_name
 
 _decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
 
@@ -24,14 +27,14 @@ class IngestFailed(Exception):
         self.code = code
 
 
-async def ingest(store: Path, command: Add, on_note: Callable[[Note], None]) -> None:
-    """Ingest `command.source` into the store folder. Raises `IngestFailed`; nothing is left behind then."""
+async def ingest(store: Path, command: Add | Scan, on_note: Callable[[Note], None]) -> Any:
+    """Ingest what `command` names into the store folder; the document that the process answers with.
+
+    Raises `IngestFailed`; nothing of what failed is left behind then. A scan is done when its tree is: what
+    became of each model is in its results.
+    """
     argv = [sys.executable, "-m", "understudyd.store.ingest", "--json", "--store", str(store)]
-    argv += ["--name", command.name, "--source", command.source, "--dtype", command.dtype]
-    if command.variant is not None:
-        argv += ["--variant", command.variant]
-    if command.ignore_pickle:
-        argv.append("--ignore-pickle")
+    argv += ingest_arguments(command)
     child = await asyncio.create_subprocess_exec(
         *argv,
         stdin=asyncio.subprocess.DEVNULL,
@@ -47,12 +50,43 @@ async def ingest(store: Path, command: Add, on_note: Callable[[Note], None]) -> 
         await child.wait()
         raise
     match last:
-        case Done():
-            return
+        case Done(result=result):
+            return result
         case Error(code=code, message=message):
-            raise IngestFailed(code, message)
+            raise IngestFailed(code, message + _way_round(code, store, command))
         case _:
             raise IngestFailed("ingest_died", f"the ingest process ended with {status}: {errors}")
+
+
+def ingest_arguments(command: Add | Scan) -> list[str]:
+    """The command line of ingest for a command, without the store and the form of its report."""
+    match command:
+        case Add():
+            given: dict[str, str | None] = {"--name": command.name, "--source": command.source}
+            given |= {"--pipeline": command.pipeline, "--revision": command.revision}
+            flags: dict[str, bool] = {}
+        case Scan():
+            given = {"--scan": command.folder, "--name-prefix": command.name_prefix or None}
+            flags = {"--dry-run": command.dry_run}
+    given |= {"--variant": command.variant, "--config": command.config, "--dtype": command.dtype}
+    # One word each, so that no value is taken for an option.
+    argv = [f"{option}={value}" for option, value in given.items() if value is not None]
+    argv += [f"--like={name}" for name in command.like]
+    flags |= {"--ignore-pickle": command.ignore_pickle, "--replace": command.replace}
+    return argv + [flag for flag, is_set in flags.items() if is_set]
+
+
+def _way_round(code: str, store: Path, command: Add | Scan) -> str:
+    """What else to do about a path that the daemon does not see: a service's view of the disk is narrowed."""
+    source = command.source if isinstance(command, Add) else command.folder
+    if code not in ("unreadable", "not_found") or not Path(source).is_absolute():
+        return ""
+    user = user_name()
+    words = ["sudo", "-u", user, "understudyd", "ingest", "--store", str(store), *ingest_arguments(command)]
+    return (
+        f". The daemon runs as {user} and, as a service, may see less of the disk than that user; from a "
+        f"shell: {shlex.join(words)}; then: understudyctl rescan"
+    )
 
 
 async def _follow(child: asyncio.subprocess.Process, on_note: Callable[[Note], None]) -> Line | None:

@@ -2,12 +2,17 @@
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from understudy.wire import MAX_ID_CHARS, MAX_SEED, Generate
+from understudy.wire import MAX_FRAME_BYTES, MAX_ID_CHARS, MAX_SEED, Generate
+from understudyd.shell.input_limits import InputLimits, inputs_refusal, options_refusal
 
 _ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_ID_CHARS}}}")
-_FORMATS = ("png", "raw")
+_TASK = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_SCHEDULER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.: -]{0,63}")
+_LOSSY = ("jpeg", "webp")
+_FORMATS = ("png", *_LOSSY, "raw", "latent", "mp4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +21,8 @@ class Limits:
 
     `client_timeout_s` is how long a client with open requests may be silent, and how long a message may
     wait for a client that does not read. The caps of `outbox_bytes` hold beside what ZeroMQ itself holds:
-    at most `send_high_water_mark` messages for each client.
+    at most `send_high_water_mark` messages for each client. Input images wait in memory with their requests:
+    `max_open_input_bytes` of them for each client, `max_all_input_bytes` for all together.
     """
 
     max_model_chars: int = 256
@@ -28,8 +34,10 @@ class Limits:
     max_priority: int = 100
     max_deadline_s: float = 7 * 24 * 3600.0
     max_open_per_client: int = 256
-    max_frames: int = 16
-    max_frame_bytes: int = 16 * 1024 * 1024
+    max_open_input_bytes: int = 512 * 1024 * 1024
+    max_all_input_bytes: int = 2 * 1024 * 1024 * 1024
+    max_frame_bytes: int = MAX_FRAME_BYTES
+    inputs: InputLimits = field(default_factory=InputLimits)
     outbox_bytes: int = 64 * 1024 * 1024
     answer_ttl_s: float = 60.0
     client_timeout_s: float = 15.0
@@ -45,10 +53,11 @@ def is_id(text: str) -> bool:
 ID_RULE = f"an id is 1 to {MAX_ID_CHARS} of the characters A-Z a-z 0-9 . _ : -"
 
 
-def refusal(request: Generate, payload_frames: int, limits: Limits) -> str | None:
-    """What is wrong with a request and what to do, or None. Types are the decoder's matter."""
-    if payload_frames:
-        return f"{payload_frames} payload frames with a generate request; this daemon takes no input images"
+def refusal(request: Generate, payload: Sequence[bytes], limits: Limits) -> str | None:
+    """What is wrong with a request and what to do, or None. Types are the decoder's matter.
+
+    `payload` are its frames, of which no more than headers are looked at.
+    """
     return (
         _texts(request, limits)
         or _size(request, limits)
@@ -58,6 +67,9 @@ def refusal(request: Generate, payload_frames: int, limits: Limits) -> str | Non
         or _whole("priority", request.priority, -limits.max_priority, limits.max_priority)
         or _real("guidance", request.guidance, 0.0, limits.max_guidance)
         or _deadline(request.deadline_s, limits.max_deadline_s)
+        or _output(request)
+        or options_refusal(request.options, limits.inputs)
+        or inputs_refusal(request.inputs, payload, limits.inputs)
     )
 
 
@@ -67,9 +79,19 @@ def _texts(request: Generate, limits: Limits) -> str | None:
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
         if len(text) > limits.max_prompt_chars:
             return f"{name} has {len(text)} characters, the limit is {limits.max_prompt_chars}; shorten it"
+    if request.task is not None and not _TASK.fullmatch(request.task):
+        return f"task {request.task!r:.40} is none; use text-to-image, image-to-image or inpainting"
+    if request.scheduler is not None and not _SCHEDULER.fullmatch(request.scheduler):
+        return f"scheduler {request.scheduler!r:.40} is none; use a class name, DDIMScheduler for example"
+    return None
+
+
+def _output(request: Generate) -> str | None:
     if request.format not in _FORMATS:
         return f"format {request.format!r:.40} is unknown; use one of {', '.join(_FORMATS)}"
-    return None
+    if request.quality is not None and request.format not in _LOSSY:
+        return f"quality is given for {request.format}; leave it out, or use format jpeg or webp"
+    return _whole("quality", request.quality, 1, 100)
 
 
 def _size(request: Generate, limits: Limits) -> str | None:

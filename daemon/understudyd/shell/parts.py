@@ -6,18 +6,21 @@ import sys
 from pathlib import Path
 
 from understudy.paths import CLIENT_SOCKET
-from understudyd.config import AUTO, Config
+from understudyd.config import AUTO, Config, ServerConfig
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
-from understudyd.shell.adapters import ServedModels, StageAdapter
+from understudyd.shell.adapters import StageAdapter
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.host_pool import HostPool
+from understudyd.shell.input_limits import InputLimits
 from understudyd.shell.limits import Limits
 from understudyd.shell.memory import Arena, ArenaError, CpuArena, memory_available_bytes
+from understudyd.shell.read_through import ReadThrough
 from understudyd.shell.runtime import Runtime
 from understudyd.shell.supervisor import LoaderPool, LoaderSettings
 from understudyd.shell.timeline import Timeline
 from understudyd.store.store import Store
+from understudyd.store.union import StoreUnion
 
 CPU_ARENA_SHARE = 0.5
 HOST_POOL_SHARE = 0.5
@@ -38,6 +41,19 @@ class Parts:
         self._gpu: str | int = int(gpu) if gpu.isdigit() else gpu
         # Asked before the host pool takes its share, which it does in the background.
         self._available_bytes = memory_available_bytes()
+
+    def stores(self) -> StoreUnion:
+        """The writable store, made where there is none, and the read-only ones. Raises `StoreError`."""
+        chosen = self.config.store
+        own = Store.open(chosen.path, writable=True)
+        return StoreUnion(own, [Store(path) for path in chosen.read_only if path != chosen.path])
+
+    def cache(self) -> ReadThrough | None:
+        """Local copies of what read-only stores hold, in the writable store's folder; None without."""
+        chosen = self.config.store
+        if not (chosen.cache and chosen.read_only):
+            return None
+        return ReadThrough(chosen.path / "cache", int(chosen.cache), float(chosen.cache_rate))
 
     def host_pool(self) -> HostPool | None:
         """None where it is to have no bytes. Raises `ArenaError`."""
@@ -120,37 +136,52 @@ class Parts:
     def frontend(self, loop: asyncio.AbstractEventLoop, runtime: Runtime, daemon_id: str) -> Frontend:
         """The clients' door, still shut."""
         chosen = self.config.server
-        limits = Limits(
-            max_pixels=chosen.max_pixels,
-            max_steps=chosen.max_steps,
-            max_images=chosen.max_images,
-            max_prompt_chars=chosen.max_prompt_chars,
-            max_open_per_client=chosen.max_open_per_client,
-            outbox_bytes=int(chosen.outbox_bytes),
-            answer_ttl_s=chosen.answer_ttl_s,
-            client_timeout_s=chosen.client_timeout_s,
-        )
         endpoints = [f"ipc://{chosen.runtime_dir / CLIENT_SOCKET}", *chosen.endpoints]
-        return Frontend(loop, endpoints, runtime, limits=limits, daemon_id=daemon_id)
+        return Frontend(loop, endpoints, runtime, limits=limits_of(chosen), daemon_id=daemon_id)
 
-    def stage(self, arena: Arena, store: Store, runtime: Runtime, timeline: Timeline) -> StageAdapter:
+    def stage(self, arena: Arena, runtime: Runtime, timeline: Timeline) -> StageAdapter:
         """The stage; blocks for seconds while torch and diffusers are imported."""
         from understudyd.stage.stage import Stage
 
         # Threads that wait for the interpreter get it within a millisecond: the stage changes over
         # between threads, and the event loop's share is small.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        return StageAdapter(
-            Stage(
-                arena.tensor(),
-                ServedModels(store, runtime.records),
-                device=self.device,
-                threads=self.config.stage.threads,
-                emit=runtime.emit,
-                on_progress=runtime.progress,
-                record=timeline.record,
-            )
+        stage = Stage(
+            arena.tensor(),
+            runtime.keeper.served,
+            device=self.device,
+            threads=self.config.stage.threads,
+            emit=runtime.emit,
+            on_progress=runtime.progress,
+            record=timeline.record,
         )
+        stage.start_custom_classes()
+        return StageAdapter(stage)
+
+
+def limits_of(chosen: ServerConfig) -> Limits:
+    """What the front end holds clients to."""
+    return Limits(
+        max_pixels=chosen.max_pixels,
+        max_steps=chosen.max_steps,
+        max_images=chosen.max_images,
+        max_prompt_chars=chosen.max_prompt_chars,
+        max_open_per_client=chosen.max_open_per_client,
+        max_open_input_bytes=int(chosen.max_open_input_bytes),
+        max_all_input_bytes=int(chosen.max_all_input_bytes),
+        inputs=InputLimits(
+            max_pixels=chosen.max_input_pixels,
+            # A request that no waiting makes room for must not be told to try again.
+            max_total_bytes=int(
+                min(chosen.max_input_bytes, chosen.max_open_input_bytes, chosen.max_all_input_bytes)
+            ),
+            max_option_items=chosen.max_steps,  # a list may be timesteps
+            max_option_chars=chosen.max_prompt_chars,
+        ),
+        outbox_bytes=int(chosen.outbox_bytes),
+        answer_ttl_s=chosen.answer_ttl_s,
+        client_timeout_s=chosen.client_timeout_s,
+    )
 
 
 def _whole_grains(size_bytes: float) -> int:

@@ -23,8 +23,8 @@ RecordSpan = Callable[[str, str, float, float], None]
 class RequestSink(Protocol):
     """What the front end hands requests to. The front end has checked sizes, limits and duplicates."""
 
-    def submit(self, client: str, request: Generate) -> None:
-        """A new request of this client; the answer comes through `ReplySink.send`."""
+    def submit(self, client: str, request: Generate, payload: Sequence[bytes] = ()) -> None:
+        """A new request of this client, with its input images; the answer comes through `ReplySink.send`."""
 
     def cancel(self, client: str, request_id: str) -> None:
         """The client takes its request back; unknown ids are ignored."""
@@ -94,8 +94,8 @@ class StageDoor(Protocol):
     def move_extent(self, blob: str, offset: int, to_offset: int, size_bytes: int, generation: int) -> None:
         """Move a blob without views to a lower place of the arena, which may overlap its old one."""
 
-    def put_on_deck(self, request_id: str, model: str, request: Generate) -> None:
-        """Run the request when the stage is free."""
+    def put_on_deck(self, request_id: str, model: str, request: Generate, payload: Sequence[bytes]) -> None:
+        """Run the request, with its input images, when the stage is free."""
 
     def cancel_run(self, request_id: str, code: ErrorCode) -> None:
         """End it at its next checkpoint."""

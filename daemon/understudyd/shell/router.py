@@ -34,7 +34,8 @@ class Sent(Enum):
 class Router:
     """Owns context and socket. Belongs to the loop's thread.
 
-    `on_message(identity, frames)` gets every message, cut after `max_frames` + 1 frames;
+    `on_message(identity, frames)` gets every message, a header and its payload, cut one frame after
+    `max_payload_frames`: the one too many shows that there were too many;
     `on_writable()` is called after each drain, when a client that was full may have room again.
     """
 
@@ -45,7 +46,7 @@ class Router:
         on_message: Callable[[bytes, list[bytes]], None],
         on_writable: Callable[[], None],
         *,
-        max_frames: int,
+        max_payload_frames: int,
         max_frame_bytes: int,
         send_high_water_mark: int,
         receive_high_water_mark: int,
@@ -55,7 +56,7 @@ class Router:
         self._loop = loop
         self._on_message = on_message
         self._on_writable = on_writable
-        self._frames_kept = max_frames + 1
+        self._frames_kept = 1 + max_payload_frames + 1
         self._turn: asyncio.Handle | None = None
         self._draining = False
         self._socket_files: dict[Path, int] = {}

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -20,12 +20,15 @@ from understudyd.core import events as ev
 from understudyd.core import snapshot
 from understudyd.core.machine import Machine
 from understudyd.core.states import IllegalEvent
-from understudyd.core.types import BlobInfo, ErrorCode, ModelInfo, RequestInfo, Tier
+from understudyd.core.types import ErrorCode, RequestInfo, Tier
+from understudyd.names import unknown_model
+from understudyd.shell.blob_files import BlobFiles
+from understudyd.shell.keeper import Keeper
 from understudyd.shell.ports import LoadRunner, ReplySink, RunResult, StageDoor
+from understudyd.shell.read_through import ReadThrough
 from understudyd.shell.tally import Tally
-from understudyd.store.errors import StoreError
-from understudyd.store.records import BlobRecord, ModelRecord
-from understudyd.store.store import Store
+from understudyd.store.records import ModelRecord
+from understudyd.store.union import StoreUnion
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,10 @@ StageAction = (
 class RunFailed(Exception):
     """A request of the daemon's own (warm-up) was not served."""
 
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(f"{code.value}: {message}")
+        self.code = code
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -61,18 +68,11 @@ class _Pending:
     client: str
     request: Generate
     received_at_s: float
+    payload: tuple[bytes, ...] = ()
     tier: Tier = Tier.DISK
     step: int = 0
     steps: int = 0
     done: asyncio.Future[RunResult] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a blob is on disk, and what to call it in the timeline."""
-
-    record: BlobRecord
-    label: str
 
 
 class Runtime:
@@ -81,18 +81,18 @@ class Runtime:
     def __init__(
         self,
         machine: Machine,
-        store: Store,
+        stores: StoreUnion,
         loop: asyncio.AbstractEventLoop,
         *,
+        cache: ReadThrough | None = None,
         on_defect: Callable[[BaseException], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.machine = machine
-        self.store = store
+        self.keeper = Keeper(machine, stores, loop, self.handle)
+        self.files = BlobFiles(stores.own, cache)
         self.tally = Tally()
-        self.records: dict[str, ModelRecord] = {}
         self.pending: dict[str, _Pending] = {}
-        self.store_lock = asyncio.Lock()
         self._loop = loop
         self._clock = clock
         self._on_defect = on_defect
@@ -100,15 +100,22 @@ class Runtime:
         self._pool: LoadRunner | None = None
         self._stage: StageDoor | None = None
         self._replies: ReplySink | None = None
-        self._places: dict[str, _Place] = {}
         self._inbox: deque[ev.Event] = deque()
         self._deferred: list[StageAction] = []
         self._is_handling = False
         self._wake_at_s: float | None = None
         self._waker: asyncio.TimerHandle | None = None
         self._watches: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
-        self._retired: dict[str, asyncio.Future[int]] = {}
-        self._deletions: set[asyncio.Task[None]] = set()
+
+    @property
+    def records(self) -> dict[str, ModelRecord]:
+        """What each name stands for."""
+        return self.keeper.served.records
+
+    @property
+    def store_lock(self) -> asyncio.Lock:
+        """Held by whoever changes the store: one writer at a time."""
+        return self.keeper.lock
 
     # -- wiring -------------------------------------------------------------------------------------
 
@@ -133,8 +140,8 @@ class Runtime:
         """Give the machine an event; from any thread."""
         if threading.get_ident() == self._thread:
             self.handle(event)
-        else:
-            self._loop.call_soon_threadsafe(self.handle, event)
+        elif (verified := self.keeper.verified(event)) is not None:
+            self._loop.call_soon_threadsafe(self.handle, verified)
 
     def handle(self, event: ev.Event) -> None:
         """Machine, then actions; events that performing causes are handled after, in order."""
@@ -151,6 +158,7 @@ class Runtime:
         self._look_at_watches()
 
     def _handle_one(self, event: ev.Event) -> None:
+        self.files.follow(event)
         try:
             actions = self.machine.handle(event, self._clock())
         except IllegalEvent:
@@ -191,16 +199,16 @@ class Runtime:
                 self._answer(request_id, code, message)
             case ac.StartLoad(blob=key):
                 assert self._pool is not None
-                place = self._places[key]
-                self._pool.start_load(action, place.label, self.store.blob_path(key), place.record)
+                place = self.keeper.served.places[key]
+                self._pool.start_load(action, place.label, self.files.choose(action, place), place.record)
             case ac.CancelLoad(load_id=load_id):
                 assert self._pool is not None
                 self._pool.cancel_load(load_id)
             case ac.PauseLoads(is_paused=is_paused):
                 assert self._pool is not None
                 self._pool.pause_loads(is_paused)
-            case ac.RetireModel(name=name):
-                self._retire(name)
+            case ac.RetireModel() | ac.AdoptEdition() | ac.RejectEdition() | ac.RetireEdition():
+                self.keeper.perform(action)
             case _:
                 if self._stage is None:
                     self._deferred.append(action)
@@ -215,12 +223,13 @@ class Runtime:
                 stage.drop_views(key, generation)
             case ac.MoveExtent(blob=key):
                 stage.move_extent(key, action.offset, action.to_offset, action.size_bytes, action.generation)
-            case ac.PrepareModel(name=name):
-                stage.prepare_model(name)
-            case ac.ForgetModel(name=name):
-                stage.forget_model(name)
+            case ac.PrepareModel(key=key):
+                stage.prepare_model(key)
+            case ac.ForgetModel(key=key):
+                stage.forget_model(key)
             case ac.PutOnDeck(request_id=request_id, model=model):
-                stage.put_on_deck(request_id, model, self.pending[request_id].request)
+                pending = self.pending[request_id]
+                stage.put_on_deck(request_id, model, pending.request, pending.payload)
             case ac.CancelRun(request_id=request_id, code=code):
                 stage.cancel_run(request_id, code)
             case _:
@@ -242,8 +251,10 @@ class Runtime:
             return
         if pending.done is not None:
             if not pending.done.done():
-                pending.done.set_exception(RunFailed(f"{code.value}: {message}"))
+                pending.done.set_exception(RunFailed(code, message))
             return
+        if code is ErrorCode.UNKNOWN_MODEL:
+            message = unknown_model(request.model, self.keeper.names(), "ask for the list of models")
         if code not in (ErrorCode.CANCELLED, ErrorCode.CLIENT_GONE):
             self.tally.failure(code.value, message)
         failed = Failed(id=request.id, code=code.value, message=message, retryable=code in RETRYABLE)
@@ -265,9 +276,9 @@ class Runtime:
 
     # -- RequestSink --------------------------------------------------------------------------------
 
-    def submit(self, client: str, request: Generate) -> None:
+    def submit(self, client: str, request: Generate, payload: Sequence[bytes] = ()) -> None:
         """A client's request; ids are made unique by the client's name."""
-        self._submit(f"{client}/{request.id}", _Pending(client, request, self._clock()))
+        self._submit(f"{client}/{request.id}", _Pending(client, request, self._clock(), tuple(payload)))
 
     def cancel(self, client: str, request_id: str) -> None:
         """A client takes its request back."""
@@ -307,8 +318,13 @@ class Runtime:
     async def run(self, request: Generate) -> RunResult:
         """Run a request of the daemon's own. Raises `RunFailed`."""
         done: asyncio.Future[RunResult] = self._loop.create_future()
-        self._submit(f"understudyd/{request.id}", _Pending("understudyd", request, self._clock(), done=done))
-        return await done
+        request_id = f"understudyd/{request.id}"
+        self._submit(request_id, _Pending("understudyd", request, self._clock(), done=done))
+        try:
+            return await done
+        finally:
+            if not done.done() or done.cancelled():
+                self.handle(ev.RequestCancelled(request_id))
 
     def _submit(self, request_id: str, pending: _Pending) -> None:
         request = pending.request
@@ -322,47 +338,6 @@ class Runtime:
         )
         self.pending[request_id] = pending
         self.handle(ev.RequestReceived(info))
-
-    # -- models -------------------------------------------------------------------------------------
-
-    def add_model(self, record: ModelRecord) -> None:
-        """The store has this model: it may be asked for from now on."""
-        self.records[record.name] = record
-        for component in record.components:
-            label = f"{record.name} {component.name}"
-            self._places.setdefault(component.blob.sha256, _Place(component.blob, label))
-        blobs = tuple(BlobInfo(c.blob.sha256, c.blob.size_bytes) for c in record.components)
-        self.handle(ev.ModelAdded(ModelInfo(record.name, blobs)))
-
-    async def remove_model(self, name: str) -> int:
-        """Stop serving a model, delete it when its last user is gone; returns freed bytes on disk."""
-        retired: asyncio.Future[int] = self._loop.create_future()
-        self._retired[name] = retired
-        self.handle(ev.ModelRemoved(name))
-        return await retired
-
-    def _retire(self, name: str) -> None:
-        record = self.records.pop(name)
-        for component in record.components:
-            if component.blob.sha256 not in self.machine.residency.blobs:
-                self._places.pop(component.blob.sha256, None)
-        task = self._loop.create_task(self._delete(name))
-        self._deletions.add(task)
-        task.add_done_callback(self._deletions.discard)
-
-    async def _delete(self, name: str) -> None:
-        """Delete a retired model's files; whoever waits for it hears how that went."""
-        waiter = self._retired.pop(name, None)
-        try:
-            async with self.store_lock:
-                freed_bytes = await self._loop.run_in_executor(None, self.store.remove, name)
-        except StoreError as error:
-            log.error("%s could not be deleted from the store: %s", name, error)
-            if waiter is not None and not waiter.done():
-                waiter.set_exception(error)
-        else:
-            if waiter is not None and not waiter.done():
-                waiter.set_result(freed_bytes)
 
     def strays(self) -> list[str]:
         """Tensors of bound components outside the arena; see `StageDoor`."""

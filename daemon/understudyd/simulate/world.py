@@ -208,6 +208,8 @@ class World:
                 self._traffic.pause(is_paused, self.now_s)
             case ac.AcceptRequest() | ac.DropViews() | ac.ForgetModel() | ac.RetireModel():
                 pass  # takes no time
+            case ac.AdoptEdition() | ac.RejectEdition() | ac.RetireEdition():
+                raise AssertionError("traces replace no models")
             case ac.CancelRun(request_id=request_id):
                 raise AssertionError(f"{request_id}: traces know neither cancellations nor deadlines")
             case _:

@@ -23,6 +23,10 @@ class SkeletonMismatch(StageError):
     """A signature and the module built from it disagree: a tensor would stay without weights."""
 
 
+class PipelineFailed(StageError):
+    """An installed custom pipeline broke its contract; the message names it."""
+
+
 class NotPrepared(StageError):
     """A request came for a model whose small parts are not at hand."""
 

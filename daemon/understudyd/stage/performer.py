@@ -9,7 +9,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from understudyd.core.events import (
     EncodingFailed,
@@ -20,16 +19,23 @@ from understudyd.core.events import (
 )
 from understudyd.core.types import ErrorCode, Outcome
 from understudyd.stage.baton import Turn
+from understudyd.stage.custom import CustomModel
 from understudyd.stage.device import Device
+from understudyd.stage.early import EarlyReads, WeightsReadEarly
 from understudyd.stage.encode import encode_images
 from understudyd.stage.errors import RunCancelled, StageError
-from understudyd.stage.run import Run, RunResult, call_arguments, unwatch_steps, watch_steps
+from understudyd.stage.inputs import check_inputs, decode_inputs
+from understudyd.stage.keywords import call_arguments, frames_per_second
+from understudyd.stage.pictures import Made, find_made
+from understudyd.stage.run import Run, RunResult, unwatch_steps, watch_steps
 from understudyd.stage.views import ResidentBlobs
 from understudyd.stage.wrapper import PreparedModel
 
 _log = logging.getLogger(__name__)
 
 _MESSAGE_CHARS = 300
+
+Prepared = PreparedModel | CustomModel
 
 
 class Announcer:
@@ -77,17 +83,17 @@ class Performer:
         self._local = threading.local()
         self._last_ended_at_s: float | None = None  # written by the holder of the baton
 
-    def perform(self, run: Run, find: Callable[[str], PreparedModel]) -> RunResult | None:
+    def perform(self, run: Run, find: Callable[[str], Prepared]) -> RunResult | None:
         """Run, hand over, encode. Announces everything but `ImagesEncoded`: the result is not stored yet.
 
         `find` gives the prepared model of a name or raises `StageError`.
         """
-        model, images, error = None, None, None
+        model, made, error = None, None, None
         try:
             model = find(run.model)
             self._local.current = (run, model)
             run.check_cancelled()
-            images = self._play_within_memory(run, model)
+            made = self._play_within_memory(run, model)
             ended = RunEnded(run.request_id, Outcome.FINISHED)
         except RunCancelled:
             ended = RunEnded(run.request_id, Outcome.CANCELLED, run.cancel_code, "cancelled")
@@ -99,11 +105,11 @@ class Performer:
         if error is not None and ended.code is not ErrorCode.BAD_REQUEST:
             _log.error("request %s for %s failed", run.request_id, run.model, exc_info=error)
         error = None  # its traceback holds this frame, and all the pipeline's tensors
-        return self._encode(run, images) if ended.outcome is Outcome.FINISHED else None
+        return None if made is None else self._encode(run, made)
 
     def touch(self) -> None:
         """A stage operation comes: be on stage for it, unless cancelled."""
-        current: tuple[Run, PreparedModel] | None = getattr(self._local, "current", None)
+        current: tuple[Run, Prepared] | None = getattr(self._local, "current", None)
         if current is None:
             return
         run, model = current
@@ -111,10 +117,10 @@ class Performer:
         if not run.is_on_stage:
             self._step_on(run, model)
 
-    def _play_within_memory(self, run: Run, model: PreparedModel) -> Any:
+    def _play_within_memory(self, run: Run, model: Prepared) -> Made:
         """Play; once more with an empty cache if the memory for activations runs out."""
         try:
-            return self._play(run, model)
+            return self._play_from_deck(run, model)
         except Exception as error:
             if not self._device.is_out_of_memory(error):
                 raise
@@ -123,30 +129,55 @@ class Performer:
         run.steps_done = 0
         return self._play(run, model)
 
-    def _play(self, run: Run, model: PreparedModel) -> Any:
-        arguments = call_arguments(run.params, model.call_names, model.pipeline_class.__name__)
-        if model.rewrites_configs:
+    def _play_from_deck(self, run: Run, model: Prepared) -> Made:
+        """Play; from the start, on stage, if that reads weights before it holds the baton."""
+        addresses = self._resident.address_range
+        unbound = frozenset().union(*(part.skeleton.unbound_addresses for part in model.components))
+        try:
+            with EarlyReads(lambda address: address in addresses or address in unbound) as early:
+                self._local.early = early
+                return self._play(run, model)
+        except WeightsReadEarly:
             self.touch()
-        pipeline, schedulers = model.open_pipeline()
+            return self._play(run, model)
+
+    def _play(self, run: Run, model: Prepared) -> Made:
+        if isinstance(model, CustomModel):
+            return model.play(run, self.touch, lambda done, total: self._told(run, done, total))
+        params = run.params
+        task = model.task_for(params.task, [info.name for info, _ in params.inputs])
+        # Made anew for a second try: a generator has moved on, and a pipeline may change what it was given.
+        arguments = call_arguments(params, task.call)
+        fps = frames_per_second(params, task.call)
+        if params.inputs or task.needed_images:
+            check_inputs(params.inputs, task.call, task.images, task.needed_images)
+            arguments |= decode_inputs(params.inputs, task.call, run.check_cancelled)
+        if task.rewrites_configs:
+            self.touch()
+        pipeline, schedulers = model.open_pipeline(task, params.scheduler)
         for scheduler in schedulers:
             watch_steps(scheduler, self.touch, lambda steps: self._step_done(run, steps))
         try:
-            images = pipeline(**arguments).images
+            made = find_made(pipeline(**arguments), fps)
         finally:
             for scheduler in schedulers:
                 unwatch_steps(scheduler)
         self.touch()
-        return images
+        return made
 
     def _step_done(self, run: Run, steps: int) -> None:
         """Between two steps: the place to give the baton to somebody else for a while."""
-        run.steps_done += 1
-        self._on_progress(run.request_id, run.steps_done, steps)
+        self._told(run, run.steps_done + 1, steps)
+
+    def _told(self, run: Run, done: int, steps: int) -> None:
+        run.steps_done = done
+        self._on_progress(run.request_id, done, steps)
         run.check_cancelled()
 
-    def _step_on(self, run: Run, model: PreparedModel) -> None:
+    def _step_on(self, run: Run, model: Prepared) -> None:
         """Take the baton and bind what differs."""
         run.turn.take()
+        self._local.early.end()
         run.check_cancelled()
         bind_started_at_s = self._clock()
         resident = self._resident
@@ -164,7 +195,7 @@ class Performer:
         if not run.turn.is_awaited:
             self._announcer.flush()
 
-    def _step_off(self, run: Run, model: PreparedModel | None, ended: RunEnded) -> None:
+    def _step_off(self, run: Run, model: Prepared | None, ended: RunEnded) -> None:
         """Hand the baton on, and only when the successor has begun see to everything else."""
         mark, displaced = None, []
         if run.is_on_stage:
@@ -187,10 +218,11 @@ class Performer:
         self._record("bind", run.model, run.first_op_at_s - run.bind_s, run.first_op_at_s)
         self._record("stage", run.model, run.first_op_at_s, run.ended_at_s)
 
-    def _encode(self, run: Run, images: Any) -> RunResult | None:
+    def _encode(self, run: Run, made: Made) -> RunResult | None:
         started_at_s = self._clock()
         try:
-            encoded, infos = encode_images(self._device.to_host(images), run.params.format)
+            made = made.on_host(self._device.to_host)
+            encoded, infos = encode_images(made, run.params.format, run.params.quality)
         except Exception as error:  # noqa: BLE001  a task's boundary
             _log.exception("encoding the images of request %s failed", run.request_id)
             self._announcer.announce(EncodingFailed(run.request_id, _short(error)))
@@ -217,7 +249,7 @@ class Performer:
             return ErrorCode.BAD_REQUEST, str(error)[:_MESSAGE_CHARS]
         return ErrorCode.INTERNAL, _short(error)
 
-    def _free(self, model: PreparedModel) -> None:
+    def _free(self, model: Prepared) -> None:
         for part in model.components:
             part.skeleton.restore()
         self._device.free_cache()

@@ -1,23 +1,24 @@
 """One request on its way over the stage: what was asked, what has happened so far, what came out."""
 
 import functools
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from understudy.wire import ImageInfo
+from understudy.wire import ImageInfo, InputInfo
 from understudyd.core.types import ErrorCode
 from understudyd.stage.baton import Turn
-from understudyd.stage.errors import BadRequest, RunCancelled
+from understudyd.stage.errors import RunCancelled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunParams:
-    """What the client asked for. None means the pipeline's own default; sizes are pixels."""
+    """What the client asked for, as `understudy.wire.Generate` defines it.
 
-    prompt: str
+    None means the pipeline's own default; sizes are pixels. `inputs` pairs each description with its bytes.
+    """
+
+    prompt: str = ""
     negative_prompt: str | None = None
     seed: int
     width: int | None = None
@@ -25,7 +26,12 @@ class RunParams:
     steps: int | None = None
     guidance: float | None = None
     images: int = 1
+    task: str | None = None
+    scheduler: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[tuple[InputInfo, bytes], ...] = ()
     format: str = "png"
+    quality: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,49 +110,37 @@ class Run:
         )
 
 
-def call_arguments(params: RunParams, known: Collection[str], pipeline: str) -> dict[str, Any]:
-    """The pipeline's keyword arguments. Raises `BadRequest` naming what it does not take."""
-    wanted = {
-        "prompt": ("prompt", params.prompt),
-        "negative prompt": ("negative_prompt", params.negative_prompt),
-        "width": ("width", params.width),
-        "height": ("height", params.height),
-        "steps": ("num_inference_steps", params.steps),
-        "guidance": ("guidance_scale", params.guidance),
-        "images": ("num_images_per_prompt", None if params.images == 1 else params.images),
-    }
-    arguments: dict[str, Any] = {}
-    for word, (name, value) in wanted.items():
-        if value is None:
-            continue
-        if name not in known:
-            raise BadRequest(f"{pipeline} takes no {word}; leave it out")
-        arguments[name] = value
-    if "generator" in known:
-        # On the CPU whatever the device, as users of diffusers do to get the same image everywhere.
-        arguments["generator"] = torch.Generator("cpu").manual_seed(params.seed)
-    if "output_type" in known:
-        arguments["output_type"] = "pt"
-    return arguments
-
-
 def watch_steps(scheduler: Any, before: Callable[[], None], after: Callable[[int], None]) -> None:
     """Call `before()` and `after(total_steps)` around the scheduler's steps.
 
     On the instance, with the signature kept: pipelines inspect it. `unwatch_steps` ends it.
     """
-    step = scheduler.step
+    name = _step_name(scheduler)
+    step = getattr(scheduler, name)
 
     @functools.wraps(step)
     def watched(*args: Any, **kwargs: Any) -> Any:
         before()
         result = step(*args, **kwargs)
-        after(len(scheduler.timesteps))
+        after(_total_steps(scheduler))
         return result
 
-    scheduler.step = watched
+    setattr(scheduler, name, watched)
 
 
 def unwatch_steps(scheduler: Any) -> None:
     """Break the reference cycle, which would keep the last latents until the next garbage collection."""
-    vars(scheduler).pop("step", None)
+    vars(scheduler).pop(_step_name(scheduler), None)
+
+
+def _step_name(scheduler: Any) -> str:
+    """Predictor and corrector schedulers have no `step`; each prediction is one."""
+    return "step" if hasattr(scheduler, "step") else "step_pred"
+
+
+def _total_steps(scheduler: Any) -> int:
+    """How many steps there will be. Image to image begins in the middle of the schedule."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None:
+        return 0
+    return len(timesteps) - (getattr(scheduler, "begin_index", None) or 0)

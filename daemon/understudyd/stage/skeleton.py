@@ -1,13 +1,13 @@
 """One component without weights, shared by every fine-tune of its signature.
 
-The module is built once on the meta device. Every tensor a blob brings has a slot, a (dict, key) pair of
-the module tree: binding writes views into the slots and does nothing else. That the slots cover the
-whole module is proved once, here, so that nothing can be left without weights after a bind.
+The module is built once, without memory. Every tensor a blob brings has a slot, a place of the module tree:
+binding writes views into the slots and does nothing else. That the slots cover the whole module is
+proved once, here, so that nothing can be left without weights after a bind.
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import setitem
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from understudyd.stage.classes import resolve
+from understudyd.stage.building import build_module
 from understudyd.stage.errors import SkeletonMismatch
+from understudyd.stage.leftovers import PlainState
 from understudyd.stage.views import BlobViews, dtype_of
 from understudyd.store.records import SignatureRecord, TensorRecord
-
-Slot = tuple[dict[str, Any], str]
+from understudyd.store.tensor_places import TensorPlace, tensor_places
 
 
 class Skeleton:
@@ -38,20 +38,24 @@ class Skeleton:
         device: torch.device = torch.device("cpu"),  # noqa: B008  immutable
     ) -> None:
         self.signature = signature
-        self.module = _build(signature)
-        slots = _find_slots(self.module, signature.tensors)
-        _check_cover(self.module, slots)
-        self._dicts = [owner for owner, _ in slots]
-        self._keys = [key for _, key in slots]
+        self.module = build_module(signature)
+        places = {place.path: place for place in tensor_places(self.module, every_path=True)}
+        slots = _find_slots(places, signature.tensors)
+        _check_cover(places, slots)
+        self._owners = [slot.owner for slot in slots]
+        self._keys = [slot.key for slot in slots]
+        self._replaceable = [i for i, slot in enumerate(slots) if slot.kind != "parameter"]
         self._placeholders = list(_placeholders(signature.tensors, device))
-        self._config_key = "_internal_dict" if "_internal_dict" in vars(self.module) else "config"
-        self._config = vars(self.module)[self._config_key]
+        self.unbound_addresses = frozenset(tensor.data_ptr() for tensor in self._placeholders)
+        attributes = vars(self.module)
+        self._config = {key: attributes[key] for key in ("_internal_dict", "config") if key in attributes}
         self._lock = threading.Lock()
         self._bound: BlobViews | None = None
         self._is_dirty = False
         self._on_touch = on_touch
         self._put(self._placeholders)
         self._watch()
+        self._plain_state = PlainState(self.module, {slot.identity[:2] for slot in slots})
 
     @property
     def is_dirty(self) -> bool:
@@ -82,38 +86,44 @@ class Skeleton:
                 self._put(self._placeholders)
 
     def restore(self) -> list[Tensor]:
-        """Undo what the last run did to the shared module: moved or cast tensors, a rewritten config.
+        """Undo what the last run did to the shared module: tensors moved, cast or replaced, attributes set.
 
         Returns the tensors that lay outside the arena, so that the caller chooses when to free them.
         """
-        vars(self.module)[self._config_key] = self._config
+        vars(self.module).update(self._config)
+        self._plain_state.restore()
         with self._lock:
+            values = self._placeholders if self._bound is None else self._bound.bound
             if not self._is_dirty:
+                self._put_back_replaced(values)
                 return []
             self._is_dirty = False
-            if self._bound is None:
-                self._put(self._placeholders)
-                return []
-            displaced = self._bound.restore()
-            self._put(self._bound.bound)
+            displaced = [] if self._bound is None else self._bound.restore()
+            self._put(values)
             return displaced
 
     def strays(self, address_range: range) -> list[str]:
         """Paths whose tensor does not lie in these addresses now: none, if all is well."""
         return [
             record.path
-            for record, owner, key in zip(self.signature.tensors, self._dicts, self._keys)
+            for record, owner, key in zip(self.signature.tensors, self._owners, self._keys)
             if owner[key].numel() and owner[key].data_ptr() not in address_range
         ]
 
     def tensors(self) -> Iterator[tuple[TensorRecord, Tensor]]:
         """What is in the slots now, ties included."""
-        for record, owner, key in zip(self.signature.tensors, self._dicts, self._keys):
+        for record, owner, key in zip(self.signature.tensors, self._owners, self._keys):
             yield record, owner[key]
 
     def _put(self, values: Iterable[Tensor]) -> None:
         # The loop runs in C: thrice as fast as a Python loop, and this is the hot path of a switch.
-        deque(map(setitem, self._dicts, self._keys, values), maxlen=0)
+        deque(map(setitem, self._owners, self._keys, values), maxlen=0)
+
+    def _put_back_replaced(self, values: Sequence[Tensor]) -> None:
+        """Buffers and attributes are sometimes assigned to while a module computes; parameters never."""
+        for i in self._replaceable:
+            if self._owners[i][self._keys[i]] is not values[i]:
+                self._owners[i][self._keys[i]] = values[i]
 
     def _watch(self) -> None:
         """Have every computation and every `_apply` (`to`, `half`, `cuda`, ...) come by here first."""
@@ -132,73 +142,28 @@ class Skeleton:
         return applied
 
 
-def _build(signature: SignatureRecord) -> nn.Module:
-    """The bare module on the meta device, in eval mode."""
-    component_class = resolve(signature.library, signature.class_name)
-    config = dict(signature.config)
-    with torch.device("meta"):
-        if hasattr(component_class, "from_config"):
-            module = component_class.from_config(config)
-        else:
-            module = _build_transformer(component_class, config, signature)
-    if not isinstance(module, nn.Module):
-        raise SkeletonMismatch(f"{signature.library}.{signature.class_name} is no torch module")
-    return module.eval().requires_grad_(False)
-
-
-def _build_transformer(
-    model_class: type[Any], values: dict[str, Any], signature: SignatureRecord
-) -> nn.Module:
-    """A transformers model. `dtype=None`: naming one would set torch's default dtype process-wide."""
-    config = model_class.config_class.from_dict(values)
-    attn = signature.attn_implementation
-    options = {} if attn is None else {"attn_implementation": attn}
-    module: nn.Module = model_class._from_config(config, dtype=None, **options)
-    dtype = next((dtype_of(record) for record in signature.tensors if record.kind == "parameter"), None)
-    for owner in (config, *(getattr(config, key) for key in config.sub_configs)):
-        if owner is not None:
-            owner.dtype = dtype
-    return module
-
-
-def _find_slots(root: nn.Module, records: Sequence[TensorRecord]) -> list[Slot]:
-    """One slot per record. Raises `SkeletonMismatch` naming the first record without a place."""
-    modules = dict(root.named_modules(remove_duplicate=False))
-    slots: list[Slot] = []
+def _find_slots(places: Mapping[str, TensorPlace], records: Sequence[TensorRecord]) -> list[TensorPlace]:
+    """One place per record. Raises `SkeletonMismatch` naming the first record without one."""
+    slots: list[TensorPlace] = []
     for record in records:
-        parent, _, key = record.path.rpartition(".")
-        module = modules.get(parent)
-        owner = None if module is None else _owner(module, record)
-        if owner is None or not isinstance(owner.get(key), Tensor):
+        place = places.get(record.path)
+        if place is None or place.kind != record.kind:
             raise SkeletonMismatch(f"the module has no {record.kind} {record.path}; add the model again")
-        if tuple(owner[key].shape) != tuple(record.shape):
-            shape = tuple(owner[key].shape)
+        if tuple(place.tensor.shape) != tuple(record.shape):
+            shape = tuple(place.tensor.shape)
             raise SkeletonMismatch(
                 f"{record.path} has shape {shape} in the module, {record.shape} in the blob"
             )
-        slots.append((owner, key))
+        slots.append(place)
     return slots
 
 
-def _owner(module: nn.Module, record: TensorRecord) -> dict[str, Any]:
-    tables: dict[str, dict[str, Any]] = {
-        "parameter": module._parameters,
-        "buffer": module._buffers,
-        "temporary_buffer": module._buffers,
-        "attribute": vars(module),
-    }
-    return tables[record.kind]
-
-
-def _check_cover(root: nn.Module, slots: Sequence[Slot]) -> None:
+def _check_cover(places: Mapping[str, TensorPlace], slots: Sequence[TensorPlace]) -> None:
     """Raise `SkeletonMismatch` if the module holds a tensor that no slot will fill."""
-    covered = {(id(owner), key) for owner, key in slots}
-    for path, module in root.named_modules():
-        for owner in (module._parameters, module._buffers, vars(module)):
-            for key, value in owner.items():
-                if isinstance(value, Tensor) and (id(owner), key) not in covered:
-                    name = f"{path}.{key}".lstrip(".")
-                    raise SkeletonMismatch(f"{name} is in no blob of this signature; add the model again")
+    covered = {slot.identity for slot in slots}
+    for path, place in places.items():
+        if place.identity not in covered:
+            raise SkeletonMismatch(f"{path} is in no blob of this signature; add the model again")
 
 
 def _placeholders(records: Sequence[TensorRecord], device: torch.device) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
@@ -29,15 +29,18 @@ from understudyd.core.events import (
     ViewsFailed,
 )
 from understudyd.core.types import ErrorCode
+from understudyd.pipelines.installed import PipelineUnavailable
 from understudyd.stage.baton import Baton
+from understudyd.stage.custom import blaming, prepare_custom
+from understudyd.stage.custom_classes import CustomClasses, is_custom
 from understudyd.stage.device import open_device
 from understudyd.stage.errors import NotPrepared, StageError
 from understudyd.stage.parts import PartShelf
-from understudyd.stage.performer import Announcer, Performer
+from understudyd.stage.performer import Announcer, Performer, Prepared
 from understudyd.stage.run import Run, RunParams, RunResult
 from understudyd.stage.skeleton import Skeleton
 from understudyd.stage.views import ResidentBlobs, WeightArena
-from understudyd.stage.wrapper import PreparedModel, prepare
+from understudyd.stage.wrapper import prepare
 from understudyd.store.records import ModelRecord, SignatureRecord
 
 _log = logging.getLogger(__name__)
@@ -101,7 +104,8 @@ class Stage:
         self._baton = Baton()
         self._shelf = PartShelf()
         self._skeletons: WeakValueDictionary[tuple[str, int], Skeleton] = WeakValueDictionary()
-        self._prepared: dict[str, PreparedModel] = {}
+        self._custom = CustomClasses()
+        self._prepared: dict[str, Prepared] = {}
         self._signatures_of: dict[str, dict[str, SignatureRecord]] = {}  # by blob, then by id
         self._runs: dict[str, Run] = {}
         self._results: dict[str, RunResult] = {}
@@ -114,6 +118,16 @@ class Stage:
         self._workers.append(self._start("stage-views", lambda: _drain(self._view_jobs)))
 
     # -- models ------------------------------------------------------------------------------------
+
+    def start_custom_classes(self) -> None:
+        """Import the installed classes that models of the store are of, and start them. Blocks.
+
+        One that fails is logged; its models fail when they are prepared.
+        """
+        names = {model.pipeline_class for model in self._store.models().values() if is_custom(model)}
+        is_done = threading.Event()
+        self._chores.put(lambda: self._start_custom(sorted(names), is_done))
+        is_done.wait()
 
     def prepare_model(self, name: str) -> None:
         """Build what requests need besides weights. Ends in `ModelPrepared` or `ModelPreparationFailed`."""
@@ -214,7 +228,7 @@ class Stage:
                 self._announcer.announce(ImagesEncoded(run.request_id))
             del run, result  # an idle thread keeps nothing alive
 
-    def _find(self, name: str) -> PreparedModel:
+    def _find(self, name: str) -> Prepared:
         try:
             return self._prepared[name]
         except KeyError as error:
@@ -224,14 +238,28 @@ class Stage:
         try:
             model = self._store.model(name)
             self._remember_signatures(model)
-            skeletons = self._skeletons_of(model)
-            folder = self._store.model_folder(name)
-            self._prepared[name] = prepare(model, folder, skeletons, self._shelf, self._device.device)
+            self._prepared[name] = self._assemble(model, self._store.model_folder(name))
         except Exception as error:  # noqa: BLE001  a task's boundary: libraries raise anything about bad files
             _log.exception("preparing model %s failed", name)
             self._announcer.announce(ModelPreparationFailed(name, f"{type(error).__name__}: {error}"))
         else:
             self._announcer.announce(ModelPrepared(name))
+
+    def _assemble(self, model: ModelRecord, folder: Path) -> Prepared:
+        device = self._device.device
+        if not is_custom(model):
+            return prepare(model, folder, self._skeletons_of(model), self._shelf, device)
+        pipeline_class = self._custom.start(model.pipeline_class)
+        with blaming(model.pipeline_class):
+            return prepare_custom(model, folder, pipeline_class, self._skeletons_of(model), device)
+
+    def _start_custom(self, names: Sequence[str], is_done: threading.Event) -> None:
+        for name in names:
+            try:
+                self._custom.start(name)
+            except PipelineUnavailable as error:
+                _log.error("no model of the pipeline %s can be served: %s", name, error)
+        is_done.set()
 
     def _forget(self, name: str) -> None:
         prepared = self._prepared.pop(name, None)

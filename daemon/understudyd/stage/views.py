@@ -23,6 +23,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
+    "C128": torch.complex128,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -33,7 +34,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Safetensors names to torch's."""
+"""The records' names to torch's: those of safetensors, and C128, which that format lacks."""
 
 SHELF_TENSORS = 50_000
 """Views kept for later: 44 Stable Diffusion 1.5 or 18 SDXL models."""

@@ -5,8 +5,8 @@ at hand already, which takes a millisecond.
 """
 
 import copy
-import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from understudyd.stage.calls import CallFacts, read_call
 from understudyd.stage.classes import resolve
-from understudyd.stage.errors import UnknownClass
-from understudyd.stage.parts import PartShelf, is_scheduler, own_scheduler
+from understudyd.stage.errors import BadRequest, UnknownClass
+from understudyd.stage.parts import PartShelf, is_scheduler
+from understudyd.stage.schedulers import other_scheduler, own_scheduler
 from understudyd.stage.skeleton import Skeleton
+from understudyd.stage.tasks import (
+    constructor_arguments,
+    fits_unet,
+    is_task,
+    missing_components,
+    needed_images,
+    task_classes,
+    wanted_task,
+)
 from understudyd.store.records import ModelRecord
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,26 +44,70 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedTask:
+    """One pipeline class over the components of a model.
+
+    `call` says what the pipeline's `__call__` takes and gives. `names` are the constructor's arguments,
+    `defaults` those of them that the model does not have. `images` are the inputs that it takes,
+    `needed_images` those it must have. `rewrites_configs`: the constructor changes its components' configs,
+    so it may only be called by the holder of the baton.
+    """
+
+    pipeline_class: type[Any]
+    call: CallFacts
+    names: frozenset[str]
+    defaults: Mapping[str, Any]
+    images: tuple[str, ...]
+    needed_images: tuple[str, ...]
+    rewrites_configs: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedModel:
     """Everything a request of this model needs except weights.
 
-    `call_names` are the named arguments of the pipeline's `__call__`. `rewrites_configs`: its
-    constructor changes its components' configs, so it may only be called by the holder of the baton.
+    `own` is the pipeline that the model was saved as, `tasks` what else its components can do, by name.
     """
 
     name: str
-    pipeline_class: type[Any]
     components: tuple[Component, ...]
     parts: Mapping[str, Any]
     arguments: Mapping[str, Any]
-    call_names: frozenset[str]
-    rewrites_configs: bool
+    own: ServedTask
+    tasks: Mapping[str, ServedTask]
 
-    def open_pipeline(self) -> tuple[Any, list[Any]]:
-        """A pipeline of one's own, and the schedulers in it, over the shared components."""
+    def task_for(self, task: str | None, inputs: Collection[str]) -> ServedTask:
+        """The pipeline for a request with inputs of these names. Raises `BadRequest`.
+
+        Without a task it is the model's own, unless that takes no such inputs and another one does.
+        """
+        if task is None:
+            fits = set(inputs) <= set(self.own.images)
+            return self.own if fits else self.tasks.get(wanted_task(inputs) or "", self.own)
+        found = self.tasks.get(task)
+        if found is None:
+            can = (
+                f"it can do {', '.join(self.tasks)}"
+                if self.tasks
+                else "leave the task out for its own pipeline"
+            )
+            why = f"{self.name} cannot do {task}" if is_task(task) else f"task {task!r:.40} is unknown"
+            raise BadRequest(f"{why}; {can}")
+        return found
+
+    def open_pipeline(self, task: ServedTask, scheduler: str | None = None) -> tuple[Any, list[Any]]:
+        """A pipeline of one's own, and the schedulers in it, over the shared components.
+
+        `scheduler` names the class that replaces the model's own. Raises `BadRequest` if that does not fit.
+        """
         parts = {name: own_scheduler(p) if is_scheduler(p) else p for name, p in self.parts.items()}
+        if scheduler is not None:
+            if "scheduler" not in parts:
+                raise BadRequest(f"{self.name} has no scheduler to replace; leave the scheduler out")
+            parts["scheduler"] = other_scheduler(self.parts["scheduler"], scheduler)
         modules = {component.name: component.skeleton.module for component in self.components}
-        pipeline = _construct(self.pipeline_class, {**self.arguments, **parts, **modules})
+        given = {**task.defaults, **self.arguments, **parts, **modules}
+        pipeline = _construct(task.pipeline_class, {name: given[name] for name in task.names})
         return pipeline, [part for part in parts.values() if is_scheduler(part)]
 
 
@@ -61,40 +118,54 @@ def prepare(
     shelf: PartShelf,
     device: torch.device,
 ) -> PreparedModel:
-    """Assemble a model from skeletons by component and parts from its folder; tries the constructor once.
+    """Assemble a model from skeletons by component and parts from its folder; tries each constructor once.
 
     Raises whatever the libraries raise about a folder or class they do not accept.
     """
-    pipeline_class = _served_class(record.pipeline_class, device)
     parts = shelf.parts(record, folder)
     arguments = {**dict.fromkeys(record.absent), **record.init_kwargs}
     components = tuple(Component(c.name, c.blob.sha256, skeletons[c.name]) for c in record.components)
-    return PreparedModel(
-        name=record.name,
-        pipeline_class=pipeline_class,
-        components=components,
-        parts=parts,
-        arguments=arguments,
-        call_names=_call_names(pipeline_class),
-        rewrites_configs=_rewrites_configs(pipeline_class, components, {**arguments, **parts}),
+    given = {**arguments, **parts, **{c.name: c.skeleton.module for c in components}}
+    own = _serve(resolve("diffusers", record.pipeline_class), given, device)
+    tasks = {}
+    for task, pipeline_class in task_classes(record.pipeline_class).items():
+        if pipeline_class.__name__ == record.pipeline_class:
+            tasks[task] = own
+        elif not missing_components(pipeline_class, given.keys() - set(record.absent)) and fits_unet(
+            task, given
+        ):
+            tasks[task] = _serve(pipeline_class, given, device)
+    return PreparedModel(record.name, components, parts, arguments, own, tasks)
+
+
+def _serve(base: type[Any], given: Mapping[str, Any], device: torch.device) -> ServedTask:
+    served = _served_class(base, device)
+    arguments = constructor_arguments(base, given)
+    call = read_call(base)
+    adapters = () if given.get("image_encoder") is not None else ("ip_adapter", "negative_ip_adapter")
+    images = tuple(name for name in call.image_names if not name.startswith(adapters))
+    demanded = (name for name in images if call.keywords[name].is_required)
+    return ServedTask(
+        pipeline_class=served,
+        call=call,
+        names=frozenset(arguments),
+        defaults={name: value for name, value in arguments.items() if name not in given},
+        images=images,
+        needed_images=tuple(dict.fromkeys([*needed_images(base.__name__, images), *demanded])),
+        rewrites_configs=_rewrites_configs(served, arguments),
     )
 
 
-def _served_class(name: str, device: torch.device) -> type[Any]:
+def _served_class(base: type[Any], device: torch.device) -> type[Any]:
     """The pipeline's class, told its device.
 
     Asked for it, a pipeline looks through every submodule for offloading hooks (11 ms for SDXL, in each
     request), or at the parameters, which are not bound yet while the request waits.
     """
-    base = resolve("diffusers", name)
     if not hasattr(base, "register_modules"):
-        raise UnknownClass(f"diffusers.{name} is not a pipeline")
+        raise UnknownClass(f"{base.__module__}.{base.__name__} is not a pipeline")
     told = {"_execution_device": device, "device": device, "__module__": base.__module__}
     return type(base.__name__, (base,), told)
-
-
-def _call_names(pipeline_class: type[Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(pipeline_class.__call__).parameters) - {"self", "args", "kwargs"}
 
 
 def _construct(pipeline_class: type[Any], arguments: Mapping[str, Any]) -> Any:
@@ -103,11 +174,9 @@ def _construct(pipeline_class: type[Any], arguments: Mapping[str, Any]) -> Any:
     return pipeline
 
 
-def _rewrites_configs(
-    pipeline_class: type[Any], components: tuple[Component, ...], arguments: Mapping[str, Any]
-) -> bool:
+def _rewrites_configs(pipeline_class: type[Any], arguments: Mapping[str, Any]) -> bool:
     """Call the constructor on shallow copies, which share tensors but not configs, and compare."""
-    copies: dict[str, nn.Module] = {c.name: copy.copy(c.skeleton.module) for c in components}
+    copies = {name: copy.copy(part) for name, part in arguments.items() if isinstance(part, nn.Module)}
     before = {name: vars(module).get("_internal_dict") for name, module in copies.items()}
     parts = {name: own_scheduler(p) if is_scheduler(p) else p for name, p in arguments.items()}
     _construct(pipeline_class, {**parts, **copies})

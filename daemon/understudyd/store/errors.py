@@ -18,9 +18,17 @@ class StoreErrorCode(StrEnum):
     UNKNOWN_CLASS = "unknown_class"
     CORRUPT_SOURCE = "corrupt_source"
     UNSUPPORTED_SOURCE = "unsupported_source"
+    UNREADABLE = "unreadable"
+    # the fault of an installed custom pipeline
+    PIPELINE_FAILED = "pipeline_failed"
+    # the hub's fault, or the way to it
+    HUB_FORBIDDEN = "hub_forbidden"
+    HUB_OFFLINE = "hub_offline"
+    HUB_UNREACHABLE = "hub_unreachable"
     # not enough of something
     DISK_FULL = "disk_full"
     STORE_LOCKED = "store_locked"
+    READ_ONLY = "read_only"
     # the store's own trouble
     CORRUPT_STORE = "corrupt_store"
     IO_ERROR = "io_error"
@@ -36,7 +44,7 @@ class StoreError(Exception):
         self.message = message
 
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
@@ -46,7 +54,7 @@ def translated_write_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno in _FULL:
+        if error.errno in FULL_DISK:
             raise StoreError(
                 StoreErrorCode.DISK_FULL,
                 f"{what}: {reason}; free space on the store's disk (or raise its quota) and try again",

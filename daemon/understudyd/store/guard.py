@@ -11,13 +11,13 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from understudyd.store.errors import StoreError, StoreErrorCode
-from understudyd.store.safetensors_file import Header, read_header
+from understudyd.store.safetensors_file import Header, TensorSpan, read_header
 
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"})
 _MAX_JSON_BYTES = 64 * 1024 * 1024  # the largest tokenizers are near 35 MB
@@ -69,8 +69,29 @@ def check_source(folder: Path, *, variant: str | None = None, ignore_pickle: boo
         raise StoreError(
             StoreErrorCode.NOT_FOUND, f"{variant!r:.80} is no variant's name (fp16, for example)"
         )
-    pickles: list[Path] = []
+    files = check_files(folder, ignore_pickle=ignore_pickle)
+    plan = _plan(folder, files.headers, variant)
+    _check_pickles_are_spare(plan, files.pickles)
+    return plan
+
+
+# -- the tree --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFiles:
+    """Every file of a source folder; `headers` are those of its safetensors files."""
+
+    headers: dict[Path, Header]
+    pickles: tuple[Path, ...]
+    others: tuple[Path, ...]
+
+
+def check_files(folder: Path, *, ignore_pickle: bool = False) -> SourceFiles:
+    """Refuse code, pickles, links out of the folder and malformed files. Raises `StoreError`."""
     headers: dict[Path, Header] = {}
+    pickles: list[Path] = []
+    others: list[Path] = []
     for path in _files(folder):
         if path.suffix in (".py", ".pyc", ".so"):
             raise _unsafe(path, folder, "is code; a model is data only, ask its author for one without")
@@ -78,7 +99,9 @@ def check_source(folder: Path, *, variant: str | None = None, ignore_pickle: boo
             pickles.append(path)
         elif path.suffix == ".safetensors":
             headers[path] = read_header(path)
-        elif path.suffix == ".json":
+        else:
+            others.append(path)
+        if path.suffix == ".json":
             _check_json(path, folder)
     if pickles and not ignore_pickle:
         raise _unsafe(
@@ -87,12 +110,7 @@ def check_source(folder: Path, *, variant: str | None = None, ignore_pickle: boo
             "may run code when read; convert it to safetensors, or pass --ignore-pickle to leave it unread "
             "where a safetensors file of the same component exists",
         )
-    plan = _plan(folder, headers, variant)
-    _check_pickles_are_spare(plan, pickles)
-    return plan
-
-
-# -- the tree --------------------------------------------------------------------------------------
+    return SourceFiles(headers, tuple(pickles), tuple(others))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -109,19 +127,22 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _cache_blobs(folder: Path) -> Path | None:
-    """The blobs folder that a Hugging Face cache snapshot links into."""
+def _cache_blobs(folder: Path) -> tuple[Path, ...]:
+    """The blobs folders that a Hugging Face cache snapshot links into: the repository's, the cache's."""
     if folder.parent.name != "snapshots":
-        return None
-    blobs = folder.parent.parent / "blobs"
-    return blobs if blobs.is_dir() and not blobs.is_symlink() else None
+        return ()
+    repository = folder.parent.parent
+    found = [repository / "blobs"]
+    if repository.name.startswith("models--"):
+        found.append(repository.parent / "blobs")
+    return tuple(blobs for blobs in found if blobs.is_dir() and not blobs.is_symlink())
 
 
-def _check_file(path: Path, folder: Path, blobs: Path | None) -> None:
+def _check_file(path: Path, folder: Path, blobs: tuple[Path, ...]) -> None:
     try:
         if path.is_symlink():
             target = path.resolve(strict=True)
-            if not target.is_relative_to(folder) and not (blobs and target.is_relative_to(blobs)):
+            if not any(target.is_relative_to(home) for home in (folder, *blobs)):
                 raise _unsafe(path, folder, "is a link out of the folder; put the file itself there")
         mode = path.stat().st_mode
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links (Python before 3.13)
@@ -230,12 +251,11 @@ def _part(
         raise _corrupt(
             part_folder, folder, "is missing although model_index.json names it; download it again"
         )
-    weights, found_variant = _weight_files([p for p in headers if p.parent == part_folder], variant)
+    weights, found_variant = weight_files([p for p in headers if p.parent == part_folder], variant)
     chosen = [headers[path] for path in weights]
     size = sum(header.data_size_bytes for header in chosen)
-    return SourcePart(
-        name, library, class_name, part_folder, weights, size, _main_float_dtype(chosen), found_variant
-    )
+    dtype = main_float_dtype(span for header in chosen for span in header.tensors)
+    return SourcePart(name, library, class_name, part_folder, weights, size, dtype, found_variant)
 
 
 def known_library(library: str) -> bool:
@@ -248,7 +268,7 @@ def known_library(library: str) -> bool:
     return (Path(spec.origin).parent / "pipelines" / library / "__init__.py").is_file()
 
 
-def _weight_files(paths: list[Path], variant: str | None) -> tuple[tuple[Path, ...], str | None]:
+def weight_files(paths: Iterable[Path], variant: str | None) -> tuple[tuple[Path, ...], str | None]:
     """What the library reads: the variant's files where there are any, else those of none."""
     by_variant: dict[str | None, list[Path]] = {}
     for path in sorted(paths):
@@ -259,17 +279,16 @@ def _weight_files(paths: list[Path], variant: str | None) -> tuple[tuple[Path, .
     return tuple(by_variant.get(None, [])), None
 
 
-def _main_float_dtype(headers: list[Header]) -> str | None:
-    """The floating dtype that most bytes are of."""
+def main_float_dtype(tensors: Iterable[TensorSpan]) -> str | None:
+    """The floating dtype that most bytes are of; its safetensors name."""
     sizes: dict[str, int] = {}
-    for header in headers:
-        for span in header.tensors:
-            if span.dtype.startswith(("F", "BF")):
-                sizes[span.dtype] = sizes.get(span.dtype, 0) + span.size_bytes
+    for span in tensors:
+        if span.dtype.startswith(("F", "BF")):
+            sizes[span.dtype] = sizes.get(span.dtype, 0) + span.size_bytes
     return max(sizes, key=lambda dtype: (sizes[dtype], dtype)) if sizes else None
 
 
-def _check_pickles_are_spare(plan: SourcePlan, pickles: list[Path]) -> None:
+def _check_pickles_are_spare(plan: SourcePlan, pickles: Iterable[Path]) -> None:
     for part in plan.parts:
         own = [path for path in pickles if path.parent == part.folder]
         if own and not part.weights:

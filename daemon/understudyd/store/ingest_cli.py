@@ -1,15 +1,19 @@
 """The command line of ingest: a progress bar for people, lines of JSON for the daemon."""
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from understudy.admin import Done, Error, Line, Note, encode_line
+from understudyd.store.batch import ingest_tree, plan_tree
 from understudyd.store.errors import StoreError, StoreErrorCode
-from understudyd.store.ingest import Progress, ingest
+from understudyd.store.ingest import IngestOptions, Progress, ingest_many
 from understudyd.store.records import ModelRecord
 from understudyd.store.store import Store
 
@@ -17,11 +21,14 @@ from understudyd.store.store import Store
 def run(argv: Sequence[str]) -> int:
     """Run `ingest` as a command; 0 when the model is in the store, 1 when it is not, 2 for wrong usage.
 
-    With `--json`, standard output carries `Note` lines and then one `Done` (`{"name", "size_bytes"}`) or
-    `Error`, and nothing else: whatever a library prints goes to standard error.
+    A scan is 1 when a model was refused. With `--json`, standard output carries `Note` lines and then one
+    `Done` (`{"name", "size_bytes"}`, of a scan `{"results", "dry_run"}`) or `Error`, and nothing else:
+    whatever a library prints goes to standard error.
     """
+    parser = build_parser()
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = parser.parse_args(argv)
+        _check_usage(parser, arguments)
     except SystemExit as stop:  # argparse has told what is wrong
         return stop.code if isinstance(stop.code, int) else 2
     # Advice that transformers gives while it is being imported.
@@ -30,19 +37,35 @@ def run(argv: Sequence[str]) -> int:
         if arguments.json:
             with _clean_stdout() as write:
                 return _ingest(arguments, _line_progress(write), write)
-        with _bar() as progress:
+        with _bar(one_row=arguments.scan is not None) as progress:
             return _ingest(arguments, progress, _say)
     except BrokenPipeError:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `understudyd ingest`."""
     parser = argparse.ArgumentParser(
-        prog="understudyd ingest", description="Add a model to a store: check it, convert it, write it once."
+        prog="understudyd ingest",
+        description="Add a model, or every model of a folder tree, to a store: check, convert, write once.",
     )
     parser.add_argument("--store", type=Path, required=True, help="the store's folder; made when missing")
-    parser.add_argument("--name", required=True, help="the model's name: letters, digits, '.', '_' and '-'")
-    parser.add_argument("--source", required=True, help="a diffusers model folder")
+    parser.add_argument("--name", help="the model's name: letters, digits, '.', '_' and '-'")
+    parser.add_argument(
+        "--source",
+        help="a diffusers folder, a .safetensors checkpoint, an entry of the hub's cache or a hub id",
+    )
+    parser.add_argument("--scan", type=Path, metavar="DIR", help="add every model below DIR instead")
+    parser.add_argument("--name-prefix", default="", help="put this before the names that a scan makes")
+    parser.add_argument("--dry-run", action="store_true", help="say what a scan would add, and add nothing")
+    parser.add_argument("--revision", help="the branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--like", action="append", default=[], metavar="MODEL",
+        help="a model of the store that has what a checkpoint lacks; the first that fits counts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", type=Path, metavar="FOLDER", help="a diffusers folder that has what a checkpoint lacks"
+    )
     parser.add_argument(
         "--dtype", choices=["keep", "fp16", "bf16", "fp32"], default="keep", help="serve in this dtype"
     )
@@ -50,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ignore-pickle", action="store_true", help="leave pickle files unread instead of refusing them"
     )
+    parser.add_argument("--pipeline", help="the source has weights for this installed custom pipeline")
     parser.add_argument("--replace", action="store_true", help="replace a model of the same name")
     parser.add_argument("--json", action="store_true", help="report as lines of JSON on standard output")
     return parser
@@ -57,16 +81,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _ingest(arguments: argparse.Namespace, progress: Progress, write: Callable[[Line], None]) -> int:
     try:
-        record = ingest(
-            Store.open(arguments.store, writable=True),
-            arguments.name,
-            arguments.source,
-            dtype=arguments.dtype,
-            variant=arguments.variant,
-            ignore_pickle=arguments.ignore_pickle,
-            replace=arguments.replace,
-            progress=progress,
-        )
+        if arguments.scan is not None:
+            return _scan(arguments, progress, write)
+        store = Store.open(arguments.store, writable=True)
+        models = [(arguments.name, arguments.source)]
+        record = ingest_many(store, models, options_from(arguments), progress=progress)[0]
     except StoreError as error:
         write(Error(code=error.code, message=error.message))
         return 1
@@ -79,12 +98,73 @@ def _ingest(arguments: argparse.Namespace, progress: Progress, write: Callable[[
     return 0
 
 
+def _scan(arguments: argparse.Namespace, progress: Progress, write: Callable[[Line], None]) -> int:
+    options, prefix = options_from(arguments), arguments.name_prefix
+    if arguments.dry_run:
+        has_store = (arguments.store / "models").is_dir()
+        store = Store.open(arguments.store, writable=False) if has_store else None
+        results = plan_tree(store, arguments.scan, options, name_prefix=prefix)
+    else:
+        _import_for_good()
+        results = ingest_tree(
+            Store.open(arguments.store, writable=True),
+            arguments.scan,
+            options,
+            name_prefix=prefix,
+            progress=progress,
+            on_result=lambda result: write(Note(phase=result.outcome, result=result)),
+        )
+    write(Done(result={"results": results, "dry_run": arguments.dry_run}))
+    return int(any(result.outcome == "refused" for result in results))
+
+
+def _import_for_good() -> None:
+    """Import the libraries and keep the collector from their million objects: models come and go, they stay.
+
+    Walking them again and again took a third of the time that a small model takes.
+    """
+    from understudyd.store import pretrained  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
+def options_from(arguments: argparse.Namespace) -> IngestOptions:
+    """What the command line says of how to read a source."""
+    return IngestOptions(
+        dtype=arguments.dtype,
+        variant=arguments.variant,
+        ignore_pickle=arguments.ignore_pickle,
+        replace=arguments.replace,
+        pipeline=arguments.pipeline,
+        revision=arguments.revision,
+        like=tuple(arguments.like),
+        config=arguments.config,
+    )
+
+
+def _check_usage(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """What argparse cannot say; exits as it does."""
+    if arguments.scan is None:
+        if arguments.name is None or arguments.source is None:
+            parser.error("give --name and --source, or --scan DIR")
+        if arguments.dry_run or arguments.name_prefix:
+            parser.error("--dry-run and --name-prefix go with --scan DIR")
+    elif arguments.name is not None or arguments.source is not None or arguments.revision is not None:
+        parser.error("--scan DIR names its models itself: leave out --name, --source and --revision")
+
+
 def _summary(record: ModelRecord) -> dict[str, object]:
     return {"name": record.name, "pipeline": record.pipeline_class, "size_bytes": record.size_bytes}
 
 
 def _say(line: Line) -> None:
     match line:
+        case Done(result={"results": results, "dry_run": is_dry_run}):
+            from understudy.render import show
+            from understudy.render_scan import scan_table
+
+            show(scan_table([msgspec.to_builtins(result) for result in results], is_dry_run=is_dry_run))
         case Done(result=result):
             print(f"added {result['name']}: {result['pipeline']}, {result['size_bytes'] / 2**20:.1f} MiB")
         case Error(code=code, message=message):
@@ -119,8 +199,8 @@ def _write(fd: int, data: bytes) -> None:
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
-    """A progress bar on standard error, one row a phase."""
+def _bar(*, one_row: bool) -> Iterator[Progress]:
+    """A progress bar on standard error, one row a phase, or one that the phases take turns on."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress
@@ -130,8 +210,9 @@ def _bar() -> Iterator[Progress]:
         rows: dict[str, TaskID] = {}
 
         def progress(phase: str, done: int, total: int) -> None:
-            if phase not in rows:
-                rows[phase] = rich.add_task(phase, total=None)
-            rich.update(rows[phase], completed=done, total=total or None)
+            row = "scan" if one_row else phase
+            if row not in rows:
+                rows[row] = rich.add_task(phase, total=None)
+            rich.update(rows[row], description=phase, completed=done, total=total or None)
 
         yield progress

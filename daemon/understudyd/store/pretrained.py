@@ -6,6 +6,7 @@ with a dtype per component (a test compares them), and it says which weights wer
 would invent those at random.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ from torch import nn
 
 from understudyd.store.errors import StoreError, StoreErrorCode
 from understudyd.store.guard import SourcePart, SourcePlan
+from understudyd.store.servable import why_not_servable
 from understudyd.store.signature import torch_dtype
 
-_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 _PART_CLASSES = (
     diffusers.SchedulerMixin,
     transformers.PreTrainedTokenizerBase,
@@ -53,24 +55,24 @@ def load_pipeline(
     (asked for none, diffusers would make float32 of its own models whatever the files hold).
     Raises `StoreError`.
     """
-    pipeline_class = _pipeline_class(plan.pipeline_class)
-    classes = {part.name: _part_class(part) for part in plan.parts}
+    pipeline_class = find_pipeline_class(plan.pipeline_class)
+    classes = {part.name: find_part_class(part) for part in plan.parts}
     with quiet_libraries():
         modules = {}
         for part in plan.parts:
             if issubclass(classes[part.name], nn.Module):
-                modules[part.name] = _load_component(part, classes[part.name], target_dtype(part, dtype))
+                modules[part.name] = load_component(part, classes[part.name], target_dtype(part, dtype))
                 on_part(part)
-        with _translated(plan.pipeline_class):
+        with translated_load_errors(plan.pipeline_class):
             pipeline = pipeline_class.from_pretrained(
                 str(plan.folder), local_files_only=True, use_safetensors=True, **modules
             )
-            return _described(pipeline, plan, classes)
+            return described(pipeline, plan, classes)
 
 
 def target_dtype(part: SourcePart, dtype: str) -> torch.dtype:
     """The torch dtype to load a component in."""
-    name = part.float_dtype or "F32" if dtype == "keep" else _DTYPES[dtype]
+    name = part.float_dtype or "F32" if dtype == "keep" else DTYPES[dtype]
     try:
         return torch_dtype(name)
     except KeyError as error:
@@ -80,10 +82,11 @@ def target_dtype(part: SourcePart, dtype: str) -> torch.dtype:
         ) from error
 
 
-def _load_component(part: SourcePart, cls: Any, dtype: torch.dtype) -> nn.Module:
+def load_component(part: SourcePart, cls: Any, dtype: torch.dtype) -> nn.Module:
+    """One component by its class's `from_pretrained`. Raises `StoreError`, also when weights are missing."""
     # The names of the argument are the ones diffusers itself uses for the two libraries.
     dtype_key = "torch_dtype" if issubclass(cls, diffusers.ModelMixin) else "dtype"
-    with _translated(part.name):
+    with translated_load_errors(part.name):
         module, report = cls.from_pretrained(
             str(part.folder),
             variant=part.variant,
@@ -102,7 +105,8 @@ def _load_component(part: SourcePart, cls: Any, dtype: torch.dtype) -> nn.Module
     return module
 
 
-def _described(pipeline: Any, plan: SourcePlan, classes: dict[str, type]) -> LoadedPipeline:
+def described(pipeline: Any, plan: SourcePlan, classes: dict[str, type]) -> LoadedPipeline:
+    """What a live pipeline is made of; `classes` are those of the plan's parts by name."""
     components = pipeline.components
     modules = {name: c for name, c in components.items() if isinstance(c, nn.Module)}
     arguments = {k: v for k, v in pipeline.config.items() if not k.startswith("_") and k not in components}
@@ -129,7 +133,9 @@ def _first_use_order(pipeline: Any, names: list[str]) -> list[str]:
 # -- classes ---------------------------------------------------------------------------------------
 
 
-def _pipeline_class(name: str) -> Any:
+@functools.cache
+def find_pipeline_class(name: str) -> Any:
+    """The pipeline class of diffusers by name. Raises `StoreError` for what is none or cannot be served."""
     cls = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise StoreError(
@@ -138,12 +144,15 @@ def _pipeline_class(name: str) -> Any:
         )
     if getattr(cls, "_load_connected_pipes", False):
         raise StoreError(
-            StoreErrorCode.UNSUPPORTED_SOURCE, f"{name} joins several model folders; add one of them instead"
+            StoreErrorCode.UNSUPPORTED_SOURCE,
+            f"{name} joins several model folders, which cannot be served yet; use a model of one folder",
         )
+    if why := why_not_servable(cls):
+        raise StoreError(StoreErrorCode.UNSUPPORTED_SOURCE, f"{name} {why}; use another model")
     return cls
 
 
-def _part_class(part: SourcePart) -> Any:
+def find_part_class(part: SourcePart) -> Any:
     """The class of an entry, if it is of a kind that is served: a model, a tokenizer, a scheduler, ..."""
     try:
         cls = simple_get_class_obj(part.library, part.class_name)
@@ -173,7 +182,8 @@ def _importable(part: SourcePart, cls: type) -> tuple[str, str]:
 
 
 @contextmanager
-def _translated(what: str) -> Iterator[None]:
+def translated_load_errors(what: str) -> Iterator[None]:
+    """Turn whatever the libraries raise about a source into `StoreError(corrupt_source)`."""
     try:
         yield
     except (StoreError, MemoryError):

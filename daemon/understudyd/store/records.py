@@ -11,6 +11,8 @@ Layout of a store folder::
     models/<name>/<part>/...       small files (tokenizer, scheduler, feature extractor)
     tmp/                           work in progress; emptied when a writer opens the store
     writer.lock                    flock held by whoever writes
+    serving.lock                   flock shared by daemons that serve from here; only whoever is alone deletes
+    cache/<sha256>.safetensors     local copies of blobs of read-only stores
 """
 
 from typing import Any, Literal
@@ -100,6 +102,8 @@ class PartRecord(msgspec.Struct, frozen=True, kw_only=True):
 class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A model, whole: what `manifest.json` holds.
 
+    `pipeline_library` is "diffusers", or "understudy.pipelines" for an installed class, whose entry point is
+    `pipeline_class` and whose config is in `init_kwargs`.
     `components` are in order of first use. `absent` names optional pipeline parts that are None.
     `init_kwargs` are the pipeline constructor's other arguments (`requires_safety_checker`, ...).
     `dtype` is what the operator asked for ("keep", "fp16", "bf16", "fp32").
@@ -111,6 +115,7 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     parts: tuple[PartRecord, ...]
     absent: tuple[str, ...] = ()
     init_kwargs: dict[str, Any] = {}
+    pipeline_library: str = "diffusers"
     dtype: str = "keep"
     source: str = ""
     added_at_unix_s: float = 0.0

@@ -7,7 +7,8 @@ changes how a component computes (class, config, dtypes, ties, attention) change
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import msgspec
 import torch
@@ -16,12 +17,14 @@ from torch import nn
 from understudyd.store.errors import StoreError, StoreErrorCode
 from understudyd.store.records import SignatureRecord, TensorKind, TensorRecord
 from understudyd.store.safetensors_file import BlobLayout, plan_blob
+from understudyd.store.tensor_places import tensor_places
 
 _DTYPE_NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
     torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float16: "F16",
     torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
+    torch.complex128: "C128",
 }  # fmt: skip
 
 # Who saved a config, and in which dtype: the tensor table says the latter exactly.
@@ -29,8 +32,13 @@ _CONFIG_NOISE = frozenset({"transformers_version", "torch_dtype", "dtype", "arch
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a torch dtype. Raises `KeyError` where the format has none."""
+    """The record's name of a torch dtype, safetensors' own but for C128. Raises `KeyError` for others."""
     return _DTYPE_NAMES[dtype]
+
+
+def file_form(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """How a tensor is written: the format has no C128, so such a tensor is pairs of F64 in its blob."""
+    return ("F64", (*shape, 2)) if dtype == "C128" else (dtype, shape)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -38,10 +46,32 @@ def torch_dtype(name: str) -> torch.dtype:
     return {n: dtype for dtype, n in _DTYPE_NAMES.items()}[name]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What a skeleton builds a module from; the fields are those of `SignatureRecord`."""
+
+    library: str
+    class_name: str
+    config: dict[str, Any]
+    attn_implementation: str | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self:
+        """That of a module of diffusers or transformers."""
+        config = getattr(module, "config", {})
+        return cls(
+            library=library_of(type(module)),
+            class_name=type(module).__name__,
+            config=canonical_config(config),
+            attn_implementation=getattr(config, "_attn_implementation", None),
+        )
+
+
 class Component:
     """A live module read as data: `signature`, the blob's `layout`, and the tensors behind it."""
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, recipe: Recipe | None = None) -> None:
+        """Without a `recipe` it is read off the module, one of diffusers or transformers."""
         held = list(held_tensors(module))
         if not held:
             raise _unsupported(name, "holds no tensors")
@@ -52,25 +82,25 @@ class Component:
             if first_paths.setdefault(_identity(path, tensor), path) == path:
                 self._tensors[path] = tensor
         self.layout: BlobLayout = plan_blob(
-            (path, dtype_name(tensor.dtype), tuple(tensor.shape)) for path, tensor in self._tensors.items()
+            (path, *file_form(dtype_name(tensor.dtype), tuple(tensor.shape)))
+            for path, tensor in self._tensors.items()
         )
         spans = {span.name: span for span in self.layout.tensors}
         records = []
         for path, kind, tensor in held:
             first = first_paths[_identity(path, tensor)]
-            span = spans[first]
             records.append(
                 TensorRecord(
                     path=path,
                     kind=kind,
-                    dtype=span.dtype,
-                    shape=span.shape,
-                    offset=span.begin,
-                    size_bytes=span.size_bytes,
+                    dtype=dtype_name(tensor.dtype),
+                    shape=tuple(tensor.shape),
+                    offset=spans[first].begin,
+                    size_bytes=spans[first].size_bytes,
                     alias_of=None if first == path else first,
                 )
             )
-        self.signature = _signature(module, self.layout.size_bytes, tuple(records))
+        self.signature = _signature(recipe or Recipe.of(module), self.layout.size_bytes, tuple(records))
 
     def read(self, path: str) -> memoryview:
         """The bytes of a tensor that is no tie, C-contiguous whatever its strides in the live module.
@@ -78,42 +108,14 @@ class Component:
         A tensor in another memory format (channels_last) is stored, and served, contiguous: equal values,
         possibly another kernel. `from_pretrained` makes none.
         """
-        flat = self._tensors[path].detach().contiguous().reshape(-1)
+        flat = self._tensors[path].detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
         return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
 def held_tensors(module: nn.Module) -> Iterator[tuple[str, TensorKind, torch.Tensor]]:
-    """Every tensor of a module tree as `(dotted path, kind, tensor)`, in order of registration.
-
-    Parameters, buffers (persistent or not) and plain tensor attributes; a module that is registered
-    twice is visited once. Raises `StoreError(unsupported_source)` for tensors inside containers: a
-    skeleton could not find their place.
-    """
-    for prefix, sub in module.named_modules():
-        dot = prefix + "." if prefix else ""
-        for name, parameter in sub._parameters.items():
-            if parameter is not None:
-                yield dot + name, "parameter", parameter
-        for name, buffer in sub._buffers.items():
-            if buffer is not None:
-                temporary = name in sub._non_persistent_buffers_set
-                yield dot + name, "temporary_buffer" if temporary else "buffer", buffer
-        for name, value in vars(sub).items():
-            if isinstance(value, torch.Tensor):
-                yield dot + name, "attribute", value
-            elif name not in _MODULE_TABLES and _contains_tensor(value):
-                raise _unsupported(dot + name, "holds tensors inside a container")
-
-
-_MODULE_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
-
-
-def _contains_tensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return False
-    return any(isinstance(item, torch.Tensor) for item in value)
+    """Every tensor of a module tree as `(path, kind, tensor)`; see `tensor_places`."""
+    for place in tensor_places(module):
+        yield place.path, place.kind, place.tensor
 
 
 def _identity(path: str, tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -130,14 +132,13 @@ def _check_tensor(path: str, tensor: torch.Tensor) -> None:
         raise _unsupported(path, f"is a {tensor.dtype} tensor of layout {tensor.layout}")
 
 
-def _signature(module: nn.Module, size_bytes: int, tensors: tuple[TensorRecord, ...]) -> SignatureRecord:
-    config = getattr(module, "config", {})
+def _signature(recipe: Recipe, size_bytes: int, tensors: tuple[TensorRecord, ...]) -> SignatureRecord:
     draft = SignatureRecord(
         id="",
-        library=library_of(type(module)),
-        class_name=type(module).__name__,
-        config=canonical_config(config),
-        attn_implementation=getattr(config, "_attn_implementation", None),
+        library=recipe.library,
+        class_name=recipe.class_name,
+        config=recipe.config,
+        attn_implementation=recipe.attn_implementation,
         size_bytes=size_bytes,
         tensors=tensors,
     )

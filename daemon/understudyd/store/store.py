@@ -8,7 +8,7 @@ The layout is described in `understudyd.store.records`.
 import logging
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -17,6 +17,7 @@ import msgspec
 
 from understudyd.store.errors import StoreError, StoreErrorCode, translated_write_errors
 from understudyd.store.records import FORMAT_VERSION, BlobRecord, ModelRecord, SignatureRecord
+from understudyd.store.usage import Usage
 
 if TYPE_CHECKING:
     from understudyd.store.writer import Writer
@@ -45,6 +46,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.usage = Usage(path / "serving.lock")
         self._signatures: dict[str, SignatureRecord] = {}
         self._model_decoder = msgspec.json.Decoder(ModelRecord)
         self._signature_decoder = msgspec.json.Decoder(SignatureRecord)
@@ -124,12 +126,17 @@ class Store:
             raise StoreError(
                 StoreErrorCode.NOT_FOUND, f"the store has no model {name!r}; see its list of models"
             )
-        record = self._read(folder / "manifest.json", self._model_decoder)
-        if record.name != name:
-            raise _damaged(f"the manifest of {name} names {record.name!r:.80}")
+        record = self.manifest(name)
         for component in record.components:
             self.signature(component.signature)
             self._check_blob(component.blob)
+        return record
+
+    def manifest(self, name: str) -> ModelRecord:
+        """A model's manifest as it is now, whatever it names. Raises `StoreError`."""
+        record = self._read(self.model_folder(name) / "manifest.json", self._model_decoder)
+        if record.name != name:
+            raise _damaged(f"the manifest of {name} names {record.name!r:.80}")
         return record
 
     def signature(self, signature_id: str) -> SignatureRecord:
@@ -144,25 +151,34 @@ class Store:
     # -- changing it -------------------------------------------------------------------------------
 
     @contextmanager
-    def writing(self) -> "Iterator[Writer]":
+    def writing(self, keep: Collection[str] = ()) -> "Iterator[Writer]":
         """Hold the writer lock: clears what a crash left behind, then yields the `Writer`.
 
+        Blobs named in `keep` stay, though no model has them.
         Raises `StoreError(store_locked)` at once when another writer is at work.
         """
         from understudyd.store.writer import Writer, writer_lock  # readers need no writer
 
         with writer_lock(self.path / "writer.lock"):
-            writer = Writer(self)
+            writer = Writer(self, keep)
             writer.clean()
             try:
                 yield writer
             finally:
                 writer.empty_workspace()
 
-    def remove(self, name: str) -> int:
-        """Delete a model and whatever only it used; the bytes freed. Raises `StoreError`."""
-        with self.writing() as writer:
+    def remove(self, name: str, keep: Collection[str] = ()) -> int:
+        """Delete a model and whatever only it used, but for the blobs `keep`; the bytes freed.
+
+        Raises `StoreError`.
+        """
+        with self.writing(keep) as writer:
             return writer.remove(name)
+
+    def clean(self, keep: Collection[str] = ()) -> None:
+        """Delete what no model uses, but for the blobs `keep`. Raises `StoreError`."""
+        with self.writing(keep):
+            pass  # it begins with that
 
     # -- inside ------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +63,9 @@ class Draft:
 class Writer:
     """What the holder of the writer lock may do. Made by `Store.writing` only."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, keep: Collection[str] = ()) -> None:
         self._store = store
+        self._keep = {store.blob_path(sha256).name for sha256 in keep}
         self._tmp = store.path / "tmp"
 
     def workspace(self) -> Path:
@@ -140,16 +141,19 @@ class Writer:
     def collect_garbage(self) -> int:
         """Delete blobs and signatures that no manifest names; the blob bytes freed.
 
-        Does nothing while a manifest is damaged: what it names cannot be known.
+        Does nothing while a manifest is damaged, for what it names cannot be known, or while somebody else
+        serves from this store: who runs a model that was replaced since may yet have to load its blobs.
         """
         models, damaged = self._store.scan()
         if damaged:
             return 0
         components = [c for model in models.values() for c in model.components]
-        _delete_others(self._store.path / "signatures", {f"{c.signature}.json" for c in components})
-        return _delete_others(
-            self._store.path / "blobs", {self._store.blob_path(c.blob.sha256).name for c in components}
-        )
+        blobs = {self._store.blob_path(c.blob.sha256).name for c in components}
+        with self._store.usage.exclusive() as is_alone:
+            if not is_alone:
+                return 0
+            _delete_others(self._store.path / "signatures", {f"{c.signature}.json" for c in components})
+            return _delete_others(self._store.path / "blobs", blobs | self._keep)
 
     # -- publishing, in the order that keeps every visible model whole ------------------------------
 

@@ -1,0 +1,57 @@
+"""Adding a folder tree while serving: one process reads it, each model is served as soon as it is there."""
+
+import asyncio
+
+import msgspec
+
+from understudy.admin import Note, Scan, ScanResult
+from understudyd.shell.admin import Notify
+from understudyd.shell.ingesting import ingest
+from understudyd.shell.keeper import Keeper, ReplaceFailed
+from understudyd.store.errors import StoreError, StoreErrorCode
+
+
+async def scan(keeper: Keeper, command: Scan, notify: Notify) -> list[ScanResult]:
+    """Ingest `command.folder` and serve what came of it; all results, those of `notify`'s notes.
+
+    Raises `IngestFailed` when the tree cannot be read or the process died; what was added until then is
+    served.
+    """
+    results: list[ScanResult] = []
+    serving: set[asyncio.Task[None]] = set()
+
+    async def settle(result: ScanResult) -> None:
+        served = await _serve(keeper, result)
+        results.append(served)
+        notify(Note(phase=served.outcome, result=served))
+
+    def on_note(note: Note) -> None:
+        if note.result is None:
+            notify(note)
+        else:
+            task = asyncio.create_task(settle(note.result))
+            serving.add(task)
+
+    try:
+        async with keeper.lock:  # one writer at a time
+            document = await ingest(keeper.stores.own.path, command, on_note)
+    finally:
+        await asyncio.gather(*serving)
+    if command.dry_run:
+        return msgspec.convert(document["results"], list[ScanResult])
+    return sorted(results, key=lambda result: result.path)
+
+
+async def _serve(keeper: Keeper, result: ScanResult) -> ScanResult:
+    """Serve a model that is in the store now; the result, or why it is there but not served."""
+    is_served = result.outcome == "unchanged" and result.name in keeper.served.records
+    if result.outcome in ("refused", "skipped") or is_served:
+        return result
+    try:
+        if keeper.is_leaving(result.name):
+            raise StoreError(StoreErrorCode.EXISTS, f"{result.name} is being removed; scan again later")
+        await keeper.refresh(result.name)
+    except (StoreError, ReplaceFailed) as error:
+        code = error.code.value if isinstance(error, StoreError) else "replace_failed"
+        return msgspec.structs.replace(result, outcome="refused", why=str(error), code=code)
+    return result

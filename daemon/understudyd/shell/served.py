@@ -1,0 +1,89 @@
+"""The models that are served: what each name stands for, and the editions that somebody still uses."""
+
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from understudyd.core.types import BlobInfo, ModelInfo
+from understudyd.store.records import BlobRecord, ModelRecord
+from understudyd.store.store import Store
+from understudyd.store.union import FoundModel, StoreUnion
+
+
+@dataclass(frozen=True, slots=True)
+class BlobPlace:
+    """A blob, what to call it in the timeline, and the stores that have it."""
+
+    record: BlobRecord
+    label: str
+    homes: tuple[Store, ...]
+
+
+class ServedModels:
+    """`records` by name; `editions` by key, see `ModelInfo.key`. To the stage this is its store.
+
+    Changed by the event loop's thread only, read by the stage's, too: nothing is changed while it is walked.
+    """
+
+    def __init__(self, stores: StoreUnion) -> None:
+        self.records: dict[str, ModelRecord] = {}
+        self.editions: dict[str, FoundModel] = {}
+        self.places: dict[str, BlobPlace] = {}
+        self._keys: dict[str, str] = {}
+        self.signature = stores.signature
+
+    # -- what the stage reads, by key ---------------------------------------------------------------
+
+    def model(self, key: str) -> ModelRecord:
+        """One edition's record. Raises KeyError when it is not served any more."""
+        return self.editions[key].record
+
+    def models(self) -> dict[str, ModelRecord]:
+        """A copy, because the original may change while the caller walks it."""
+        return {key: edition.record for key, edition in self.editions.copy().items()}
+
+    def model_folder(self, key: str) -> Path:
+        """Where the edition's small files are, or were before it was replaced."""
+        edition = self.editions[key]
+        return edition.home.model_folder(edition.record.name)
+
+    # -- editions -----------------------------------------------------------------------------------
+
+    def current(self, name: str) -> FoundModel:
+        """What the name stands for. Raises KeyError."""
+        return self.editions[self._keys[name]]
+
+    def enter(self, found: FoundModel) -> ModelInfo:
+        """Keep an edition under a number that no other of its name has; returns what the core is told."""
+        record = found.record
+        blobs = tuple(BlobInfo(c.blob.sha256, c.blob.size_bytes) for c in record.components)
+        infos = (ModelInfo(record.name, blobs, number) for number in count())
+        info = next(info for info in infos if info.key not in self.editions)
+        self.editions[info.key] = found
+        for component in record.components:
+            known = self.places.get(component.blob.sha256)
+            label = f"{record.name} {component.name}" if known is None else known.label
+            homes = () if known is None else known.homes
+            if found.home not in homes:
+                homes = (*homes, found.home)
+            self.places[component.blob.sha256] = BlobPlace(component.blob, label, homes)
+        return info
+
+    def adopt(self, name: str, key: str) -> None:
+        """From now on the name stands for this edition."""
+        self._keys[name] = key
+        self.records[name] = self.editions[key].record
+
+    def forget_name(self, name: str) -> FoundModel:
+        """The name stands for nothing any more; returns its last edition."""
+        del self.records[name]
+        return self.forget(self._keys.pop(name))
+
+    def forget(self, key: str) -> FoundModel:
+        """Nobody uses this edition any more."""
+        gone = self.editions.pop(key)
+        used = {c.blob.sha256 for edition in self.editions.values() for c in edition.record.components}
+        for component in gone.record.components:
+            if component.blob.sha256 not in used:
+                self.places.pop(component.blob.sha256, None)
+        return gone

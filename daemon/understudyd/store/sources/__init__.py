@@ -1,0 +1,1 @@
+"""Where models come from: diffusers folders, single-file checkpoints, the Hugging Face cache and hub."""
