@@ -8,7 +8,6 @@ weights are others.
 import dis
 import functools
 from collections.abc import Collection
-from operator import is_
 from types import CodeType
 from typing import Any
 
