@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -73,6 +74,17 @@ def test_a_keyword_that_takes_lists_gets_one_however_few() -> None:
     assert "video" in call.image_names
     found = decoded(sent("video", picture(1)), call=call)["video"]
     assert [each.tobytes() for each in found] == [picture(1).tobytes()]
+
+
+def test_a_telephone_photograph_with_pictures_behind_it() -> None:
+    """Pillow takes such a JPEG for another format."""
+    first, buffer = picture(1, (32, 24)), BytesIO()
+    first.save(buffer, "MPO", save_all=True, append_images=[picture(2, (16, 16))], quality=95)
+    with Image.open(BytesIO(buffer.getvalue())) as opened:
+        assert opened.format == "MPO" and opened.n_frames == 2
+        expected = opened.convert("RGB").tobytes()
+    info = InputInfo(name="image", format="jpeg", width=32, height=24)
+    assert decoded((info, buffer.getvalue()))["image"].tobytes() == expected
 
 
 def test_a_photograph_is_turned_upright() -> None:

@@ -125,5 +125,5 @@ def _check_header(info: InputInfo, picture: Any) -> None:
             f"input {info.name} is a file of {width} x {height}, declared as {info.width} x {info.height}"
         )
     frames = getattr(picture, "n_frames", 1)
-    if frames != 1:
+    if frames != 1 and info.format != "jpeg":  # telephones add depth maps behind the picture
         raise BadRequest(f"input {info.name} has {frames} frames; send one image for each")

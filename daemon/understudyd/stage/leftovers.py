@@ -8,38 +8,60 @@ weights are others.
 import dis
 import functools
 from collections.abc import Collection
-from operator import is_
 from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
 
 _EVERY_MODULE_HAS = frozenset(vars(nn.Module()))
-_SETTERS = ("set_", "_set_", "enable_", "disable_", "fuse_", "unfuse_")
-"""How the libraries name what a user calls, not a computation. They would make most modules suspects."""
+_SETTERS = ("_init_", "set_", "_set_", "enable_", "disable_", "fuse_", "unfuse_")
+"""How the libraries name what constructors or users call, not a computation."""
+
+_BASES = (
+    "torch.",
+    "diffusers.loaders.",
+    "diffusers.models.modeling_utils",
+    "transformers.modeling_utils",
+    "transformers.integrations.",
+)
+"""Modules of classes that compute nothing with attributes: these would make every component a suspect."""
 
 
 class PlainState:
     """The plain attributes of the modules whose classes can change any, as they were when this was made.
 
-    Which classes these are is read off their methods, once per class, so that a restore looks at a
-    few modules of a thousand. A module that kept no tensor is left as it is: what else the libraries
-    set up at a first call (hooks, flags) belongs together and stays.
+    Which classes these are, and which attributes, is read off their methods, once per class, so that a
+    restore looks at a few modules of a thousand. A module that kept no tensor is left as it is: what else
+    the libraries set up at a first call (hooks, flags) belongs together and stays.
     """
 
     def __init__(self, root: nn.Module, slots: Collection[tuple[Any, ...]]) -> None:
         """`slots` are (id of the dict, key) of the tensors that a bind sets: they are left alone."""
-        changing = [vars(m) for m in root.modules() if any(map(_changes_itself, type(m).__mro__))]
-        self._modules = [_Attributes(attributes, slots) for attributes in changing]
+        modules = list(root.modules())
+        found = map(_assigned_names, map(type, modules))
+        changing: list[tuple[dict[str, Any], frozenset[str]]] = [
+            (vars(module), names) for module, names in zip(modules, found)
+        ]
+        self._modules = [_Attributes(attributes, slots) for attributes, names in changing if names]
+        self._caches = [cache for module in self._modules for cache in module.caches]
+        # What nearly always is as it was is found to be so by a few look-ups: this is on the way of a switch.
+        self._lengths = [(attributes, len(attributes)) for attributes, names in changing if names]
+        self._watched = [
+            (attributes, name, attributes.get(name))
+            for attributes, names in changing
+            for name in sorted(names)
+            if (id(attributes), name) not in slots
+        ]
 
     def restore(self) -> None:
         """Put every module that kept a tensor back."""
-        for module in self._modules:
-            if not all(map(is_, module.now.values(), module.values)) or len(module.now) != len(module.values):
+        is_as_it_was = all(attributes.get(name) is value for attributes, name, value in self._watched)
+        if not is_as_it_was or any(len(attributes) != length for attributes, length in self._lengths):
+            for module in self._modules:
                 module.restore()
-            for cache in filter(None, module.caches):
-                if _holds_tensor(cache):
-                    cache.clear()
+        if any(self._caches):
+            for cache in filter(_holds_tensor, self._caches):
+                cache.clear()
 
 
 class _Attributes:
@@ -79,15 +101,21 @@ def _holds_tensor(value: Any) -> bool:
 
 
 @functools.cache
-def _changes_itself(cls: type[Any]) -> bool:
-    """Whether a method other than constructor and setters assigns attributes; torch's own layers do not."""
-    if cls is object or cls.__module__.startswith("torch."):
-        return False
-    return any(
-        _assigns(code)
+def _assigned_names(cls: Any) -> frozenset[str]:
+    """What methods other than constructors and setters assign to; torch's own layers nothing."""
+    return frozenset().union(*map(_assigned_by, cls.__mro__))
+
+
+@functools.cache
+def _assigned_by(cls: Any) -> frozenset[str]:
+    if cls is object or cls.__module__.startswith(_BASES):
+        return frozenset()
+    codes = (
+        _code(member)
         for name, member in vars(cls).items()
-        if name != "__init__" and not name.startswith(_SETTERS) and (code := _code(member)) is not None
+        if name != "__init__" and not name.startswith(_SETTERS)
     )
+    return frozenset().union(*map(_stores, filter(None, codes)))
 
 
 def _code(member: Any) -> CodeType | None:
@@ -98,7 +126,8 @@ def _code(member: Any) -> CodeType | None:
 
 
 @functools.cache
-def _assigns(code: CodeType) -> bool:
+def _stores(code: CodeType) -> frozenset[str]:
+    """Attributes that the code assigns to, of whatever object."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    steps = dis.get_instructions(code)
-    return any(step.opname == "STORE_ATTR" for step in steps) or any(map(_assigns, inner))
+    own = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+    return frozenset(own).union(*map(_stores, inner))
