@@ -342,7 +342,7 @@ class Ledger:
         needs = Needs(
             machine.policy.settings, machine.queue, residency.models, machine.on_stage, now_s, machine.wanted
         )
-        prices = machine.policy.prices(residency, needs, name)
+        *_, prices = machine.policy.prices(residency, needs, name)
         for absent in residency.models[name].blobs:
             if absent.state is BlobState.ABSENT and absent.retry_at_s <= now_s:
                 is_idle = next(residency.idle_loaders(), None) is not None

@@ -68,8 +68,9 @@ class Fetching:
 
     def _crowd(self) -> object:
         """While this stands, what is awaited finds no more room: nobody left whose copy could be replaced."""
-        queue, residency = self._queue, self._residency
-        return (residency.copies.changes, residency.replacements, queue.admissions - len(queue))
+        residency = self._residency
+        changes = (residency.copies.changes, residency.replacements, residency.arrivals)
+        return (*changes, self._queue.relieved)
 
     def _history(self) -> object:
         """While this stands, nothing else is likely that has no copy yet, or there is no gap for it."""

@@ -7,7 +7,7 @@ waits, and then what is likely, as far as the host pool (`fetching.py`).
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 
 from understudyd.core.entities import Blob, Load, Loader, Model
 from understudyd.core.extents import Prices
@@ -44,7 +44,8 @@ class Lookahead:
         """What evicting each extent loses for a load on behalf of this model while nothing is on stage."""
         residency = self._residency
         needs = Needs(self._policy.settings, self._queue, residency.models, None, now_s, self.wanted)
-        return self._policy.prices(residency, needs, model.name)
+        *_, prices = self._policy.prices(residency, needs, model.name)
+        return prices
 
     def stuck_on(self, stage_is_busy: bool, now_s: float) -> Model | None:
         """The model that cannot be loaded though nothing is under way that would change this."""
@@ -110,7 +111,7 @@ class Lookahead:
     def _begin(self, model: Model, blob: Blob, loader: Loader, needs: Needs, now_s: float) -> bool:
         """Start one load; False when there is no room for it."""
 
-        def pricing() -> Prices:
+        def pricing() -> Iterator[Prices]:
             return self._policy.prices(self._residency, needs, model.name)
 
         if self._no_room == self._situation(model, blob, needs):
@@ -189,7 +190,8 @@ class Lookahead:
         arena, size_bytes = self._residency.arena, blob.info.size_bytes
         if arena.largest_gap_bytes >= arena.rounded(size_bytes):
             return True
-        if arena.cheapest_window(size_bytes, self._policy.prices(self._residency, needs, model.name)):
+        pricing = self._policy.prices(self._residency, needs, model.name)
+        if any(arena.cheapest_window(size_bytes, prices) for prices in pricing):
             return True
         self._no_room = situation
         return False

@@ -172,33 +172,40 @@ class Policy:
 
     # -- what is evicted ----------------------------------------------------------------------------
 
-    def prices(self, residency: Residency, needs: "Needs", requester: str) -> Prices:
-        """What evicting each extent loses, for a load on behalf of the model `requester`.
+    def prices(self, residency: Residency, needs: "Needs", requester: str) -> Iterator[Prices]:
+        """What evicting each extent loses, for a load on behalf of the model `requester`: twice.
 
-        Below 1: the chance that it is asked for next, so the sum over a window is the expected number of
-        reloads caused, the same bytes being gained; one from the host pool counts a fifth. From 1e6: what
-        something later needs, the later the cheaper. What is needed sooner stays, or as soon: the requester's
-        own blobs must not evict each other.
+        First what nobody waits for, which is nearly always enough and cheaper to find out; then what is
+        needed later, too. Below 1: the chance that it is asked for next, so the sum over a window is the
+        expected number of reloads caused, the same bytes being gained; one from the host pool counts a fifth.
+        From 1e6: what something later needs, the later the cheaper. What is needed sooner stays, or as soon:
+        the requester's own blobs must not evict each other.
         """
-        rank, awaited, models = needs.rank, needs.awaited, residency.models
+        awaited = needs.awaited
+        evictable, estimate = residency.evictable, self.forecast.estimate
+        spare: dict[Extent, float] = {}
+        needed: list[tuple[Extent, Blob]] = []
+        for extent in residency.arena:
+            if (blob := evictable(extent)) is None:
+                continue
+            if awaited.isdisjoint(blob.models):
+                spare[extent] = estimate(extent.blob) * (_RELOAD_FROM_POOL if blob.has_copy else 1.0)
+            else:
+                needed.append((extent, blob))
+        yield spare
+        rank = needs.rank
         limit = rank(requester)
         sooner = awaited & residency.ready.keys()
         if limit[0] <= _READY:
             sooner = {name for name in sooner if rank(name) < limit}
-        kept = {blob.info.key for name in sooner for blob in models[name].blobs}
-        prices: dict[Extent, float] = {}
-        later: list[tuple[Need, Extent]] = []
-        evictable, estimate = residency.evictable, self.forecast.estimate
-        for extent in residency.arena:
-            if extent.blob in kept or (blob := evictable(extent)) is None:
-                continue
-            if awaited.isdisjoint(blob.models):
-                reload = _RELOAD_FROM_POOL if blob.has_copy else 1.0
-                prices[extent] = estimate(extent.blob) * reload
-            elif (need := min(map(rank, awaited & blob.models))) > limit:
-                later.append((need, extent))
+        kept = {blob.info.key for name in sooner for blob in residency.models[name].blobs}
+        later = [
+            (need, extent)
+            for extent, blob in needed
+            if extent.blob not in kept and (need := min(map(rank, awaited & blob.models))) > limit
+        ]
         place = {need: i for i, need in enumerate(sorted({need for need, _ in later}, reverse=True))}
-        return prices | {extent: 1e6 * (1 + place[need]) for need, extent in later}
+        yield spare | {extent: 1e6 * (1 + place[need]) for need, extent in later}
 
     # -- inside -------------------------------------------------------------------------------------
 

@@ -91,12 +91,14 @@ class RequestQueue:
     """Every request from admission until it is answered and its lease has ended.
 
     Groups by model, their heads and their oldest are kept sorted, so that nothing is sorted, and little is
-    walked through, per event. `withdrawals` counts those who left without running.
+    walked through, per event. `withdrawals` counts those who left without running, `relieved` how often
+    nobody waited for a model any more.
     """
 
     max_waiting: int
     requests: dict[str, Request] = field(default_factory=dict)
     withdrawals: int = 0
+    relieved: int = 0
     _waiting: dict[str, Request] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     _heads: list[Place] = field(default_factory=list)
@@ -108,11 +110,6 @@ class RequestQueue:
     def __len__(self) -> int:
         """How many wait."""
         return len(self._waiting)
-
-    @property
-    def admissions(self) -> int:
-        """How many were ever admitted."""
-        return self._seq
 
     @property
     def is_full(self) -> bool:
@@ -230,6 +227,7 @@ class RequestQueue:
         group = self.groups[request.model]
         head, oldest = group.head, group.oldest
         if not group.leave(request):
+            self.relieved += 1
             del self.groups[request.model]
             del self._heads[bisect_left(self._heads, head.place)]
             del self._oldest[bisect_left(self._oldest, (oldest.seq, oldest))]

@@ -61,6 +61,7 @@ class Residency:
         self.idle_loaders = self._book.idle_loaders
         self.loader_ready = self._book.loader_ready
         self.evictions = 0
+        self.arrivals = 0
         self.retries = Retries()
         self.leases = 0
         self.changes = 0
@@ -206,16 +207,18 @@ class Residency:
     # -- loads --------------------------------------------------------------------------------------
 
     def begin_load(
-        self, blob: Blob, loader: Loader, pricing: Callable[[], Prices] | None, now_s: float
+        self, blob: Blob, loader: Loader, pricing: Callable[[], Iterator[Prices]] | None, now_s: float
     ) -> bool:
         """Start loading into a gap, or into the window that is cheapest to clear; False when no room.
 
-        `pricing` prices what may be evicted, which costs something, only when it is needed. The load comes
+        `pricing` prices what may be evicted, the cheap first, and only as far as it is needed. The load comes
         from the blob's host copy, or leaves one behind if that is worth more than what it replaces.
         """
         extent = self.arena.allocate(blob.info.size_bytes, blob.key)
         if extent is None and pricing is not None:
-            window = self.arena.cheapest_window(blob.info.size_bytes, pricing())
+            size_bytes = blob.info.size_bytes
+            windows = (self.arena.cheapest_window(size_bytes, prices) for prices in pricing())
+            window = next(filter(None, windows), None)
             if window is not None:
                 for victim in window.victims:
                     self.evict(self.blobs[victim.blob], now_s, f"room for {blob.key[:12]}")
@@ -297,6 +300,7 @@ class Residency:
     def views_built(self, blob: Blob, now_s: float) -> None:
         """The blob is resident."""
         self.changes += 1
+        self.arrivals += 1
         blob.life.to(BlobState.RESIDENT, now_s, "views built")
         self.retries.start_anew(blob)
         self.note_ready(self.models[name] for name in sorted(blob.models))
