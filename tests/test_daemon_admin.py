@@ -43,7 +43,10 @@ def test_add_serve_remove(daemon: DaemonProcess, family: Family) -> None:
     )
     assert added["name"] == "new" and {note.phase for note in notes} >= {"load", "publish"}
     with understudy.Client(endpoint=daemon.endpoint) as client:
+        assert daemon.ask(admin.Show(name="new"))["tasks"] == [], "not prepared yet"
         assert client.generate("new", "x", **OPTIONS).images == client.generate("sd-b", "x", **OPTIONS).images
+    tasks = ["text-to-image", "image-to-image", "inpainting"]
+    assert daemon.ask(admin.Show(name="new"))["tasks"] == tasks
     with pytest.raises(admin.AdminError, match="exists"):
         daemon.ask(admin.Add(name="new", source=source))
     removed = daemon.ask(admin.Remove(name="new"))

@@ -69,6 +69,7 @@ class StageAdapter:
         self.move_extent = stage.move_extent
         self.cancel_run = stage.cancel_run
         self.strays = stage.strays
+        self.tasks = stage.tasks
         self.close = stage.close
 
     def put_on_deck(self, request_id: str, model: str, request: Generate, payload: Sequence[bytes]) -> None:

@@ -181,6 +181,7 @@ class Commands:
         ]
         more = {
             "parts": view.parts,
+            "tasks": self._runtime.tasks(name),
             "waiting": view.waiting,
             "leases": view.leases,
             "chance_next": round(view.chance, 4),

@@ -103,5 +103,8 @@ class StageDoor(Protocol):
     def take_result(self, request_id: str, received_at_s: float) -> RunResult:
         """The finished run's result, once; its timings count from `received_at_s`."""
 
+    def tasks(self, name: str) -> list[str]:
+        """What a prepared model can be asked for by name beside its own pipeline."""
+
     def strays(self) -> list[str]:
         """Tensors of bound components that lie outside the arena."""

@@ -339,6 +339,11 @@ class Runtime:
         self.pending[request_id] = pending
         self.handle(ev.RequestReceived(info))
 
+    def tasks(self, name: str) -> list[str]:
+        """What the model's components can do; nothing is known before it is prepared."""
+        key = self.machine.residency.models[name].key
+        return self._stage.tasks(key) if self._stage is not None else []
+
     def strays(self) -> list[str]:
         """Tensors of bound components outside the arena; see `StageDoor`."""
         return self._stage.strays() if self._stage is not None else []

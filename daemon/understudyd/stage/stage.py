@@ -40,7 +40,7 @@ from understudyd.stage.performer import Announcer, Performer, Prepared
 from understudyd.stage.run import Run, RunParams, RunResult
 from understudyd.stage.skeleton import Skeleton
 from understudyd.stage.views import ResidentBlobs, WeightArena
-from understudyd.stage.wrapper import prepare
+from understudyd.stage.wrapper import PreparedModel, prepare
 from understudyd.store.records import ModelRecord, SignatureRecord
 
 _log = logging.getLogger(__name__)
@@ -140,6 +140,11 @@ class Stage:
     def skeletons(self) -> list[Skeleton]:
         """Every skeleton alive: for tests, checks and measurements."""
         return list(self._skeletons.values())
+
+    def tasks(self, name: str) -> list[str]:
+        """What a request may name as the task of a prepared model; none for a custom pipeline."""
+        prepared = self._prepared.get(name)
+        return list(prepared.tasks) if isinstance(prepared, PreparedModel) else []
 
     def strays(self) -> list[str]:
         """Tensors of bound components outside the arena: none, unless a run moved them just now."""
