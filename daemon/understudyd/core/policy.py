@@ -235,7 +235,8 @@ class Needs:
         self._settings, self._queue, self._models = settings, queue, models
         self._on_stage = on_stage
         self._pressing_skips = settings.max_skips * PRESSING_SHARE
-        self._pressing_since_s = now_s - settings.max_wait_s * PRESSING_SHARE
+        self._pressing_wait_s = settings.max_wait_s * PRESSING_SHARE
+        self._now_s = now_s
         self._wished = {name: i for i, name in enumerate(wanted)}
         self._ranks: dict[str, Need] = {}
         self.awaited: Set[str] = queue.models() | self._wished.keys() if self._wished else queue.models()
@@ -254,7 +255,10 @@ class Needs:
         priority = head.info.priority
         if self._settings.order == "fcfs":
             return (_STRICT, -priority, False, head.seq)
-        if oldest.skips >= self._pressing_skips or oldest.received_at_s <= self._pressing_since_s:
+        if (
+            oldest.skips >= self._pressing_skips
+            or self._now_s >= oldest.received_at_s + self._pressing_wait_s
+        ):
             return (_PRESSING, 0, False, oldest.seq)
         if self._models[name].is_ready:
             return (_READY, -priority, name != self._on_stage, head.seq)
