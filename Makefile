@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo plan-example test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest \
+.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest \
   gpu-check docs-models clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -16,6 +16,8 @@ demo: $(STAMP)  ## a family of models served on a quarter of the memory: table, 
 plan-example: $(STAMP)  ## how much GPU memory the shipped example trace needs: table and plan.png
 	@$(BIN)/understudyd plan daemon/understudyd/simulate/example.csv.gz --gpu a100-80 --host-pool all \
 	  --utilisation 85% --plot plan.png
+
+install: $(STAMP)  ## everything into .venv: activate it with . .venv/bin/activate
 
 test: $(STAMP)  ## the whole test suite
 	@$(BIN)/python -m pytest
