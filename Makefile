@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest \
-  gpu-check docs-models clean
+  gpu-check docs-models docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
@@ -52,6 +52,9 @@ gpu-check:  ## everything that needs a real GPU, in under ten minutes; without o
 
 docs-models: $(STAMP)  ## docs/models.md, from the table of pipeline kinds that the tests serve
 	@PYTHONPATH=tests $(BIN)/python -m zoo.document docs/models.md
+
+docs-configuration: $(STAMP)  ## docs/configuration.md, from the configuration's own types
+	@$(BIN)/python -m understudyd.config_reference docs/configuration.md
 
 clean:  ## forget the virtual environment and what the demo made
 	rm -rf $(VENV) demo-out

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from understudy.cli import main
 from understudy.wire import Failed, Generate
-from wire_kit import FakeSink, Served, accepts, image_of, ipc, serving
+from wire_kit import FakeSink, Served, accepts, finished, image_of, ipc, serving
 
 
 @pytest.fixture
@@ -39,6 +40,17 @@ def test_generate_writes_the_image_and_says_what_it_took(served: Served, tmp_pat
     assert out.read_bytes() == image_of(wish)
     assert result.stdout.splitlines()[0] == str(out)
     assert "seed 9" in result.stdout and "switch 2.0 ms" in result.stdout
+
+
+def test_no_switch_is_told_where_none_took_place(tmp_path: Path) -> None:
+    def on_stage(sink: FakeSink, client: str, request: Generate) -> None:
+        reply, images = finished(request)
+        sink.reply(client, msgspec.structs.replace(reply, tier="bound", switched=False), images)
+
+    with serving(ipc(tmp_path), FakeSink(on_stage)) as served:
+        result = run(served, "generate", "x", "-m", "sd15-red", "-q", "-o", str(tmp_path / "a.png"))
+    assert "(was bound)" in result.stdout and "run 1.500 s" in result.stdout, result.output
+    assert "switch" not in result.stdout.splitlines()[1]
 
 
 def test_several_images_are_numbered(served: Served, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from click.testing import CliRunner, Result
@@ -239,6 +239,33 @@ def test_commands_say_what_was_meant(daemon: FakeDaemon, tmp_path: Path) -> None
         admin.CancelRequest(id="r9"),
         admin.Shutdown(drain_s=3.0),
     ]
+
+
+def test_every_command_of_the_protocol_can_be_typed() -> None:
+    spoken = {command.__struct_config__.tag for command in get_args(admin.Command)}
+    assert spoken - {"scan"} == set(main.commands) - {"config"}, "a scan is typed as `add --scan`"
+
+
+def test_a_rescan_tells_what_it_found(daemon: FakeDaemon) -> None:
+    daemon.answers["rescan"] = {"added": [], "replaced": [], "removed": [], "rejected": {}, "damaged": {}}
+    quiet = daemon.run("rescan")
+    assert (quiet.exit_code, quiet.stdout) == (0, "nothing has changed\n")
+    daemon.answers["rescan"] = {
+        "added": ["new", "newer"], "replaced": ["swapped"], "removed": ["gone"],
+        "rejected": {"odd": "no such class"}, "damaged": {"torn": "a blob is short"},
+        "away": {"/mnt/nas": "timed out"},
+    }  # fmt: skip
+    told = daemon.run("rescan")
+    assert told.exit_code == 1
+    rows = [line.split() for line in told.stdout.splitlines()]
+    for row in (
+        "new added", "newer added", "swapped replaced", "gone removed", "odd rejected no such class",
+        "torn damaged a blob is short", "/mnt/nas away timed out",
+        "2 added, 1 replaced, 1 removed, 1 rejected, 1 damaged, 1 away",
+    ):  # fmt: skip
+        assert row.split() in rows
+    assert json.loads(daemon.run("rescan", "-o", "json").stdout) == daemon.answers["rescan"]
+    assert daemon.asked == [admin.Rescan()] * 3
 
 
 def test_trace_is_written_for_chrome(daemon: FakeDaemon, tmp_path: Path) -> None:

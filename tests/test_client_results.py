@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from understudy import CallerError, Result, TransportError
+from understudy import AsyncClient, CallerError, Client, Result, TransportError
+from understudy.request import RequestFields, compose
 from understudy.wire import ImageInfo
 from wire_kit import TIMINGS
 
@@ -137,3 +138,19 @@ def test_clips() -> None:
     assert [clip.images for clip in made.clips] == [[b"\0\0", b"\0\1", b"\0\2"], [b"\1\0", b"\1\1", b"\1\2"]]
     assert all(i.clip == 1 for i in made.clips[1].infos) and made.clips[1].seed == made.seed
     assert len(result((info("mp4", frames=8, fps=4.0), b"x")).clips) == 1
+
+
+def test_printing_shows_sizes_and_no_bytes() -> None:
+    png = info("png"), b"PNG" * 1000
+    assert repr(result(png)) == "Result(id='r', model='m', seed=1, 1 image: png 6x4, 2.102 s)"
+    assert "3 images: png 6x4 (2 times), latent 3x2," in repr(result(png, png, latent()))
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+def test_help_names_every_field(client: type[Client | AsyncClient]) -> None:
+    text = client.generate.__doc__ or ""
+    assert not {name for name in RequestFields.__annotations__ if f"`{name}`" not in text}
+
+
+def test_jpg_is_another_word_for_jpeg() -> None:
+    assert compose("m", "x", {"format": "jpg"}, None)[0].format == "jpeg"

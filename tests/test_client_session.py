@@ -171,6 +171,7 @@ def test_the_deadline_travels_and_shrinks_and_is_kept_locally(driven: Driven) ->
     assert mailbox.answer is None
     driven.pass_time(1.1)
     assert isinstance(mailbox.answer, DeadlineExceeded)
+    assert "the deadline of 10 s passed" in str(mailbox.answer) and "--deadline" in str(mailbox.answer)
     assert driven.take(Cancel) == [Cancel(id="r1")]
 
 
@@ -219,6 +220,25 @@ def test_a_field_of_a_wrong_type_never_leaves(driven: Driven, fields: dict[str, 
     with pytest.raises(CallerError, match="cannot be sent"):
         driven.open(request(**fields))
     assert driven.sent == [] and driven.session.open_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"steps": "2"}, "steps is '2'; it must be a whole number or None"),
+        ({"guidance": "high"}, "guidance is 'high'; it must be a number or None"),
+        ({"prompt": 5}, "prompt is 5; it must be text"),
+        ({"progress": "no"}, "progress is 'no'; it must be True or False"),
+        ({"options": {"ip": {}}}, "got `object` - at"),
+    ],
+    ids=str,
+)
+def test_a_wrong_type_is_told_in_words_of_python(
+    driven: Driven, fields: dict[str, object], says: str
+) -> None:
+    with pytest.raises(CallerError) as caught:
+        driven.open(request(**fields))
+    assert says in str(caught.value)
 
 
 def test_a_header_that_is_too_large_and_an_id_in_use(driven: Driven) -> None:

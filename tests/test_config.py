@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from understudyd import config
+from understudyd import config, config_check, config_reference
 from understudyd.config import AUTO, ConfigError, load, parse_size
 from understudyd.shell.parts import limits_of
 
@@ -72,18 +72,25 @@ def test_several_stores(tmp_path: Path) -> None:
     [
         ("[device]\nmagic = 1\n", "magic"),
         ("[nonsense]\n", "nonsense"),
-        ('[device]\narena = "big"\n', "no size.*device.arena"),
+        ('[device]\narena = "big"\n', "device.arena: .*no size"),
         ("[loader]\ncount = 0\n", "loader.count"),
         ('[loader]\ntransport = "pigeon"\n', "loader.transport"),
         ("[loader]\ncopies_in_flight = 0\n", "loader.copies_in_flight"),
-        ('[host]\npool = "half"\n', "no size.*host.pool"),
+        ('[host]\npool = "half"\n', "host.pool: .*no size"),
         ('[policy]\norder = "random"\n', "policy.order"),
         ("[policy\n", "not TOML"),
         ("[stage]\nwarm_up_limit_s = 0\n", "warm_up_limit_s"),
-        ('[store]\ncache = "many"\n', "no size.*store.cache"),
+        ('[store]\ncache = "many"\n', "store.cache: .*no size"),
         ('[store]\nread_only = "/mnt"\n', "store.read_only"),
         ("[startup]\nlimit_s = 0\n", "startup.limit_s"),
         ("[startup]\nsteps = 0\n", "startup.steps"),
+        (
+            '[device]\narean = "1GiB"\n',
+            "no key 'arean'; did you mean 'arena'. known are kind, gpu, arena, res",
+        ),
+        ("[devise]\n", "no section .devise.; did you mean 'device'. known are store, startup"),
+        ('[device]\nkind = "gpu"\n', 'device.kind is \'gpu\'; it must be one of "auto", "cpu", "cuda"'),
+        ("device = 3\n", "it is a section"),
     ],
 )
 def test_errors_name_the_key(tmp_path: Path, text: str, says: str) -> None:
@@ -108,3 +115,29 @@ def test_check_says_yes_or_no(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert config.main(["check", str(bad)]) == 1
     assert "device.kind" in capsys.readouterr().err
     assert config.main(["chekc"]) == 2
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    text = '[device]\narean = 1\nkind = "tpu"\n[loader]\ncount = 99\nthreads = 3\n'
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text), {})
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["[device]", "device.kind", "loader.count:"]
+
+
+def test_check_warns_of_what_will_not_work_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = write(tmp_path, '[device]\nkind = "cpu"\narena = "9000TiB"\n')
+    assert config.main(["check", str(large)]) == 0
+    assert "device.arena is 9216000.0 GiB and this machine has" in capsys.readouterr().err
+    monkeypatch.setattr(config_check, "_is_installed", lambda module: False)
+    assert config.main(["check", str(write(tmp_path, '[device]\nkind = "cuda"\n'))]) == 0
+    assert "pip install 'understudy[cuda]'" in capsys.readouterr().err
+    assert config.main(["check", str(write(tmp_path, '[device]\nkind = "cpu"\n'))]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_page_is_what_the_types_say() -> None:
+    page = Path(__file__).parent.parent / "docs" / "configuration.md"
+    assert page.read_text() == config_reference.page(), "run `make docs-configuration`"

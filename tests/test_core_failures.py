@@ -246,6 +246,14 @@ def test_images_that_cannot_be_encoded_are_an_error_of_ours() -> None:
     assert world.answer(request) is ErrorCode.INTERNAL
 
 
+def test_a_model_that_cannot_be_prepared_is_refused_with_the_reason_alone() -> None:
+    world = World(8, models=[A])
+    world.ask("a")
+    world.tell(ev.ModelPreparationFailed("a", "no such class", is_lasting=True))
+    refused = world.ledger.answers[world.ask("a")]
+    assert (refused.code, refused.message) == (ErrorCode.INTERNAL, "a could not be prepared: no such class")
+
+
 def test_an_illegal_event_tells_the_story() -> None:
     with busy_world(8, A) as world:
         request = world.ask("a")

@@ -1,5 +1,7 @@
 """What an operator wants, what models share, and what lies in the way."""
 
+import re
+
 from core_kit import (
     ScriptedLoaders,
     ScriptedStage,
@@ -73,6 +75,17 @@ def test_pins_that_fill_the_arena_leave_a_clear_refusal() -> None:
         refused = world.ask("c", id="late")
         assert world.answer(refused) is ErrorCode.MODEL_TOO_LARGE
         assert "unpin" in world.ledger.answers[refused].message
+
+
+def test_a_refusal_gives_readable_sizes_and_speaks_of_pins_only_where_they_matter() -> None:
+    with busy_world(4, *(model(n, 2) for n in "abc"), model("huge", 9)) as world:
+        alone = world.ledger.answers[world.ask("huge")].message
+        assert re.fullmatch(r"huge needs \d+\.\d MiB, the arena has \d+\.\d MiB; enlarge the arena", alone)
+        for name in "ab":
+            world.tell(ev.PinChanged(name, pinned=True))
+        world.run()
+        assert world.ledger.answers[world.ask("huge")].message == alone, "unpinning would not help"
+        assert "unpin models or enlarge the arena" in world.ledger.answers[world.ask("c")].message
 
 
 def test_what_an_operator_evicts_stays_out_until_somebody_asks() -> None:

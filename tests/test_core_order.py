@@ -241,6 +241,9 @@ def test_the_deadline_of_a_waiting_request_and_of_a_running_one() -> None:
         world.run(for_s=1.5)
         assert world.answer(running) is ErrorCode.DEADLINE_EXCEEDED
         assert world.of(ac.CancelRun) == [ac.CancelRun(running, ErrorCode.DEADLINE_EXCEEDED)]
+        for request_id, deadline in ((waiting, "1 s"), (running, "3 s")):
+            message = world.ledger.answers[request_id].message
+            assert f"the deadline of {deadline} has passed; allow more time" in message
 
 
 def test_a_deadline_that_has_passed_on_arrival() -> None:

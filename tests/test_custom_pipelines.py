@@ -1,6 +1,7 @@
 """A user's own class: found by its entry point, its weights through the store and the arena, its requests."""
 
 import os
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,7 @@ def test_a_package_that_is_gone_fails_its_own_models(store: Store, rig: Rig, tmp
     next((tmp_path / "site").glob("*.dist-info")).rename(tmp_path / "uninstalled")
     error = preparation_error(rig, "a")
     assert "no installed package provides the pipeline 'painter'" in error
+    assert "or restart the daemon if it was installed after the daemon started" in error
 
 
 @pytest.mark.parametrize(
@@ -469,3 +471,10 @@ def test_a_request_can_be_made_by_hand() -> None:
     with torch.no_grad():
         image = custom_kit.Painter({"grid": grid}, 0.0, {})(request)
     assert image.shape == (1, 3, 8, 8) and told == [(1, 2), (2, 2)]
+
+
+def test_the_pages_package_says_which_of_the_pages_files_is_its_module() -> None:
+    """The page's other scripts lie beside it, and setuptools refuses to guess among several."""
+    settings = tomllib.loads(custom_kit.page_block("pyproject.toml"))
+    (target,) = settings["project"]["entry-points"]["understudy.pipelines"].values()
+    assert settings["tool"]["setuptools"]["py-modules"] == [target.partition(":")[0]]

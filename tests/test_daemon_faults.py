@@ -1,6 +1,7 @@
 """Real faults on a real daemon: clients and the daemon itself killed, models removed, no room."""
 
 import asyncio
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,8 +125,14 @@ def test_the_second_daemon_on_a_runtime_directory_is_refused(shared: Stricken) -
 
 
 def test_a_model_that_cannot_fit_is_refused_at_once(family: Family, tmp_path: Path) -> None:
-    with running_daemon(family.store, tmp_path / "run", arena="2MiB", **COLD) as daemon:
+    store = shutil.copytree(family.store, tmp_path / "store")
+    with running_daemon(store, tmp_path / "run", arena="2MiB", **COLD) as daemon:
         client = understudy.Client(endpoint=daemon.endpoint)
         with client, pytest.raises(understudy.CapacityError, match="arena") as error:
             client.generate("sd-a", PROMPT, **OPTIONS)
         assert error.value.code == "model_too_large"
+        with pytest.raises(admin.AdminError, match=r"sd-a needs .* MiB, the arena has 2\.0 MiB; enlarge"):
+            daemon.ask(admin.Load(name="sd-a"))
+        source = str(family.folders["sd-b"])
+        added = daemon.ask(admin.Add(name="sd-b", source=source, replace=True), timeout_s=60)
+        assert "sd-b needs" in added["warning"] and "enlarge the arena" in added["warning"]

@@ -130,3 +130,9 @@ def test_a_path_the_daemon_does_not_see_names_the_way_round(daemon: DaemonProces
         assert caught.value.code == "not_found"
         assert "sudo -u " in str(caught.value) and " understudyd ingest --store " in str(caught.value)
         assert f"{source}'" in str(caught.value) and "understudyctl rescan" in str(caught.value)
+    arguments = ["--socket", str(daemon.admin_socket), "add", "m", source]
+    typed = CliRunner().invoke(ctl, arguments)
+    assert typed.exit_code == 1 and "sudo" not in typed.stderr, "whoever typed it does not find it either"
+    unknown = pytest.raises(understudy.UnknownModel, match="`understudy models` lists them")
+    with understudy.Client(endpoint=daemon.endpoint) as client, unknown:
+        client.generate("qqqq", "x", **OPTIONS)

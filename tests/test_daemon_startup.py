@@ -10,7 +10,7 @@ from daemon_kit import running_daemon
 from family_kit import Family
 from understudy import admin
 from understudyd import config
-from understudyd.names import near, unknown_model
+from understudyd.names import how_to_list, near, unknown_model
 
 COLD: dict[str, Any] = {"stage": {"warm_up": False}, "policy": {"prefetch": False}}
 
@@ -85,6 +85,8 @@ def test_near_names(name: str, meant: str | None) -> None:
 def test_what_is_near_is_told() -> None:
     assert unknown_model("foo", ["fool"], "look") == "model 'foo' unknown; did you mean 'fool'?"
     assert unknown_model("foo", [], "look") == "model 'foo' unknown; look"
+    assert how_to_list(["a"], "understudy models") == "`understudy models` lists them"
+    assert how_to_list([], "understudy models") == "no models yet: add one with `understudyctl add`"
 
 
 def test_the_nearest_of_a_thousand_is_found() -> None:

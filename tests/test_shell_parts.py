@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from understudyd.config import Config, DeviceConfig, Size, StoreConfig
 from understudyd.shell.adapters import timings_since
 from understudyd.shell.families import representatives
 from understudyd.shell.lock import AlreadyRunning, DaemonLock
 from understudyd.shell.notify import notify
+from understudyd.shell.parts import Parts
 from understudyd.shell.tally import RECENT, Tally, percentile
 from understudyd.shell.timeline import Timeline
 from understudyd.store.records import BlobRecord, ComponentRecord, ModelRecord
@@ -94,3 +96,19 @@ def test_timings_add_up() -> None:
     assert timings.gap_s == 0.75, "a load was waited for after the stage was free at 2.5"
     moments.previous_ended_at_s = 0.5
     assert timings_since(1.0, moments).gap_s == 2.25, "idle before the request came does not count"
+
+
+def test_the_arena_is_announced_before_its_pages_are_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said_before: list[str] = []
+
+    def make(size_bytes: int) -> int:
+        said_before.extend(record.getMessage() for record in caplog.records)
+        return size_bytes
+
+    monkeypatch.setattr("understudyd.shell.parts.CpuArena", make)
+    config = Config(store=StoreConfig(path=tmp_path), device=DeviceConfig(kind="cpu", arena=Size(3 * 2**29)))
+    with caplog.at_level("INFO"):
+        Parts(config).arena()
+    assert said_before == ["making an arena of 1.50 GiB"]

@@ -151,6 +151,11 @@ def test_what_a_model_can_do(rig: Rig) -> None:
         ("sd", {"task": "text-to-image", "inputs": (sent("image", IMAGE),)}, "it takes no images"),
         ("sd", {"inputs": (sent("picture", IMAGE),)}, "takes no input 'picture'"),
         ("guided", {}, "needs an image as image"),
+        ("sd", {"inputs": (sent("mask_image", MASK),)}, "send it with image= or --init-image"),
+        ("sd", {"inputs": (sent("control_image", EDGES),)}, "image-to-image takes image; inpainting takes"),
+        ("sd", {"inputs": (sent("control_image", EDGES),)}, "needs a model with a ControlNet"),
+        ("sd", {"options": {"strength": 0.5}}, "image-to-image takes it: send an image"),
+        ("sd", {"options": {"padding_mask_crop": 8}}, "inpainting takes it: send an image and a mask"),
     ],
 )
 def test_what_it_cannot_do_is_refused_before_it_takes_the_stage(

@@ -117,7 +117,9 @@ def test_a_dry_run_adds_nothing_and_foresees_the_names(tree: Path, store: Store)
     foreseen = plan_tree(store, tree, LIKE)
     assert listing(store.path) == before
     assert by_path(foreseen, tree) == by_path(ingest_tree(store, tree, LIKE), tree)
-    assert by_path(plan_tree(store, tree, LIKE), tree)[ANIME] == ("added", "Anime-Mix-v1")
+    assert by_path(plan_tree(store, tree, LIKE), tree)[ANIME] == ("unchanged", "Anime-Mix-v1")
+    swap = IngestOptions(like=LIKE.like, replace=True)
+    assert by_path(plan_tree(store, tree, swap), tree)[ANIME] == ("replaced", "Anime-Mix-v1")
     alone = {r.name: r for r in plan_tree(None, tree, IngestOptions())}
     assert (alone["real-Vision"].outcome, alone["two"].outcome) == ("refused", "added")
     assert "--like MODEL" in alone["real-Vision"].why
@@ -156,6 +158,33 @@ def test_replacing_never_takes_the_name_of_another_source(models: Path, tmp_path
     (added,) = ingest_tree(store, tmp_path / "tree", IngestOptions(replace=True))
     assert (added.outcome, added.name) == ("added", "model-2")
     assert store.model("model") == kept
+
+
+def test_a_prefix_asks_for_names_that_have_it(models: Path, tmp_path: Path, store: Store) -> None:
+    tree, options = tmp_path / "tree", IngestOptions()
+    for folder in "ab":
+        shutil.copytree(models / "one", tree / folder / "same")
+    edit_json(tree / "b" / "same" / "scheduler" / "scheduler_config.json", lambda d: d.update(beta_end=0.02))
+    assert {r.name for r in ingest_tree(store, tree, options)} == {"same", "same-2"}
+    blobs = listing(store.path / "blobs")
+    foreseen = plan_tree(store, tree, options, name_prefix="z-")
+    assert {(r.name, r.outcome) for r in foreseen} == {("z-same", "added"), ("z-same-2", "added")}
+    assert by_path(ingest_tree(store, tree, options, name_prefix="z-"), tree) == by_path(foreseen, tree)
+    assert store.names() == ["same", "same-2", "z-same", "z-same-2"]
+    assert listing(store.path / "blobs") == blobs
+    again = ingest_tree(store, tree, options, name_prefix="z-")
+    assert by_path(again, tree) == by_path(plan_tree(store, tree, options, name_prefix="z-"), tree)
+    assert {(r.name, r.outcome) for r in again} == {("z-same", "unchanged"), ("z-same-2", "unchanged")}
+
+
+def test_a_store_in_the_tree_is_left_out(models: Path, tmp_path: Path, store: Store) -> None:
+    shutil.copytree(models / "one", tmp_path / "tree" / "one")
+    ingest_tree(store, tmp_path, IngestOptions())
+    results = ingest_tree(store, tmp_path, IngestOptions())
+    assert [(r.path, r.outcome, r.why) for r in results] == [
+        (str(store.path), "skipped", "is an Understudy store"),
+        (str(tmp_path / "tree" / "one"), "unchanged", ""),
+    ]
 
 
 def test_one_bad_model_stops_nothing(models: Path, tmp_path: Path, store: Store) -> None:
@@ -282,6 +311,19 @@ def test_the_table_has_a_row_for_each_find() -> None:
     assert "1 added, 1 refused" in text
     assert "a dry run, nothing was changed: 1 would be added, 1 refused" in text
     assert "no models found" in text
+
+
+def test_a_dry_run_tells_what_is_there_already() -> None:
+    from rich.console import Console
+
+    outcomes = ("added", "unchanged", "replaced")
+    results = [{"outcome": outcome, "path": "/m", "name": outcome} for outcome in outcomes]
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    with console.file:
+        console.print(scan_table(results, is_dry_run=True))
+    text = console.export_text()
+    assert "is there already: would be compared" in text and "would replace" in text
+    assert "1 would be added, 1 would be replaced, 1 there already" in text
 
 
 def test_notes_with_results_survive_the_wire() -> None:

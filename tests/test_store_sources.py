@@ -42,8 +42,10 @@ def test_sources_as_the_daemon_is_told_them(tmp_path: Path, monkeypatch: pytest.
 
 def test_what_was_typed_becomes_one_command(tmp_path: Path) -> None:
     assert typed(name="m", source="/models/x", like=("a", "b"), config=tmp_path, replace=True) == admin.Add(
-        name="m", source="/models/x", like=("a", "b"), config=str(tmp_path), replace=True
+        name="m", source="/models/x", like=("a", "b"), config=str(tmp_path), replace=True, is_missing=True
     )
+    for there in (str(tmp_path), "org/name"):
+        assert typed(name="m", source=there) == admin.Add(name="m", source=there)
     assert typed(folder=tmp_path, dry_run=True, name_prefix="p-", dtype="fp16") == admin.Scan(
         folder=str(tmp_path), dry_run=True, name_prefix="p-", dtype="fp16"
     )

@@ -56,6 +56,7 @@ def finished(request: Generate, images: list[bytes] | None = None) -> tuple[Fini
         images=(info,) * len(images),
         timings=TIMINGS,
         tier="resident",
+        switched=True,
     )
     return reply, images
 

@@ -43,6 +43,7 @@ class Add(AdminRequest, frozen=True, kw_only=True, tag="add"):
     diffusers folder `config`. `revision` is a branch, tag or commit of the hub id. Sends notes with progress.
 
     `pipeline` names a custom pipeline that is installed there; `source` has the weights for it.
+    `is_missing` tells that the caller finds no such path either.
     """
 
     name: str
@@ -55,13 +56,15 @@ class Add(AdminRequest, frozen=True, kw_only=True, tag="add"):
     like: tuple[str, ...] = ()
     config: str | None = None
     replace: bool = False
+    is_missing: bool = False
 
 
 class Scan(AdminRequest, frozen=True, kw_only=True, tag="scan"):
     """Ingest every model below `folder`, under names made from paths with `name_prefix` before them.
 
     Each is served as soon as it is there: a note with its `result` says so. The document at the end has all
-    results. `dry_run` adds nothing and says what would be tried. The other fields are those of `Add`.
+    results. With a prefix only names that have it count: what is there under another name is added again, and
+    shares its files. `dry_run` adds nothing and says what would be tried. Other fields are those of `Add`.
     """
 
     folder: str
@@ -73,6 +76,7 @@ class Scan(AdminRequest, frozen=True, kw_only=True, tag="scan"):
     like: tuple[str, ...] = ()
     config: str | None = None
     replace: bool = False
+    is_missing: bool = False
 
 
 class Rescan(AdminRequest, frozen=True, kw_only=True, tag="rescan"):
@@ -147,6 +151,8 @@ class ScanResult(msgspec.Struct, frozen=True, kw_only=True):
 
     `name` is empty for what is no model, `why` and `code` are for what was refused or skipped.
     `size_bytes` is the model's size in the arena, before it is added that of its files.
+
+    Of a dry run "unchanged" is what is there already and would be compared, "replaced" what would be swapped.
     """
 
     outcome: Literal["added", "replaced", "unchanged", "refused", "skipped"]

@@ -111,7 +111,13 @@ class AsyncClient:
     # -- requests -----------------------------------------------------------------------------------------
 
     async def generate(self, model: str, prompt: str = "", **fields: Unpack[RequestFields]) -> Result:
-        """Images for a prompt; see `RequestFields`. Cancelling the task cancels the request."""
+        """Images for a prompt. Cancelling the task cancels the request. Raises `UnderstudyError`.
+
+        Fields, all optional: `negative_prompt`, `seed`, `size` or `width` and `height`, `steps`, `guidance`,
+        `images`, `scheduler`, `options`; `image`, `mask`, `control_image`, `inputs`, `task`; `format`,
+        `quality`, `progress`; `priority`, `deadline_s`, `request_id`. `understudy.request.RequestFields`
+        explains them.
+        """
         fields.setdefault("progress", False)
         handle = await self.submit(model, prompt, **fields)
         try:

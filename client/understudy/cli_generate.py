@@ -242,9 +242,11 @@ def _saved(result: "Result", output: Path) -> list[str]:
     except OSError as error:
         leave(f"cannot write {error.filename or output}: {error.strerror}", EXIT_CALLER)
     timings = result.timings
+    # Without another model before it, this is no switch but the way from the queue to the stage.
+    switch = f"switch {timings.switch_s * 1000:.1f} ms, " if result.switched else ""
     return [
         *map(str, paths),
         f"{result.model} (was {result.tier}), seed {result.seed}: queued {timings.queued_s:.3f} s, "
-        f"switch {timings.switch_s * 1000:.1f} ms, run {timings.run_s:.3f} s, "
+        f"{switch}run {timings.run_s:.3f} s, "
         f"encode {timings.encode_s:.3f} s, total {timings.total_s:.3f} s",
     ]

@@ -167,7 +167,25 @@ def remove(socket_path: Path, name: str, output: str) -> None:
     """Stop serving a model and delete it when its last request is done."""
     from understudy.admin import Remove
 
-    _show(_ask(socket_path, Remove(name=name)), output, "facts")
+    _show(_ask_long(socket_path, Remove(name=name), f"removing {name}"), output, "facts")
+
+
+@main.command()
+@output_option
+@click.pass_obj
+def rescan(socket_path: Path, output: str) -> None:
+    """Look at all stores again: serve what is new in them, and no longer what is gone."""
+    from understudy.admin import Rescan
+
+    document = _ask_long(socket_path, Rescan(), "looking at all stores")
+    if output == "json":
+        click.echo(json.dumps(document, indent=2))
+    else:
+        from understudy import render, render_scan
+
+        render.show(render_scan.rescan_table(document))
+    if any(document.get(problem) for problem in ("rejected", "damaged", "away")):
+        sys.exit(EXIT_REFUSED)
 
 
 @main.command()

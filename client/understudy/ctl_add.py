@@ -55,11 +55,13 @@ def make_command(
             raise click.UsageError("give NAME and SOURCE, or --scan DIR")
         if any(scan_only.values()):
             raise click.UsageError("--dry-run and --name-prefix go with --scan DIR")
-        return Add(name=name, source=daemon_source(source), **options)
+        told = daemon_source(source)
+        is_missing = Path(told).is_absolute() and _is_missing(Path(told))  # a hub id is no path
+        return Add(name=name, source=told, is_missing=is_missing, **options)
     add_only = {key: options.pop(key) for key in ("revision", "pipeline")}
     if name is not None or any(add_only.values()):
         raise click.UsageError("--scan DIR goes without NAME, SOURCE, --revision and --pipeline")
-    return Scan(folder=str(folder.absolute()), **scan_only, **options)
+    return Scan(folder=str(folder.absolute()), is_missing=_is_missing(folder), **scan_only, **options)
 
 
 def daemon_source(source: str) -> str:
@@ -68,3 +70,14 @@ def daemon_source(source: str) -> str:
     if not path.exists() and _HUB_ID.fullmatch(source) and not source.startswith("."):
         return source
     return str(path.absolute())
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether nothing is there; what may not be looked at may be there."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False

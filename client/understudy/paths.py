@@ -13,7 +13,10 @@ ADMIN_SOCKET = "admin.sock"
 
 
 def runtime_dir() -> Path:
-    """The directory that holds the sockets; it may not exist yet."""
+    """`$UNDERSTUDY_RUNTIME_DIR`, else `/run/understudy` where there is one, else a directory of this user's.
+
+    It holds the sockets, and may not exist yet.
+    """
     if chosen := os.environ.get("UNDERSTUDY_RUNTIME_DIR"):
         return Path(chosen)
     if SYSTEM_RUNTIME_DIR.is_dir():

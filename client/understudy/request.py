@@ -22,7 +22,7 @@ class RequestFields(TypedDict, total=False):
     image or a list (see `inputs.ImageLike`). `task` is "text-to-image", "image-to-image" or "inpainting", or
     one of them with "-controlnet" behind it; without it the inputs decide.
 
-    What comes back: `format` "png" (the default), "jpeg" or "webp" (with `quality`, 1 to 100), "raw",
+    What comes back: `format` "png" (the default), "jpeg" ("jpg") or "webp" (with `quality`, 1 to 100), "raw",
     "latent", or "mp4"; `progress` events or none.
 
     When: `priority`, -100 to 100, higher runs earlier; `deadline_s` from now. `request_id` names the request.
@@ -74,6 +74,8 @@ def compose(
         if name not in _KNOWN:
             raise _unknown(name)
     as_they_are = {name: value for name, value in fields.items() if name not in _COMPOSED}
+    if as_they_are.get("format") == "jpg":
+        as_they_are["format"] = "jpeg"
     if as_they_are.get("deadline_s") is None:
         as_they_are["deadline_s"] = timeout_s
     seed = fields.get("seed")

@@ -1,5 +1,6 @@
 """What the client library hands out."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     timings: Timings
     tier: str
     switched: bool
+
+    def __repr__(self) -> str:
+        """Short: what came and how long it took, without the images' bytes."""
+        sizes = ", ".join(
+            f"{info.format} {info.width}x{info.height}" + (f" ({count} times)" if count > 1 else "")
+            for info, count in Counter(self.infos).items()
+        )
+        images = "1 image" if len(self.images) == 1 else f"{len(self.images)} images"
+        return (
+            f"Result(id={self.id!r}, model={self.model!r}, seed={self.seed}, {images}: {sizes}, "
+            f"{self.timings.total_s:.3f} s)"
+        )
 
     @property
     def clips(self) -> list["Result"]:

@@ -13,6 +13,7 @@ there was no word from the daemon for `reconnect_s`. In case (c) input images st
 says that it has none.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isfinite
@@ -48,6 +49,14 @@ from understudy.wire import (
 )
 
 HEARTBEAT_ID = "heartbeat"
+_WRONG_TYPE = re.compile(r"Expected `([\w |]+)`, got `\w+` - at `\$\.(\w+)`")
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "True or False",
+    "null": "None",
+}
 Frames = tuple[bytes, ...]
 Openable = Generate | ListModels | Ping
 
@@ -258,10 +267,12 @@ class Session:
             self._answer(request_id, Cancelled("cancelled; the daemon did not confirm", code="cancelled"))
             return
         self._outgoing.append((encode(Cancel(id=request_id)),))
+        deadline_s = entry.request.deadline_s if isinstance(entry.request, Generate) else None
         self._answer(
             request_id,
             DeadlineExceeded(
-                "the deadline passed without an answer; allow more time or ask for fewer steps",
+                f"the deadline of {deadline_s or 0:g} s passed without an answer; "
+                "allow more time (deadline_s, --deadline) or ask for fewer steps",
                 code="deadline_exceeded",
                 retryable=True,
             ),
@@ -297,8 +308,19 @@ def _checked(request: Openable) -> bytes:
         header = encode(request)
         decode_request(header)
     except (TypeError, ValueError, OverflowError) as error:
-        raise CallerError(f"the request cannot be sent: {error}", code="bad_request") from error
+        why = _explained(request, str(error))
+        raise CallerError(f"the request cannot be sent: {why}", code="bad_request") from error
     return header
+
+
+def _explained(request: Openable, why: str) -> str:
+    """The decoder's message, in Python's words where one field has a wrong type."""
+    matched = _WRONG_TYPE.fullmatch(why)
+    kinds = matched[1].split(" | ") if matched else []
+    if matched is None or not all(kind in _WORDS for kind in kinds):
+        return why
+    value = getattr(request, matched[2])
+    return f"{matched[2]} is {value!r:.40}; it must be {' or '.join(_WORDS[kind] for kind in kinds)}"
 
 
 def _give_up_at_s(request: Openable, now: float, grace_s: float) -> float:

@@ -88,7 +88,13 @@ class Client:
         self.close()
 
     def generate(self, model: str, prompt: str = "", **fields: Unpack[RequestFields]) -> Result:
-        """Images for a prompt; see `RequestFields`. Raises `UnderstudyError`."""
+        """Images for a prompt. Raises `UnderstudyError`.
+
+        Fields, all optional: `negative_prompt`, `seed`, `size` or `width` and `height`, `steps`, `guidance`,
+        `images`, `scheduler`, `options`; `image`, `mask`, `control_image`, `inputs`, `task`; `format`,
+        `quality`, `progress`; `priority`, `deadline_s`, `request_id`. `understudy.request.RequestFields`
+        explains them.
+        """
         return self._call(self._client.generate(model, prompt, **fields))
 
     def stream(

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from understudy.paths import runtime_dir
+from understudyd.config_check import mistakes, warnings
 from understudyd.names import unknown_model
 
 ENV_PREFIX = "UNDERSTUDY__"
@@ -94,7 +95,9 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     """Doors and limits. `endpoints` are added to the ipc socket in `runtime_dir`.
 
     Input images: `max_input_pixels` of one, `max_input_bytes` of one request, `max_open_input_bytes` of one
-    client's open requests, `max_all_input_bytes` of all of them.
+    client's open requests, `max_all_input_bytes` of all of them. `outbox_bytes` of answers may wait for one
+    client, and answers are kept for `answer_ttl_s` to be sent again. A client that is silent, or reads
+    nothing, for `client_timeout_s` loses its requests. On shutdown what is open has `drain_s` to finish.
     """
 
     runtime_dir: Path = msgspec.field(default_factory=runtime_dir)
@@ -162,7 +165,12 @@ class StageConfig(_Section, frozen=True, kw_only=True):
 
 
 class PolicyConfig(_Section, frozen=True, kw_only=True):
-    """See `core.policy.PolicySettings`. Without `pause_priority` loads never rest."""
+    """What runs and loads when.
+
+    `lookahead` counts models loaded ahead of the stage; 0 loads on demand. `max_wait_s` and `max_skips` bound
+    overtaking; `order = "fcfs"` is without any. `prefetch` fills free memory by forecast. While a request of
+    at least `pause_priority` runs, loads rest; without it they never do.
+    """
 
     order: Literal["resident_first", "fcfs"] = "resident_first"
     lookahead: Annotated[int, msgspec.Meta(ge=0)] = 4
@@ -227,10 +235,10 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
     for key, text in environ.items():
         if key.startswith(ENV_PREFIX):
             _override(document, key, text)
-    try:
-        config = msgspec.convert(document, Config, dec_hook=_decode)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{path or 'environment'}: {error}") from error
+    if lines := mistakes(document, Config, _decode):
+        told = lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+        raise ConfigError(f"{path or 'environment'}: {told}")
+    config = msgspec.convert(document, Config, dec_hook=_decode)
     config.startup.width_and_height()
     return config
 
@@ -289,6 +297,8 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"bad configuration: {error}", file=sys.stderr)
         return 1
+    for line in warnings(config):
+        print(f"warning: {line}", file=sys.stderr)
     print(f"{path or 'no file, defaults'}: good; store {config.store.path}, device {config.device.kind}")
     return 0
 

@@ -3,7 +3,7 @@
 import difflib
 import functools
 import heapq
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 _NEAR_ENOUGH = 0.6
 _CANDIDATES = 8
@@ -31,6 +31,11 @@ def unknown_model(name: str, names: Iterable[str], otherwise: str) -> str:
     meant = near(name, names)
     hint = f"did you mean {meant!r}?" if meant is not None else otherwise
     return f"model {name!r:.140} unknown; {hint}"
+
+
+def how_to_list(names: Collection[str], command: str) -> str:
+    """What to do about an unknown model: `command` lists those there are, if there are any."""
+    return f"`{command}` lists them" if names else "no models yet: add one with `understudyctl add`"
 
 
 def _pairs(text: str) -> frozenset[str]:

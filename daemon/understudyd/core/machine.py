@@ -18,9 +18,10 @@ from understudyd.core.forecast import Forecast
 from understudyd.core.lookahead import Lookahead
 from understudyd.core.policy import Policy, PolicySettings
 from understudyd.core.queueing import Request, RequestQueue
+from understudyd.core.refusals import refusal_of
 from understudyd.core.residency import Residency
 from understudyd.core.room import make_room
-from understudyd.core.states import IllegalEvent, PartsState, RequestState
+from understudyd.core.states import IllegalEvent, RequestState
 from understudyd.core.types import ErrorCode, ModelInfo, Outcome, RequestInfo, Tier
 
 ANSWERING = (ev.ImagesEncoded, ev.EncodingFailed)
@@ -171,24 +172,12 @@ class Machine:
     def _refusal(self, info: RequestInfo) -> tuple[ErrorCode, str] | None:
         model = self.residency.models.get(info.model)
         if model is None or model.retiring:
-            return ErrorCode.UNKNOWN_MODEL, f"no model {info.model!r} here; ask for the list of models"
+            return ErrorCode.UNKNOWN_MODEL, f"no model {info.model!r} here; `understudy models` lists them"
         if not self.is_open:
             return ErrorCode.DRAINING, "the daemon is draining; try another one or later"
         if self.queue.is_full:
             return ErrorCode.QUEUE_FULL, f"{len(self.queue)} requests are waiting already; try again later"
-        return self._unservable(model)
-
-    def _unservable(self, model: Model) -> tuple[ErrorCode, str] | None:
-        """Why the model cannot run here, whoever asks."""
-        if model.parts.state is PartsState.BROKEN:
-            return ErrorCode.INTERNAL, f"{model.name} could not be prepared: {model.parts.story()}"
-        if model.is_unfit:
-            return ErrorCode.MODEL_CORRUPT, f"{model.name} is damaged on disk; remove it and add it again"
-        needed, size = self.residency.required_bytes(model), self.residency.arena.size_bytes
-        if needed > size:
-            why = f"{model.name} needs {needed} bytes beside what is pinned, the arena has {size}"
-            return ErrorCode.MODEL_TOO_LARGE, f"{why}; unpin models or enlarge the arena"
-        return None
+        return refusal_of(self.residency, model)
 
     def _cancel(self, request: Request, code: ErrorCode, message: str, now_s: float) -> None:
         """A waiting request is answered at once; one on stage at its next checkpoint."""
@@ -196,7 +185,7 @@ class Machine:
             case RequestState.WAITING:
                 self._answer(request, code, message, now_s)
             case RequestState.ON_DECK | RequestState.RUNNING if request.cancel_code is None:
-                request.cancel_code = code
+                request.cancel_code, request.cancel_message = code, message
                 self._actions.append(CancelRun(request.id, code))
             case _:
                 pass  # its images are being encoded, or it is being cancelled: the answer is on its way
@@ -220,7 +209,7 @@ class Machine:
                 if pinned:
                     self.residency.prepare(model, now_s)
             case ev.LoadWanted(name=name):
-                if self._unservable(model) is None:
+                if refusal_of(self.residency, model) is None:
                     self.wanted[name] = None
                     self.residency.retries.end_rest(model)
                     self.residency.prepare(model, now_s)
@@ -309,7 +298,8 @@ class Machine:
             request.life.to(RequestState.ENCODING, now_s)
         else:
             code = request.cancel_code or code or ErrorCode.INTERNAL
-            self._answer(request, code, message or f"the run was {outcome.value}: {code.value}", now_s)
+            message = request.cancel_message or message or f"the run was {outcome.value}: {code.value}"
+            self._answer(request, code, message, now_s)
         self.running.pop(request_id, None)
         if self.on_deck is request:
             self.on_deck = None
@@ -322,7 +312,7 @@ class Machine:
     def _settle(self, now_s: float) -> None:
         self.residency.pass_time(now_s)
         for request in self.queue.expired(now_s):
-            self._cancel(request, ErrorCode.DEADLINE_EXCEEDED, "the request's deadline has passed", now_s)
+            self._cancel(request, ErrorCode.DEADLINE_EXCEEDED, request.deadline_message, now_s)
         self._advance(now_s)
         while (model := self._lookahead.stuck_on(self._stage_is_busy, now_s)) is not None:
             if not make_room(self.residency, model, self._lookahead.prices(model, now_s), now_s):

@@ -19,7 +19,8 @@ from understudyd.core.types import ErrorCode, RequestInfo, Tier
 class Request:
     """One admitted request. `seq` is its arrival number, `skips` how often it was overtaken.
 
-    `lease` is the edition of its model whose blobs stay where they are for it.
+    `lease` is the edition of its model whose blobs stay where they are for it. `cancel_message` is what the
+    answer says once a run that `cancel_code` ends has ended.
     """
 
     info: RequestInfo
@@ -30,11 +31,22 @@ class Request:
     skips: int = 0
     lease: Model | None = None
     cancel_code: ErrorCode | None = None
+    cancel_message: str = ""
 
     @property
     def id(self) -> str:
         """The request's id, unique in the machine."""
         return self.info.request_id
+
+    @property
+    def deadline_message(self) -> str:
+        """What the answer says when the deadline has passed."""
+        deadline_at_s = self.info.deadline_at_s
+        given_s = 0.0 if deadline_at_s is None else max(0.0, deadline_at_s - self.received_at_s)
+        return (
+            f"the deadline of {round(given_s, 3):g} s has passed; "
+            "allow more time (deadline_s, --deadline) or ask for fewer steps"
+        )
 
     @property
     def model(self) -> str:

@@ -140,6 +140,11 @@ class Lifecycle(Generic[S]):
         self._history.append((now_s, self.state, why))
         self.state = state
 
+    @property
+    def last_reason(self) -> str:
+        """Why it came into this state; empty where nothing was said."""
+        return self._history[-1][2] if self._history else ""
+
     def story(self) -> str:
         """The recent history in one line, oldest first."""
         past = " ".join(f"{s.value}@{t:.3f}[{why}]" for t, s, why in self._history)

@@ -49,7 +49,8 @@ def find_installed(name: str) -> InstalledPipeline:
         names = sorted({entry.name for entry in entries})
         raise PipelineUnavailable(
             f"no installed package provides the pipeline {name!r:.80} (entry-point group {GROUP}); "
-            f"{_suggestion(name, names)}, into the Python environment that runs the daemon"
+            f"{_suggestion(name, names)}, into the Python environment that runs the daemon, "
+            "or restart the daemon if it was installed after the daemon started"
         )
     return InstalledPipeline(name, _package(found[0]), found[0])
 

@@ -10,9 +10,11 @@ from understudy import admin as proto
 from understudy.admin import AdminError
 from understudyd.core import events as ev
 from understudyd.core import snapshot
-from understudyd.core.states import BlobState, PartsState
+from understudyd.core.entities import Model
+from understudyd.core.refusals import larger_than_arena, refusal_of
+from understudyd.core.states import BlobState
 from understudyd.core.types import Tier
-from understudyd.names import unknown_model
+from understudyd.names import how_to_list, unknown_model
 from understudyd.shell.admin import Notify
 from understudyd.shell.ingesting import IngestFailed, ingest
 from understudyd.shell.keeper import ReplaceFailed
@@ -21,6 +23,7 @@ from understudyd.shell.scanning import scan
 from understudyd.shell.supervisor import LoaderPool
 from understudyd.shell.timeline import Timeline
 from understudyd.store.errors import StoreError, StoreErrorCode
+from understudyd.store.records import ModelRecord
 
 
 class Lifecycle(Protocol):
@@ -234,7 +237,10 @@ class Commands:
         except ReplaceFailed as error:
             message = f"the old {command.name!r} is served on, until the daemon ends: {error}"
             raise AdminError("replace_failed", message) from error
-        return {"name": record.name, "pipeline": record.pipeline_class, "size_bytes": record.size_bytes}
+        document = {"name": record.name, "pipeline": record.pipeline_class, "size_bytes": record.size_bytes}
+        model = self._machine.residency.models.get(record.name)
+        warning = None if model is None else larger_than_arena(self._machine.residency, model)
+        return document if warning is None else document | {"warning": f"added, but {warning} to use it"}
 
     async def _scan(self, command: proto.Scan, notify: Notify) -> dict[str, Any]:
         try:
@@ -248,20 +254,38 @@ class Commands:
 
     async def _remove(self, name: str) -> dict[str, Any]:
         self._known(name)
+        gone = self._runtime.records[name]
         try:
-            return {"name": name, "freed_bytes": await self._runtime.keeper.remove(name)}
+            freed_bytes = await self._runtime.keeper.remove(name)
         except StoreError as error:
             if error.code is StoreErrorCode.READ_ONLY:
                 raise AdminError(error.code.value, error.message) from error
             raise AdminError(error.code.value, f"{name!r} is served no more, but: {error}") from error
+        document = {"name": name, "freed_bytes": freed_bytes}
+        return document if freed_bytes else document | {"kept": self._why_kept(gone)}
+
+    def _why_kept(self, gone: ModelRecord) -> str:
+        """Why nothing on the disk is free now that the model is gone."""
+        left = {component.blob.sha256 for component in gone.components}
+        sharing = []
+        for record in self._runtime.records.values():
+            theirs = {component.blob.sha256 for component in record.components}
+            if left & theirs:
+                sharing.append(record.name)
+                left -= theirs
+        if not left:
+            return f"other models have its weights: {', '.join(sorted(sharing))}"
+        return "its files go when no request, no other daemon and no damaged model may need them"
 
     async def _load(self, name: str, wait: bool) -> dict[str, Any]:
-        self._known(name)
+        model = self._known(name)
+        self._check_servable(model)
         models = self._machine.residency.models
         self._runtime.handle(ev.LoadWanted(name))
         if wait:
             await self._runtime.until(lambda: name not in self._machine.wanted)
             if name not in models or not models[name].is_ready:
+                self._check_servable(models.get(name, model))
                 raise AdminError("load_failed", f"{name!r} could not be loaded; `show {name}` says why")
         return {"name": name, "tier": models[name].tier.value}
 
@@ -279,20 +303,22 @@ class Commands:
 
     def _pin(self, name: str, *, pinned: bool) -> dict[str, Any]:
         model = self._known(name)
-        residency = self._machine.residency
-        if pinned and residency.required_bytes(model) > residency.arena.size_bytes:
-            raise AdminError(
-                "no_room", f"{name!r} does not fit beside what is pinned already; unpin something"
-            )
-        if pinned and model.parts.state is PartsState.BROKEN:
-            raise AdminError("broken", f"{name!r} cannot be prepared: {model.parts.story()}")
+        if pinned:
+            self._check_servable(model)
         self._runtime.handle(ev.PinChanged(name, pinned))
         return {"name": name, "pinned": pinned, "tier": model.tier.value}
 
-    def _known(self, name: str) -> Any:
+    def _check_servable(self, model: Model) -> None:
+        """Raises `AdminError` with what keeps the model from running here."""
+        refusal = refusal_of(self._machine.residency, model)
+        if refusal is not None:
+            raise AdminError(refusal[0].value, refusal[1])
+
+    def _known(self, name: str) -> Model:
         model = self._machine.residency.models.get(name)
         if model is None or model.retiring:
-            message = unknown_model(name, self._runtime.keeper.names(), "`models` lists them")
+            names = self._runtime.keeper.names()
+            message = unknown_model(name, names, how_to_list(names, "understudyctl models"))
             raise AdminError("unknown_model", message)
         return model
 

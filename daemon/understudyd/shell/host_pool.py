@@ -22,8 +22,8 @@ class HostPool:
         available_bytes = memory_available_bytes()
         if not 0 < size_bytes <= available_bytes:
             raise ArenaError(
-                f"a host pool of {size_bytes} bytes is not possible: give it more than none and less than "
-                f"the {available_bytes} bytes of memory that are available"
+                f"a host pool of {size_bytes / 2**30:.2f} GiB is not possible: give it more than none and "
+                f"less than the {available_bytes / 2**30:.2f} GiB of memory that are available"
             )
         self._fd = os.memfd_create("understudy-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -34,7 +34,7 @@ class HostPool:
             self._mapping = Mapping(self.fds(), size_bytes)
         except (OSError, MappingError) as error:
             os.close(self._fd)
-            raise ArenaError(f"cannot have {size_bytes} bytes of shared memory: {error}") from error
+            raise ArenaError(f"cannot have {size_bytes / 2**30:.2f} GiB of shared memory: {error}") from error
         self._mapping.populate()
 
     def fds(self) -> tuple[int, ...]:

@@ -79,7 +79,8 @@ def ingest_arguments(command: Add | Scan) -> list[str]:
 def _way_round(code: str, store: Path, command: Add | Scan) -> str:
     """What else to do about a path that the daemon does not see: a service's view of the disk is narrowed."""
     source = command.source if isinstance(command, Add) else command.folder
-    if code not in ("unreadable", "not_found") or not Path(source).is_absolute():
+    is_path = Path(source).is_absolute()
+    if code not in ("unreadable", "not_found") or not is_path or command.is_missing:
         return ""
     user = user_name()
     words = ["sudo", "-u", user, "understudyd", "ingest", "--store", str(store), *ingest_arguments(command)]

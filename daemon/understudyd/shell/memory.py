@@ -86,8 +86,8 @@ class CpuArena:
         available_bytes = memory_available_bytes()
         if not 0 < size_bytes <= available_bytes:
             raise ArenaError(
-                f"an arena of {size_bytes} bytes is not possible: give it more than none and less than the "
-                f"{available_bytes} bytes of memory that are available"
+                f"an arena of {size_bytes / 2**30:.2f} GiB is not possible: give it more than none and less "
+                f"than the {available_bytes / 2**30:.2f} GiB of memory that are available"
             )
         self._fd = os.memfd_create("understudy-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -101,7 +101,7 @@ class CpuArena:
             _prefault(self._fd, self._mapping)
         except OSError as error:
             os.close(self._fd)
-            raise ArenaError(f"cannot have {size_bytes} bytes of shared memory: {error}") from error
+            raise ArenaError(f"cannot have {size_bytes / 2**30:.2f} GiB of shared memory: {error}") from error
 
     def open_fields(self) -> OpenFields:
         """See `Arena`."""

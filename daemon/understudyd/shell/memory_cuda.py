@@ -200,6 +200,7 @@ def auto_size_bytes(reserve_bytes: int, gpu: str | int = 0, driver: Any = None) 
     left_bytes = now_free_bytes - reserve_bytes - PROOF_AREA_BYTES
     if left_bytes < _GRAIN_BYTES:
         raise ArenaError(
-            f"{now_free_bytes} bytes of GPU memory are free, {reserve_bytes} are reserved; reserve less"
+            f"{now_free_bytes / 2**30:.2f} GiB of GPU memory are free, {reserve_bytes / 2**30:.2f} GiB are "
+            "reserved; reserve less"
         )
     return left_bytes // _GRAIN_BYTES * _GRAIN_BYTES

@@ -107,13 +107,17 @@ class Parts:
                 size = memory_cuda.auto_size_bytes(reserve, self._gpu)
             elif (left_bytes := memory_cuda.free_bytes(self._gpu) - size) < reserve:
                 _log.warning(
-                    "an arena of %d bytes leaves %d bytes of GPU memory for activations, less than the %d of "
-                    "device.reserve: large images may fail with out_of_memory; make device.arena smaller",
-                    *(size, left_bytes, reserve),
+                    "an arena of %.2f GiB leaves %.2f GiB of GPU memory for activations, less than the %.2f "
+                    "GiB of device.reserve: large images may fail with out_of_memory; make device.arena "
+                    "smaller",
+                    *(size / 2**30, left_bytes / 2**30, reserve / 2**30),
                 )
             return memory_cuda.CudaArena(size, self._gpu, share=self.config.loader.transport != "thread")
         left_bytes = self._available_bytes - max(0, int(self.config.host.pool))
-        return CpuArena(_whole_grains(left_bytes * CPU_ARENA_SHARE) if wanted == AUTO else wanted)
+        size = _whole_grains(left_bytes * CPU_ARENA_SHARE) if wanted == AUTO else wanted
+        # Every page is made now: about half a second a GiB in which nothing else would be said.
+        _log.info("making an arena of %.2f GiB", size / 2**30)
+        return CpuArena(size)
 
     def machine(self, arena: Arena, host_pool: HostPool | None) -> Machine:
         """The core."""

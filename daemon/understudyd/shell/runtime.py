@@ -21,7 +21,7 @@ from understudyd.core import snapshot
 from understudyd.core.machine import Machine
 from understudyd.core.states import IllegalEvent
 from understudyd.core.types import ErrorCode, RequestInfo, Tier
-from understudyd.names import unknown_model
+from understudyd.names import how_to_list, unknown_model
 from understudyd.shell.blob_files import BlobFiles
 from understudyd.shell.keeper import Keeper
 from understudyd.shell.ports import LoadRunner, ReplySink, RunResult, StageDoor
@@ -254,7 +254,8 @@ class Runtime:
                 pending.done.set_exception(RunFailed(code, message))
             return
         if code is ErrorCode.UNKNOWN_MODEL:
-            message = unknown_model(request.model, self.keeper.names(), "ask for the list of models")
+            names = self.keeper.names()
+            message = unknown_model(request.model, names, how_to_list(names, "understudy models"))
         if code not in (ErrorCode.CANCELLED, ErrorCode.CLIENT_GONE):
             self.tally.failure(code.value, message)
         failed = Failed(id=request.id, code=code.value, message=message, retryable=code in RETRYABLE)

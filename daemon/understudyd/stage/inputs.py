@@ -5,8 +5,9 @@ Nothing is decoded before the sizes were compared, and no format is tried but th
 
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from io import BytesIO
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
@@ -41,19 +42,34 @@ _BROKEN = (
     Image.DecompressionBombWarning,
 )
 
+_CONTROL = "control_image"
+_WAYS = {
+    "image": "image= or --init-image",
+    "mask_image": "mask= or --mask",
+    _CONTROL: "control_image= or --control-image",
+}
+NO_TASKS: Mapping[str, Iterable[str]] = MappingProxyType({})
+
 Inputs = Sequence[tuple[InputInfo, bytes]]
 
 
-def check_inputs(inputs: Inputs, call: CallFacts, names: Iterable[str], required: Iterable[str]) -> None:
+def check_inputs(
+    inputs: Inputs,
+    call: CallFacts,
+    names: Iterable[str],
+    required: Iterable[str],
+    others: Mapping[str, Iterable[str]] = NO_TASKS,
+) -> None:
     """Compare declarations with the pipeline and with the frames, decoding nothing. Raises `BadRequest`.
 
-    `names` are the keywords for images that this model can take, `required` those it cannot do without.
+    `names` are the keywords for images that this model can take, `required` those it cannot do without;
+    `others` what the model's other tasks take.
     """
     taken = list(names)
     counts: dict[str, int] = {}
     for info, data in inputs:
         if info.name not in taken:
-            accepted = f"it takes {', '.join(taken)}" if taken else "it takes no images"
+            accepted = _accepted(info.name, taken, others)
             raise BadRequest(f"{call.pipeline} takes no input {info.name!r:.40}; {accepted}")
         counts[info.name] = counts.get(info.name, 0) + 1
         if counts[info.name] > 1 and not call.keywords[info.name].takes_many_images:
@@ -61,7 +77,18 @@ def check_inputs(inputs: Inputs, call: CallFacts, names: Iterable[str], required
         _check_sizes(info, data)
     for name in required:
         if name not in counts:
-            raise BadRequest(f"{call.pipeline} needs an image as {name}; send it with the request's inputs")
+            way = _WAYS.get(name, f"inputs={{'{name}': ...}} or --input {name}=FILE")
+            raise BadRequest(f"{call.pipeline} needs an image as {name}; send it with {way}")
+
+
+def _accepted(name: str, taken: Collection[str], others: Mapping[str, Iterable[str]]) -> str:
+    """What the pipeline takes in place of `name`, and what the other tasks of the model do."""
+    parts = [f"it takes {', '.join(taken)}" if taken else "it takes no images"]
+    by_task = {task: list(images) for task, images in others.items()}
+    parts += [f"{task} takes {', '.join(images)}" for task, images in by_task.items() if images]
+    if name == _CONTROL and not any(name in images for images in by_task.values()):
+        parts.append(f"{name} needs a model with a ControlNet")
+    return "; ".join(parts)
 
 
 def decode_inputs(inputs: Inputs, call: CallFacts, before_each: Callable[[], None]) -> dict[str, Any]:

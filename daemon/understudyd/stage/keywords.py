@@ -6,6 +6,7 @@ only makes sense inside a process, and what would get around the limits of reque
 
 import difflib
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from understudyd.stage.calls import EMPTY, CallFacts, Keyword
 from understudyd.stage.errors import BadRequest
 from understudyd.stage.fitting import Misfit, described, fitted, is_writable, kind_of
 from understudyd.stage.run import RunParams
+from understudyd.stage.tasks import what_to_send
 from understudyd.stage.video import DEFAULT_FPS, MAX_FPS, check_ffmpeg
 
 MAX_FRAMES = 257
@@ -56,20 +58,24 @@ _FIELDS = {
 }
 _BATCHES = ("num_images_per_prompt", "num_videos_per_prompt", "batch_size")
 _LABELS = "class_labels"
+NO_TASKS: Mapping[str, CallFacts] = MappingProxyType({})
 _RATES = ("fps", "frame_rate")
 
 
-def call_arguments(params: RunParams, call: CallFacts) -> dict[str, Any]:
+def call_arguments(
+    params: RunParams, call: CallFacts, tasks: Mapping[str, CallFacts] = NO_TASKS
+) -> dict[str, Any]:
     """The pipeline's keyword arguments, all but the images; the generator is a new one each time.
 
-    Raises `BadRequest` naming what the pipeline does not take.
+    `tasks` are the calls of what the model can do. Raises `BadRequest` naming what the pipeline does not
+    take, and which of the tasks does.
     """
     if params.format == "mp4":
         if not call.gives_video:
             raise BadRequest(f"{call.pipeline} makes no video; ask for png, jpeg, webp or raw")
         check_ffmpeg()
     arguments = _fields(params, call)
-    options = {name: _option(name, value, call) for name, value in _given_options(params, call)}
+    options = {name: _option(name, value, call, tasks) for name, value in _given_options(params, call)}
     _check_labels(options, params.images)
     arguments |= options
     if "generator" in call.keywords:
@@ -144,13 +150,13 @@ def _output_type(params: RunParams, call: CallFacts) -> str | None:
     return "pil" if params.options.get("padding_mask_crop") is not None else call.output_type
 
 
-def _option(name: str, value: Any, call: CallFacts) -> Any:
+def _option(name: str, value: Any, call: CallFacts, tasks: Mapping[str, CallFacts]) -> Any:
     """The value of one option, as its keyword wants it."""
     if name in _FIELDS:
         raise BadRequest(f"{name} is no option; use the request's {_FIELDS[name]}")
     keyword = call.keywords.get(name)
     if keyword is None:
-        raise BadRequest(_unknown(name, call))
+        raise BadRequest(_unknown(name, call, tasks))
     if keyword.takes_image:
         raise BadRequest(f"{name} is an image; send it with the request's inputs")
     if not _is_option(keyword):
@@ -175,10 +181,14 @@ def option_names(call: CallFacts) -> list[str]:
     return sorted(name for name, keyword in call.keywords.items() if _is_option(keyword))
 
 
-def _unknown(name: str, call: CallFacts) -> str:
+def _unknown(name: str, call: CallFacts, tasks: Mapping[str, CallFacts]) -> str:
     names = option_names(call)
     close = difflib.get_close_matches(name, names, 1)
-    hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}"
+    elsewhere = next((task for task, other in tasks.items() if name in option_names(other)), None)
+    if elsewhere is not None:
+        hint = f"{elsewhere} takes it: send {what_to_send(elsewhere)}"
+    else:
+        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}"
     return f"{call.pipeline} takes no option {name!r:.40}; {hint}"
 
 

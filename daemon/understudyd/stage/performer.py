@@ -147,10 +147,12 @@ class Performer:
         params = run.params
         task = model.task_for(params.task, [info.name for info, _ in params.inputs])
         # Made anew for a second try: a generator has moved on, and a pipeline may change what it was given.
-        arguments = call_arguments(params, task.call)
+        calls = {name: other.call for name, other in model.tasks.items()}
+        arguments = call_arguments(params, task.call, calls)
         fps = frames_per_second(params, task.call)
         if params.inputs or task.needed_images:
-            check_inputs(params.inputs, task.call, task.images, task.needed_images)
+            others = {name: other.images for name, other in model.tasks.items() if other is not task}
+            check_inputs(params.inputs, task.call, task.images, task.needed_images, others)
             arguments |= decode_inputs(params.inputs, task.call, run.check_cancelled)
         if task.rewrites_configs:
             self.touch()

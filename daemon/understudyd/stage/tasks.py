@@ -108,6 +108,14 @@ def wanted_task(names: Collection[str]) -> str | None:
     return IMAGE_TO_IMAGE + suffix if "image" in names else None
 
 
+def what_to_send(task: str) -> str:
+    """The input images that make a request one for this task, in words."""
+    words = ["an image", "a mask"][: len(_NEEDS[task.removesuffix(WITH_CONTROLNET)])]
+    if task.endswith(WITH_CONTROLNET):
+        words.append("a control image")
+    return " and ".join(words) or "no image"
+
+
 def _is(pipeline_class: type[Any], name: str) -> bool:
     return pipeline_class.__name__ == name
 

@@ -66,7 +66,8 @@ def plan_tree(
 ) -> list[ScanResult]:
     """What `ingest_tree` would try, without reading weights: nothing is written.
 
-    "added" then means that nothing speaks against it yet. `store` is None when there is none yet.
+    "added" then means that nothing speaks against it yet; "unchanged", or with `replace` "replaced", that an
+    earlier scan made a model of it, which would be compared. `store` is None when there is none yet.
     """
     results = []
     records = {} if store is None else store.models()
@@ -75,9 +76,14 @@ def plan_tree(
         if isinstance(find, PassedOver):
             results.append(_passed_over(find))
             continue
-        known = _known(records, find)
+        known = _known(records, find, name_prefix)
         name = known.name if known is not None else _free(model_name(find.name, name_prefix), planned)
-        result = ScanResult(outcome="added", path=str(find.path), name=name, size_bytes=find.size_bytes)
+        result = ScanResult(
+            outcome="added" if known is None else "replaced" if options.replace else "unchanged",
+            path=str(find.path),
+            name=name,
+            size_bytes=find.size_bytes,
+        )
         try:
             if find.is_checkpoint:
                 _check_fit(find.path, options, planned)
@@ -105,7 +111,7 @@ class _Addition:
 
     def run(self, progress: Progress) -> ScanResult:
         candidate = self.candidate
-        known = _known(self.records, candidate)
+        known = _known(self.records, candidate, self.name_prefix)
         name = known.name if known is not None else self._name()
         # A name that another source has is never replaced: the model gets a number instead.
         options = replace(self.options, replace=self.options.replace and known is not None)
@@ -141,9 +147,19 @@ class _Addition:
         return self._name()
 
 
-def _known(records: Mapping[str, ModelRecord], candidate: Candidate) -> ModelRecord | None:
-    """The model that an earlier scan made of this path."""
-    return next((record for record in records.values() if _is_of(record, candidate)), None)
+def _known(records: Mapping[str, ModelRecord], candidate: Candidate, prefix: str) -> ModelRecord | None:
+    """The model that was made of this path before; when a prefix is asked for, under a name that has it."""
+    base = model_name(candidate.name, prefix)
+    for record in records.values():
+        if _is_of(record, candidate) and (not prefix or _is_numbered(record.name, base)):
+            return record
+    return None
+
+
+def _is_numbered(name: str, base: str) -> bool:
+    """Whether a scan may have made `name` of `base`."""
+    digits = name.rpartition("-")[2]
+    return name == base or (digits.isdecimal() and name == numbered(base, int(digits)))
 
 
 def _is_of(record: ModelRecord, candidate: Candidate) -> bool:

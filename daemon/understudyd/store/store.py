@@ -41,6 +41,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def is_store(folder: Path) -> bool:
+    """Whether `folder` is laid out as a store is."""
+    return all((folder / name).is_dir() for name in _FOLDERS)
+
+
 class Store:
     """A store folder. Safe to use while another process writes to it."""
 

@@ -15,6 +15,7 @@ from understudyd.store.errors import StoreError, StoreErrorCode
 from understudyd.store.sources.checkpoint import NoCheckpoint, check_suffix, read_checkpoint
 from understudyd.store.sources.hub import INDEX
 from understudyd.store.sources.hub_cache import is_cache_entry, repository_id, snapshot
+from understudyd.store.store import is_store
 
 _LONGEST_NAME = 128
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf"})
@@ -84,6 +85,8 @@ def numbered(name: str, number: int) -> str:
 def _walk(folder: Path, root: Path) -> Iterator[Candidate | PassedOver]:
     if (folder / INDEX).is_file():
         yield Candidate(folder, model_name(folder.name), _tree_bytes(folder), is_checkpoint=False)
+    elif is_store(folder):
+        yield PassedOver(folder, "is an Understudy store", is_refused=False)
     elif is_cache_entry(folder):
         yield _cache_entry(folder)
     elif folder != root and (why := _WHY_HELPER.get(folder.name.lower())) is not None:

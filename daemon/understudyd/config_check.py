@@ -1,0 +1,78 @@
+"""What is wrong with a configuration, all of it, and what is likely to be a mistake on this machine."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from understudyd.names import near
+
+if TYPE_CHECKING:
+    from understudyd.config import Config
+
+Decode = Callable[[type, Any], Any]
+
+
+def mistakes(document: Mapping[str, Any], whole: type["Config"], decode: Decode) -> list[str]:
+    """A line for each key of the document that cannot be used, with what is allowed."""
+    sections = get_type_hints(whole)
+    lines: list[str] = []
+    for name, table in document.items():
+        if name not in sections:
+            lines.append(f"there is no section [{name}]; {_instead(name, sections)}")
+        elif not isinstance(table, dict):
+            lines.append(f"{name} is {table!r:.40}; it is a section: write [{name}] and its keys below it")
+        else:
+            lines += _mistakes_in(name, table, sections[name], decode)
+    return lines
+
+
+def _mistakes_in(
+    section: str, table: Mapping[str, Any], kind: type[msgspec.Struct], decode: Decode
+) -> Iterator[str]:
+    """Every key is read alone: all of them have defaults."""
+    hints = get_type_hints(kind)
+    for key, value in table.items():
+        if key not in hints:
+            yield f"[{section}] has no key {key!r}; {_instead(key, hints)}"
+            continue
+        try:
+            msgspec.convert({key: value}, kind, dec_hook=decode)
+        except msgspec.ValidationError as error:
+            if get_origin(hints[key]) is Literal:
+                allowed = ", ".join(f'"{choice}"' for choice in get_args(hints[key]))
+                yield f"{section}.{key} is {value!r:.40}; it must be one of {allowed}"
+            else:
+                yield f"{section}.{key}: {str(error).partition(' - at ')[0]}"
+
+
+def _instead(name: str, known: Mapping[str, Any]) -> str:
+    meant = near(name, known)
+    hint = "" if meant is None else f"did you mean {meant!r}? "
+    return f"{hint}known are {', '.join(known)}"
+
+
+def warnings(config: "Config") -> list[str]:
+    """What can be read but will hardly work here."""
+    device = config.device
+    lines: list[str] = []
+    if device.kind == "cuda" and not _is_installed("cuda.bindings"):
+        lines.append("device.kind is \"cuda\" but cuda-bindings are missing: pip install 'understudy[cuda]'")
+    on_cpu = device.kind == "cpu" or (device.kind == "auto" and not Path("/dev/nvidiactl").exists())
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if on_cpu and device.arena > memory_bytes:
+        lines.append(
+            f"device.arena is {device.arena / 2**30:.1f} GiB and this machine has {memory_bytes / 2**30:.1f} "
+            "GiB of memory: make it smaller"
+        )
+    return lines
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False
