@@ -23,7 +23,8 @@ libraries' own classes: {kinds} kinds, two fine-tunes of each, in one daemon who
 
 For every row `tests/test_kinds.py` checks, through the daemon:
 
-* the images, or every frame, are equal to plain diffusers' `from_pretrained` on the CPU, bit for bit;
+* the images, or every frame, are equal to plain diffusers' `from_pretrained` on the CPU, bit for bit, but for
+  one kind that says so;
 * so they are again after the other fine-tune has had the stage (A, B, A);
 * a request cancelled half-way leaves nothing behind: the next ones are right;
 * afterwards every tensor of every bound component lies in the arena.
