@@ -179,9 +179,15 @@ class QueueConfig(_Section, frozen=True, kw_only=True):
 
 
 class LogConfig(_Section, frozen=True, kw_only=True):
-    """What is logged."""
+    """What is logged.
+
+    `requests` is a file for one line a finished request, which `understudyd simulate` plays; none is written
+    without it. One of `requests_size` is set aside as `requests`.1 and begun anew.
+    """
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    requests: Path | None = None
+    requests_size: Size = Size(64 * 1024**2)
 
 
 class Config(_Section, frozen=True, kw_only=True):
