@@ -162,7 +162,10 @@ class StageConfig(_Section, frozen=True, kw_only=True):
 
 
 class PolicyConfig(_Section, frozen=True, kw_only=True):
-    """See `core.policy.PolicySettings`. Without `pause_priority` loads never rest."""
+    """See `core.policy.PolicySettings`. Without `pause_priority` loads never rest.
+
+    The last `decisions` decisions are kept with the numbers behind them, for `understudyctl decisions`.
+    """
 
     order: Literal["resident_first", "fcfs"] = "resident_first"
     lookahead: Annotated[int, msgspec.Meta(ge=0)] = 4
@@ -170,6 +173,7 @@ class PolicyConfig(_Section, frozen=True, kw_only=True):
     max_skips: Positive = 64
     prefetch: bool = True
     pause_priority: int | None = None
+    decisions: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
 
 
 class QueueConfig(_Section, frozen=True, kw_only=True):

@@ -132,6 +132,7 @@ class Parts:
             pool_bytes=0 if host_pool is None else host_pool.size_bytes,
             policy=policy,
             max_waiting=self.config.queue.max_waiting,
+            decisions=chosen.decisions,
         )
 
     def request_log(self) -> RequestLog | None:
