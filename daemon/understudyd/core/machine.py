@@ -18,7 +18,7 @@ from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
 from understudyd.core.lookahead import Lookahead
 from understudyd.core.policy import Policy, PolicySettings
-from understudyd.core.queueing import Request, RequestQueue
+from understudyd.core.request import Request
 from understudyd.core.residency import Residency
 from understudyd.core.room import make_room
 from understudyd.core.states import IllegalEvent, PartsState, RequestState
@@ -50,7 +50,7 @@ class Machine:
         self._actions: list[Action] = []
         self.forecast = Forecast()
         self.policy = Policy(policy or PolicySettings(), self.forecast)
-        self.queue = RequestQueue(max_waiting)
+        self.queue = self.policy.settings.queue(max_waiting)
         bounds = (self.policy.settings.max_wait_s, self.policy.settings.max_skips)
         self.decisions = Decisions(decisions, self.queue, self.forecast, *bounds) if decisions else None
         self.residency = Residency(
@@ -64,7 +64,6 @@ class Machine:
         self._staged: Model | None = None
         self.is_open = True
         self._loads_rest = False
-        self._handled_at_s = float("-inf")
 
     @property
     def on_stage(self) -> str | None:
@@ -83,7 +82,6 @@ class Machine:
             self._take_in(event, now_s)
             if not isinstance(event, ANSWERING) or self._is_due(now_s):
                 self._settle(now_s)
-                self._handled_at_s = now_s
             return list(self._actions)
         finally:
             self._actions.clear()
@@ -96,7 +94,7 @@ class Machine:
         times = [
             *self.residency.deadlines(),
             self.queue.next_deadline_s(),
-            self.policy.next_change_s(self.queue, self._handled_at_s),
+            self.queue.pressing.next_change_s(),
         ]
         earliest_s = min((at_s for at_s in times if at_s is not None), default=None)
         return None if earliest_s is None else max(earliest_s, now_s)
@@ -329,11 +327,12 @@ class Machine:
 
     def _settle(self, now_s: float) -> None:
         self.residency.pass_time(now_s)
+        self.queue.pass_time(now_s)
         for request in self.queue.expired(now_s):
             self._cancel(request, ErrorCode.DEADLINE_EXCEEDED, "the request's deadline has passed", now_s)
         self._advance(now_s)
         while (model := self._lookahead.stuck_on(self._stage_is_busy, now_s)) is not None:
-            if not make_room(self.residency, model, self._lookahead.prices(model, now_s), now_s):
+            if not make_room(self.residency, model, self._lookahead.prices(model), now_s):
                 message = f"pinned models leave no gap for {model.name}; unpin some"
                 self._give_up([model.name], ErrorCode.MODEL_TOO_LARGE, message, now_s)
             self._advance(now_s)
