@@ -351,8 +351,8 @@ def test_decisions_are_sentences(daemon: FakeDaemon) -> None:
         "5.0 s ago stops loading h [unet]: nobody waits for it",
         "4.0 s ago refuses i to ann (r4): queue_full, 1000 requests are waiting already",
         "3.0 s ago a goes on stage for bob (r5): waited 1.5 s, priority 2, was overtaken once, "
-        "its weights are there already; overtakes 3 that came earlier: one has waited 12.0 s (bound 30.0 s), "
-        "one was overtaken 4 times (bound 64)",
+        "its weights are there already; overtakes 3 before it: "
+        "one waits 12.0 s since its turn came (bound 30.0 s), one was overtaken 4 times (bound 64)",
     ]
     assert "FromALaterVersion" in lines[-1]
     assert json.loads(daemon.run("decisions", "-o", "json").stdout) == DECISIONS

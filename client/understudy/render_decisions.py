@@ -42,10 +42,10 @@ def _chosen(made: Document) -> str:
     if made["was_on_stage"]:
         facts.append("its weights are there already")
     if not made["overtook"]:
-        return f"{who}: {', '.join(facts)}; nobody who waits came earlier"
-    longest = f"one has waited {duration(made['longest_wait_s'])} (bound {duration(made['max_wait_s'])})"
+        return f"{who}: {', '.join(facts)}; nobody who waits is before it"
+    wait = f"{duration(made['longest_wait_s'])} since its turn came (bound {duration(made['max_wait_s'])})"
     most = f"one was overtaken {_times(made['most_skips'])} (bound {made['max_skips']})"
-    return f"{who}: {', '.join(facts)}; overtakes {made['overtook']} that came earlier: {longest}, {most}"
+    return f"{who}: {', '.join(facts)}; overtakes {made['overtook']} before it: one waits {wait}, {most}"
 
 
 def _loading(made: Document) -> str:

@@ -23,10 +23,11 @@ NO_DECISION = (ErrorCode.CANCELLED, ErrorCode.CLIENT_GONE)
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A request went on deck. It came after `overtook` others that still wait.
+    """A request went on deck, and `overtook` others that wait before it in the fair order.
 
-    Of these, one has waited `longest_wait_s`, and one has been overtaken `most_skips` times by now; the
-    bounds are `max_wait_s` and `max_skips`. `waited_s` and `skips` are the chosen one's own.
+    Of these, one has waited `longest_wait_s` since its turn came, and one has been overtaken `most_skips`
+    times by now; the bounds are `max_wait_s` and `max_skips`. `waited_s`, since it was received, and `skips`
+    are the chosen one's own.
     """
 
     at_s: float
@@ -153,7 +154,8 @@ class Decisions:
         """The request has been taken from the queue, to go on deck."""
         chosen = self._queue.requests[request_id]
         waiting = [r for r in self._queue.requests.values() if r.state is RequestState.WAITING]
-        overtaken = [r for r in waiting if r.seq < chosen.seq]
+        overtaken = [r for r in waiting if r.turn < chosen.turn]
+        waits_s = [self.now_s - r.turn_at_s for r in overtaken if r.turn_at_s is not None]
         decision = Chosen(
             at_s=self.now_s,
             models=(chosen.model,),
@@ -164,7 +166,7 @@ class Decisions:
             skips=chosen.skips,
             was_on_stage=chosen.model == on_stage,
             overtook=len(overtaken),
-            longest_wait_s=max((self.now_s - r.received_at_s for r in overtaken), default=0.0),
+            longest_wait_s=max(waits_s, default=0.0),
             most_skips=max((r.skips for r in overtaken), default=0),
             max_wait_s=self._max_wait_s,
             max_skips=self._max_skips,
