@@ -35,11 +35,6 @@ class Patience:
         """The first of every model."""
         return (turn[2] for turn in self.ended.heads)
 
-    def count_skips(self, request: Request) -> None:
-        """Its skips have changed, or it is new."""
-        if request.skips >= self.limits.skips:
-            self.end(request)
-
     def end(self, request: Request) -> None:
         """Its patience is at an end, if it was not before."""
         if not self.ended.has(request.model, request.turn):

@@ -68,7 +68,8 @@ class RequestQueue:
         self._of_models.add(request.model, request.place)
         self._of_clients.add(info.client, request.turn)
         for patience in (self.pressing, self.bound):
-            patience.count_skips(request)
+            if patience.limits.skips <= 0:
+                patience.end(request)
         heapq.heappush(self._coming, (self._left + ahead, request.seq, request))
         self._call_up(now_s)
         if info.deadline_at_s is not None:
@@ -84,11 +85,11 @@ class RequestQueue:
             self._tags.take(request.info, clients, self._least_tag())
         pressing, bound = self.pressing.limits.skips, self.bound.limits.skips
         for _, _, passed in self._turns[: bisect_left(self._turns, request.turn)]:
-            passed.skips = skips = passed.skips + 1
-            if skips >= pressing:
-                self.pressing.count_skips(passed)
-                if skips >= bound:
-                    self.bound.count_skips(passed)
+            before, passed.skips = passed.skips, passed.skips + 1
+            if before < pressing <= passed.skips:
+                self.pressing.end(passed)
+            if before < bound <= passed.skips:
+                self.bound.end(passed)
         if is_wrong:
             self._press_those_passed(request)
 
