@@ -12,13 +12,11 @@ from understudyd.core.types import RequestInfo
 
 @dataclass
 class Waiting:
-    """A request that was admitted; `ahead` were before it in the fair order, `left` had left before."""
+    """A request that was admitted; its turn comes when it was overtaken as often as others are ahead."""
 
     info: RequestInfo
     arrival: int
     tag: float
-    ahead: int
-    left: int
     turn_at_s: float | None = None
     overtaken: int = 0
 
@@ -36,7 +34,6 @@ class FairLedger:
     ends: dict[tuple[int, str], float] = field(default_factory=dict)
     virtual_time: float = 0.0
     arrivals: int = 0
-    left: int = 0
 
     def admitted(self, info: RequestInfo, now_s: float) -> None:
         tag = 0.0
@@ -46,8 +43,7 @@ class FairLedger:
             tag = max(self.virtual_time, self.ends.get(who, 0.0))
             self.ends[who] = tag + info.cost
         self.arrivals += 1
-        ahead = sum(waiting.tag <= tag for waiting in self.waiting.values())
-        self.waiting[info.request_id] = Waiting(info, self.arrivals, tag, ahead, self.left)
+        self.waiting[info.request_id] = Waiting(info, self.arrivals, tag)
         self._call_up(now_s)
 
     def answered(self, request_id: str, now_s: float) -> None:
@@ -93,7 +89,6 @@ class FairLedger:
         return waiting.turn_at_s is not None and now_s >= waiting.turn_at_s + bounds.max_wait_s * share
 
     def _has_left(self, now_s: float) -> None:
-        self.left += 1
         levels = {waiting.info.priority for waiting in self.waiting.values()}
         self.ends = {who: end for who, end in self.ends.items() if who[0] in levels}
         if not self.waiting:
@@ -107,7 +102,8 @@ class FairLedger:
 
     def _call_up(self, now_s: float) -> None:
         for waiting in self.waiting.values():
-            if waiting.turn_at_s is None and self.left - waiting.left >= waiting.ahead:
+            ahead = sum(other.turn < waiting.turn for other in self.waiting.values())
+            if waiting.turn_at_s is None and waiting.overtaken >= ahead:
                 waiting.turn_at_s = now_s
 
     def same_as_machine(self, now_s: float) -> None:

@@ -4,8 +4,8 @@ The queue keeps the fair order (`fairness.py`), groups by model, and counts how 
 overtaken: one that is behind it in the fair order went on deck. It knows no policy: `policy.py` ranks what it
 finds here.
 
-A request's turn comes when as many requests have left the queue as were ahead of it in the fair order when it
-joined. Until then it would wait in any case, and its time does not count.
+A request's turn comes when it was overtaken as often as others are still ahead of it: had all run in the fair
+order, it would be next. Until then it would wait in any case, and its time does not count.
 """
 
 import heapq
@@ -80,7 +80,7 @@ class RequestQueue:
         """The request goes on deck; whoever is ahead of it has been overtaken once more."""
         request.life.to(RequestState.ON_DECK, now_s, "chosen")
         clients, is_wrong = len(self._of_clients.groups), self.leads(request)
-        self._leave(request, now_s)
+        self._leave(request)
         if self._tags is not None:
             self._tags.take(request.info, clients, self._least_tag())
         pressing, bound = self.pressing.limits.skips, self.bound.limits.skips
@@ -92,6 +92,7 @@ class RequestQueue:
                 self.bound.end(passed)
         if is_wrong:
             self._press_those_passed(request)
+        self._call_up(now_s)
 
     def answered(self, request: Request, now_s: float, why: str) -> None:
         """The request has its answer; it is forgotten once it holds no lease."""
@@ -99,9 +100,10 @@ class RequestQueue:
         request.life.to(RequestState.ANSWERED, now_s, why)
         if was_waiting:
             self.withdrawals += 1
-            self._leave(request, now_s)
+            self._leave(request)
             if self._tags is not None:
                 self._tags.withdraw(request.info)
+            self._call_up(now_s)
         self.forget_if_done(request)
 
     def forget_if_done(self, request: Request) -> None:
@@ -181,7 +183,7 @@ class RequestQueue:
     def _least_tag(self) -> float | None:
         return self._turns[0][0] if self._turns else None
 
-    def _leave(self, request: Request, now_s: float) -> None:
+    def _leave(self, request: Request) -> None:
         del self._waiting[request.id]
         del self._turns[bisect_left(self._turns, request.turn)]
         self._of_clients.remove(request.info.client, request.turn)
@@ -190,16 +192,19 @@ class RequestQueue:
         for patience in (self.pressing, self.bound):
             patience.leave(request)
         self._left += 1
-        self._call_up(now_s)
 
     def _call_up(self, now_s: float) -> None:
-        """The turn of some has come."""
+        """The turn of some has come. One more may have to leave than was thought for each that got ahead."""
         while self._coming and self._coming[0][0] <= self._left:
-            request = heapq.heappop(self._coming)[2]
-            if request.state is RequestState.WAITING:
-                request.turn_at_s = now_s
-                self.pressing.turn_came(request)
-                self.bound.turn_came(request)
+            _, seq, request = heapq.heappop(self._coming)
+            if request.state is not RequestState.WAITING:
+                continue
+            if (before := bisect_left(self._turns, request.turn) - request.skips) > 0:
+                heapq.heappush(self._coming, (self._left + before, seq, request))
+                continue
+            request.turn_at_s = now_s
+            self.pressing.turn_came(request)
+            self.bound.turn_came(request)
         self.pass_time(now_s)
 
     def _press_those_passed(self, request: Request) -> None:
