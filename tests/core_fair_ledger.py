@@ -101,9 +101,9 @@ class FairLedger:
         self.virtual_time = max([self.virtual_time, *([min(tags)] if tags else [])])
 
     def _call_up(self, now_s: float) -> None:
+        turns = sorted(waiting.turn for waiting in self.waiting.values())
         for waiting in self.waiting.values():
-            ahead = sum(other.turn < waiting.turn for other in self.waiting.values())
-            if waiting.turn_at_s is None and waiting.overtaken >= ahead:
+            if waiting.turn_at_s is None and waiting.overtaken >= turns.index(waiting.turn):
                 waiting.turn_at_s = now_s
 
     def same_as_machine(self, now_s: float) -> None:

@@ -142,14 +142,7 @@ class Policy:
             return best
         if staged.model not in ready:
             return best
-        if not queue.leads(staged):
-            return staged
-        for request in queue.heads_up_to(staged):
-            if request.info.priority < staged.info.priority:
-                break
-            if request.model in ready and request.info.client != staged.info.client:
-                return request
-        return staged
+        return next((r for r in queue.wronged_by(staged) if r.model in ready), staged)
 
     # -- what is loaded next ------------------------------------------------------------------------
 

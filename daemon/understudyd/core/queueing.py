@@ -79,7 +79,7 @@ class RequestQueue:
     def take(self, request: Request, now_s: float) -> None:
         """The request goes on deck; whoever is ahead of it has been overtaken once more."""
         request.life.to(RequestState.ON_DECK, now_s, "chosen")
-        clients, is_wrong = len(self._of_clients.groups), self.leads(request)
+        clients = len(self._of_clients.groups)
         self._leave(request)
         if self._tags is not None:
             self._tags.take(request.info, clients, self._least_tag())
@@ -90,8 +90,8 @@ class RequestQueue:
                 self.pressing.end(passed)
             if before < bound <= passed.skips:
                 self.bound.end(passed)
-        if is_wrong:
-            self._press_those_passed(request)
+        for passed in self.wronged_by(request):
+            self.pressing.end(passed)
         self._call_up(now_s)
 
     def answered(self, request: Request, now_s: float, why: str) -> None:
@@ -148,13 +148,15 @@ class RequestQueue:
         """Waiting requests of one model, first to run first."""
         return [place[3] for place in self._of_models.groups.get(model, ())]
 
-    def leads(self, request: Request) -> bool:
-        """Another client waits whose turn was more than `MAX_LEAD` such requests before this one's."""
-        client = request.info.client
-        for tag, _, other in self._of_clients.heads[:2]:
-            if other.info.client != client:
-                return tag < request.tag - MAX_LEAD * request.info.cost
-        return False
+    def wronged_by(self, request: Request) -> Iterator[Request]:
+        """The first of every client that it is more than `MAX_LEAD` such requests ahead of, if as urgent."""
+        info = request.info
+        limit = request.tag - MAX_LEAD * info.cost
+        for tag, _, other in self._of_clients.heads:
+            if tag >= limit:
+                return
+            if other.info.client != info.client and other.info.priority >= info.priority:
+                yield other
 
     # -- deadlines ----------------------------------------------------------------------------------
 
@@ -206,13 +208,6 @@ class RequestQueue:
             self.pressing.turn_came(request)
             self.bound.turn_came(request)
         self.pass_time(now_s)
-
-    def _press_those_passed(self, request: Request) -> None:
-        """A client went too far ahead of others, which need not matter less than it does: they press now."""
-        end = bisect_left(self._turns, (request.tag - MAX_LEAD * request.info.cost,))
-        for _, _, passed in self._turns[:end]:
-            if passed.info.client != request.info.client and passed.info.priority >= request.info.priority:
-                self.pressing.end(passed)
 
     def check(self) -> None:
         """All orders agree; answered requests stay only while they hold a lease."""
