@@ -211,11 +211,12 @@ class World:
         client: str = "somebody",
         priority: int = 0,
         deadline_in_s: float | None = None,
+        cost: float = 1.0,
     ) -> str:
         """A request for a model; returns its id."""
         request_id = id or f"r{next(self._request_ids)}"
         deadline = None if deadline_in_s is None else self.now_s + deadline_in_s
-        self.tell(ev.RequestReceived(RequestInfo(request_id, client, name, priority, deadline)))
+        self.tell(ev.RequestReceived(RequestInfo(request_id, client, name, priority, deadline, cost)))
         return request_id
 
     def answer(self, request_id: str) -> ErrorCode | str | None:

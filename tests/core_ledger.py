@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from core_fair_ledger import FairLedger
 from core_pool_ledger import PoolLedger
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
@@ -36,13 +37,6 @@ class Held:
 
 
 @dataclass
-class Waiting:
-    info: RequestInfo
-    received_at_s: float
-    overtaken: int = 0
-
-
-@dataclass
 class Ledger:
     """What is under way, who was answered, and whose bytes are whose; told by events and actions alone."""
 
@@ -63,7 +57,7 @@ class Ledger:
     received: Counter[str] = field(default_factory=Counter)
     answers: dict[str, ac.AnswerRequest] = field(default_factory=dict)
     accepted: dict[str, ac.AcceptRequest] = field(default_factory=dict)
-    waiting: dict[str, Waiting] = field(default_factory=dict)
+    waiting: dict[str, RequestInfo] = field(default_factory=dict)
     leases: dict[str, ModelInfo] = field(default_factory=dict)
     coming: dict[str, ModelInfo] = field(default_factory=dict)
     leaving: dict[str, ModelInfo] = field(default_factory=dict)
@@ -80,12 +74,15 @@ class Ledger:
 
     # -- what goes in, before the machine sees it -----------------------------------------------------
 
+    def __post_init__(self) -> None:
+        self.fair = FairLedger(self.machine)
+
     def before(self, event: ev.Event, now_s: float) -> None:
         match event:
             case ev.RequestReceived(request=info):
                 self.received[info.request_id] += 1
                 self.infos[info.request_id] = info
-                self.waiting[info.request_id] = Waiting(info, now_s)
+                self.waiting[info.request_id] = info
             case ev.ModelAdded(model=info):
                 self.models[info.name] = info
             case ev.ModelReplaced(model=info):
@@ -180,6 +177,7 @@ class Ledger:
         for action in actions:
             self._take(action, now_s)
         self._same_as_machine()
+        self.fair.same_as_machine(now_s)
         self._no_idle_hands(now_s)
 
     def _take(self, action: ac.Action, now_s: float) -> None:
@@ -187,11 +185,13 @@ class Ledger:
             case ac.AcceptRequest(request_id=request_id):
                 assert request_id in self.waiting and request_id not in self.accepted
                 self.accepted[request_id] = action
+                self.fair.admitted(self.infos[request_id], now_s)
             case ac.AnswerRequest(request_id=request_id):
                 assert self.received[request_id] == 1, f"{request_id} was never received"
                 assert request_id not in self.answers, f"{request_id} is answered twice"
                 self.answers[request_id] = action
                 self.waiting.pop(request_id, None)
+                self.fair.answered(request_id, now_s)
             case ac.StartLoad():
                 self._start_load(action)
             case ac.CancelLoad(load_id=load_id):
@@ -225,7 +225,7 @@ class Ledger:
             case ac.RetireModel(name=name):
                 assert name in self.retiring and self.models[name] not in self.leases.values()
                 assert self.models[name].key not in self.preparing | self.prepared
-                assert all(w.info.model != name for w in self.waiting.values())
+                assert all(info.model != name for info in self.waiting.values())
                 self.retiring.remove(name)
                 del self.models[name]
             case ac.AdoptEdition() | ac.RejectEdition() | ac.RetireEdition():
@@ -280,32 +280,12 @@ class Ledger:
     def _put_on_deck(self, request_id: str, key: str, now_s: float) -> None:
         assert self.deck is None, "one on deck at a time"
         chosen = self.waiting.pop(request_id)
-        info = self.models[chosen.info.model]
+        info = self.models[chosen.model]
         assert info.key == key and key in self.prepared, "only what its name stands for now"
         resident = {h.blob for h in self.held if h.kind == "resident"}
         assert {b.key for b in info.blobs} <= resident, f"{key} is not all there"
         self.deck, self.leases[request_id] = request_id, info
-        self._overtaking(chosen, now_s)
-
-    def _overtaking(self, chosen: Waiting, now_s: float) -> None:
-        """Nobody is overtaken beyond the bounds, unless nothing can be done for it at the moment."""
-        bounds = self.machine.policy.settings
-        if bounds.order == "fcfs":
-            assert all(w.info.priority <= chosen.info.priority for w in self._earlier(chosen))
-            return
-        for waiting in self._earlier(chosen):
-            at_bound = (
-                waiting.overtaken >= bounds.max_skips or now_s >= waiting.received_at_s + bounds.max_wait_s
-            )
-            entity = self.machine.residency.models[waiting.info.model]
-            held_up = self.machine.residency.is_held_up(entity, now_s)
-            assert not at_bound or held_up, f"{waiting} was overtaken by {chosen.info} beyond its bound"
-            waiting.overtaken += 1
-
-    def _earlier(self, chosen: Waiting) -> list[Waiting]:
-        order = list(self.received)
-        rank = order.index(chosen.info.request_id)
-        return [w for w in self.waiting.values() if order.index(w.info.request_id) < rank]
+        self.fair.on_deck(request_id, now_s)
 
     def leased_blobs(self) -> set[str]:
         return {b.key for info in self.leases.values() for b in info.blobs}
@@ -324,10 +304,10 @@ class Ledger:
             return  # who was ready before the move is not now, but will be again
         residency, queue, policy = self.machine.residency, self.machine.queue, self.machine.policy
         stage_is_busy = bool(self.running) or self.deck is not None
-        expected = policy.expected_order(queue, residency.models, self.machine.on_stage, now_s)
+        expected = policy.expected_order(queue, residency.models, self.machine.on_stage)
         lacking = [n for n in expected if not residency.models[n].is_ready]
         if policy.settings.lookahead or not stage_is_busy:
-            to_load = policy.to_load(queue, residency.ready, stage_is_busy, now_s)
+            to_load = policy.to_load(queue, residency.ready, stage_is_busy)
             assert to_load == lacking[: max(1, policy.settings.lookahead)]
             for name in to_load:
                 states = {b.state for b in residency.models[name].blobs}
@@ -340,7 +320,7 @@ class Ledger:
     def _cannot_be_loaded(self, name: str, now_s: float) -> None:
         machine, residency = self.machine, self.machine.residency
         needs = Needs(
-            machine.policy.settings, machine.queue, residency.models, machine.on_stage, now_s, machine.wanted
+            machine.policy.settings, machine.queue, residency.models, machine.on_stage, machine.wanted
         )
         *_, prices = machine.policy.prices(residency, needs, name)
         for absent in residency.models[name].blobs:

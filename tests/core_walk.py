@@ -20,7 +20,7 @@ T = TypeVar("T")
 Choose = Callable[[Sequence[T]], T]
 
 NAMES = ["a", "b", "c", "d", "e", "f"]
-CLIENTS = ["ann", "bob"]
+CLIENTS = ["ann", "ann", "bob", "cy"]
 MAX_LOADERS = 3
 MAX_RUNNING = 2
 FAULTS = [ErrorCode.LOAD_FAILED, ErrorCode.MODEL_CORRUPT]
@@ -84,6 +84,7 @@ class Walk:
             client=choose(CLIENTS),
             priority=choose([0, 0, 0, 0, 1, 5]),
             deadline_in_s=choose([None, None, None, None, None, None, 40.0, 0.5, -1.0]),
+            cost=choose([1.0, 1.0, 0.25, 4.0]),
         )
 
     def take_back(self, choose: Choose) -> None:

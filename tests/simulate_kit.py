@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from understudyd.recorded import TraceRequest
 from understudyd.simulate.profiles import Component, Figure, Profile
-from understudyd.simulate.trace import TraceRequest
 
 MB = 1_000_000
 PAGE = 4096

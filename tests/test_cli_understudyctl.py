@@ -336,3 +336,59 @@ def test_help_answers_at_once_and_loads_nothing_heavy() -> None:
         "heavy = {'rich', 'zmq', 'torch', 'asyncio', 'msgspec'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+DECISIONS = [
+    {"decision": "Loading", "ago_s": 9.0, "models": ["a", "b", "c", "d"], "blob": "1" * 64, "name": "a vae",
+     "size_bytes": 2 * MIB, "is_from_host": True, "is_to_host": False, "why": "awaited", "waiting": 2,
+     "chance": 0.25},
+    {"decision": "Loading", "ago_s": 8.0, "models": ["e"], "blob": "2" * 64, "name": "e unet",
+     "size_bytes": MIB, "is_from_host": False, "is_to_host": True, "why": "likely", "waiting": 0,
+     "chance": 0.031},
+    {"decision": "Evicted", "ago_s": 7.0, "models": ["f"], "room_for": "a vae", "why": "", "price": 0.004,
+     "victims": [{"blob": "3" * 64, "name": "f unet", "models": ["f"], "size_bytes": 3 * MIB, "price": 0.004,
+                  "chance": 0.02, "waiting": 1, "has_copy": True}]},
+    {"decision": "FoundNoRoom", "ago_s": 6.0, "models": ["g"], "blob": "4" * 64, "name": "g unet",
+     "size_bytes": 4 * MIB, "free_bytes": 2 * MIB, "largest_gap_bytes": MIB},
+    {"decision": "Stopped", "ago_s": 5.0, "models": ["h"], "blob": "5" * 64, "name": "h [unet]",
+     "is_to_host": False, "waiting": 0},
+    {"decision": "Refused", "ago_s": 4.0, "models": ["i"], "request": "r4", "client": "ann",
+     "code": "queue_full", "message": "1000 requests are waiting already", "waited_s": None},
+    {"decision": "Chosen", "ago_s": 3.0, "models": ["a"], "request": "r5", "client": "bob", "priority": 2,
+     "waited_s": 1.5, "skips": 1, "was_on_stage": True, "overtook": 3, "longest_wait_s": 12.0,
+     "most_skips": 4, "max_wait_s": 30.0, "max_skips": 64},
+    {"decision": "FromALaterVersion", "ago_s": 2.0, "models": []},
+]  # fmt: skip
+
+
+def test_decisions_are_sentences(daemon: FakeDaemon) -> None:
+    daemon.answers["decisions"] = DECISIONS
+    result = daemon.run("decisions", "--last", "8")
+    assert result.exit_code == 0 and daemon.asked == [admin.Decisions(last=8)]
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[:-1] == [
+        "9.0 s ago loads a vae, 2.0 MiB from the host pool: "
+        "2 requests wait for a, b, c and 1 more, chance 25 %",
+        "8.0 s ago loads e unet, 1.0 MiB from disk to the host pool: "
+        "e may be asked for next, and there is room, chance 3.1 %",
+        "7.0 s ago evicts f unet (3.0 MiB, chance 2 %, 1 request waits but later, stays in the host pool, "
+        "price 0.004): the cheapest room for a vae, price 0.004",
+        "6.0 s ago finds no room for g unet, 4.0 MiB: 2.0 MiB are free, 1.0 MiB in one piece, "
+        "and the rest is in use or needed sooner",
+        "5.0 s ago stops loading h [unet]: nobody waits for it",
+        "4.0 s ago refuses i to ann (r4): queue_full, 1000 requests are waiting already",
+        "3.0 s ago a goes on stage for bob (r5): waited 1.5 s, priority 2, was overtaken once, "
+        "its weights are there already; overtakes 3 before it: "
+        "one waits 12.0 s since its turn came (bound 30.0 s), one was overtaken 4 times (bound 64)",
+    ]
+    assert "FromALaterVersion" in lines[-1]
+    assert json.loads(daemon.run("decisions", "-o", "json").stdout) == DECISIONS
+    daemon.answers["decisions"] = []
+    assert "no decisions yet" in daemon.run("decisions").stdout
+
+
+def test_show_ends_with_the_decisions_about_the_model(daemon: FakeDaemon) -> None:
+    daemon.answers["show"] = MODELS[0] | {"components": [], "decisions": DECISIONS[:1]}
+    assert "2 requests wait for a" in daemon.run("show", "sd15-[red]").stdout.splitlines()[-1]
+    document = json.loads(daemon.run("show", "sd15-[red]", "-o", "json").stdout)
+    assert document["decisions"] == DECISIONS[:1]

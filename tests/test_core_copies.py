@@ -186,7 +186,7 @@ def test_what_can_be_reloaded_from_the_pool_is_evicted_sooner() -> None:
             world.ask(name)
             world.run()
         machine = world.machine
-        needs = Needs(machine.policy.settings, machine.queue, machine.residency.models, None, world.now_s)
+        needs = Needs(machine.policy.settings, machine.queue, machine.residency.models, None)
         *_, prices = machine.policy.prices(machine.residency, needs, "new")
         by_blob = {extent.blob: price for extent, price in prices.items()}
         assert machine.forecast.chance("copied") > machine.forecast.chance("bare")

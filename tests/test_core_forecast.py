@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 
 from understudyd.core.forecast import Forecast
-from understudyd.core.predictors import Popularity, Returns, Succession
+from understudyd.core.predictors import Popularity, Succession
+from understudyd.core.returns import Returns
 
 
 def after(*names: str) -> Forecast:

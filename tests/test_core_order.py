@@ -102,7 +102,8 @@ def test_whoever_is_held_up_by_a_failed_load_may_be_overtaken_at_its_bound() -> 
     world.tell(ev.LoaderReady(1))
     for name in ["b", "c"]:
         world.make_resident(name)
-    held_up, bounded, _ = world.ask("a"), world.ask("b"), world.ask("c", priority=9)
+    held_up, bounded = world.ask("a", client="ann"), world.ask("b", client="bob")
+    world.ask("c", client="cy", priority=9)
     assert world.ledger.deck is None  # nobody overtakes `a`, whose load is under way
     world.tell(ev.LoadFailed(max(world.ledger.loads), ErrorCode.LOAD_FAILED, "disk asleep"))
     assert world.ledger.deck == bounded

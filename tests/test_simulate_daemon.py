@@ -21,10 +21,10 @@ from understudyd.core import events as ev
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
 from understudyd.core.types import Outcome
+from understudyd.recorded import TraceRequest
 from understudyd.shell.ports import LoadRunner, StageDoor
 from understudyd.shell.runtime import Runtime
 from understudyd.simulate import synthetic
-from understudyd.simulate.trace import TraceRequest
 from understudyd.simulate.world import World
 from understudyd.store.records import BlobRecord, ComponentRecord, ModelRecord, SignatureRecord
 from understudyd.store.store import Store

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from simulate_kit import MB, asks, profile, write_trace
 from understudyd.core.machine import Machine
+from understudyd.recorded import TraceRequest
 from understudyd.simulate import planning, profiles, slots, synthetic
 from understudyd.simulate.references import Foresight, Frequency, Recency, Valuing, plug_in
 from understudyd.simulate.report import Scenario, play, simulate
-from understudyd.simulate.trace import TraceRequest, survey
+from understudyd.simulate.trace import survey
 
 NAMES = "abcdef"
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from understudyd.recorded import TraceRequest, log_line
 from understudyd.simulate import commands, synthetic, trace
-from understudyd.simulate.trace import TraceError, TraceRequest
+from understudyd.simulate.trace import TraceError
 
 REQUESTS = [
     TraceRequest(0.0, "a", "c1", "L1:0.5", "text-to-image", 4, 30, 32.0),
@@ -21,7 +22,7 @@ CSV = (
 
 
 def test_csv_request_log_and_gzip_say_the_same(tmp_path: Path) -> None:
-    log = b"".join(map(trace.log_line, REQUESTS))
+    log = b"".join(map(log_line, REQUESTS))
     for name, content in (("a.csv", CSV.encode()), ("a.jsonl", log)):
         (tmp_path / name).write_bytes(content)
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
@@ -110,6 +111,6 @@ def test_the_same_seed_makes_the_same_file(tmp_path: Path) -> None:
 
 
 def test_a_line_of_the_request_log_is_one_json_object() -> None:
-    line = trace.log_line(REQUESTS[0])
+    line = log_line(REQUESTS[0])
     assert line.endswith(b"}\n") and line.count(b"\n") == 1
     assert msgspec.json.decode(line)["loras"] == "L1:0.5"

@@ -11,10 +11,10 @@ from simulate_kit import MB, asks, profile
 from understudyd.core import actions as ac
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
+from understudyd.recorded import TraceRequest
 from understudyd.simulate import on_demand
 from understudyd.simulate.meter import Meter, Quantiles
 from understudyd.simulate.references import Recency
-from understudyd.simulate.trace import TraceRequest
 from understudyd.simulate.traffic import Traffic
 from understudyd.simulate.world import World
 

@@ -10,7 +10,7 @@ This module imports msgspec and the standard library only, so that `understudyct
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -124,6 +124,15 @@ class CancelRequest(AdminRequest, frozen=True, kw_only=True, tag="cancel"):
     id: str
 
 
+class Decisions(AdminRequest, frozen=True, kw_only=True, tag="decisions"):
+    """The last decisions to run, load, evict or refuse, the newest last, each with its numbers.
+
+    Refused with `off` where the daemon keeps none.
+    """
+
+    last: Annotated[int, msgspec.Meta(ge=1)] = 100
+
+
 class Loaders(AdminRequest, frozen=True, kw_only=True, tag="loaders"):
     """The loaders and what they do."""
 
@@ -142,7 +151,7 @@ class Shutdown(AdminRequest, frozen=True, kw_only=True, tag="shutdown"):
 
 Command = (
     Status | Models | Show | Add | Scan | Rescan | Remove | Load | Evict | Pin | Unpin
-    | Queue | CancelRequest | Loaders | Trace | Shutdown
+    | Queue | CancelRequest | Decisions | Loaders | Trace | Shutdown
 )  # fmt: skip
 
 

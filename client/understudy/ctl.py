@@ -88,7 +88,25 @@ def show(socket_path: Path, name: str | None, arena: bool, output: str) -> None:
         raise click.UsageError("give a model's NAME, or --arena")
     from understudy.admin import Show
 
-    _show(_ask(socket_path, Show(name=name or "", arena=arena)), output, "arena" if arena else "model")
+    document = _ask(socket_path, Show(name=name or "", arena=arena))
+    _show(document, output, "arena" if arena else "model")
+    if output != "json" and not arena and (made := document.get("decisions")):
+        _show_decisions(made)
+
+
+@main.command()
+@click.option("--last", type=click.IntRange(min=1), default=100, show_default=True, metavar="N")
+@output_option
+@click.pass_obj
+def decisions(socket_path: Path, last: int, output: str) -> None:
+    """What was run, loaded, evicted or refused lately, and the numbers that decided it; the newest last."""
+    from understudy.admin import Decisions
+
+    made = _ask(socket_path, Decisions(last=last))
+    if output == "json":
+        _show(made, output, "")
+    else:
+        _show_decisions(made)
 
 
 @main.command()
@@ -333,6 +351,12 @@ def _show(document: Any, output: str, view: str) -> None:
     from understudy import render
 
     render.show(getattr(render, view)(document))
+
+
+def _show_decisions(made: list[dict[str, Any]]) -> None:
+    from understudy import render, render_decisions
+
+    render.show(render_decisions.told(made))
 
 
 def _exit(message: str, code: int) -> NoReturn:

@@ -168,8 +168,10 @@ class PolicyConfig(_Section, frozen=True, kw_only=True):
     """What runs and loads when.
 
     `lookahead` counts models loaded ahead of the stage; 0 loads on demand. `max_wait_s` and `max_skips` bound
-    overtaking; `order = "fcfs"` is without any. `prefetch` fills free memory by forecast. While a request of
-    at least `pause_priority` runs, loads rest; without it they never do.
+    overtaking. `order = "fcfs"` is that of arrival. `prefetch` fills free memory by forecast. While a request
+    of at least `pause_priority` runs, loads rest; without it they never do.
+
+    The last `decisions` decisions are kept with the numbers behind them, for `understudyctl decisions`.
     """
 
     order: Literal["resident_first", "fcfs"] = "resident_first"
@@ -178,6 +180,7 @@ class PolicyConfig(_Section, frozen=True, kw_only=True):
     max_skips: Positive = 64
     prefetch: bool = True
     pause_priority: int | None = None
+    decisions: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
 
 
 class QueueConfig(_Section, frozen=True, kw_only=True):
@@ -187,9 +190,15 @@ class QueueConfig(_Section, frozen=True, kw_only=True):
 
 
 class LogConfig(_Section, frozen=True, kw_only=True):
-    """What is logged."""
+    """What is logged.
+
+    `requests` is a file for one line a finished request, which `understudyd simulate` plays; none is written
+    without it. One of `requests_size` is set aside as `requests`.1 and begun anew.
+    """
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    requests: Path | None = None
+    requests_size: Size = Size(64 * 1024**2)
 
 
 class Config(_Section, frozen=True, kw_only=True):

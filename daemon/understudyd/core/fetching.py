@@ -31,7 +31,7 @@ class Fetching:
         settings = self._policy.settings
         if not self._residency.copies.pool.size_bytes or not settings.lookahead or not self._has_loader():
             return
-        if self._no_room != self._crowd() and not self._fetch(self._awaited(now_s), float("inf"), now_s):
+        if self._no_room != self._crowd() and not self._fetch(self._awaited(), float("inf"), now_s):
             self._no_room = self._crowd()
         if settings.prefetch and self._has_loader() and self._nothing_likely != self._history():
             self._fetch(self._likely(), 0.0, now_s)
@@ -54,9 +54,9 @@ class Fetching:
                     return False
         return True
 
-    def _awaited(self, now_s: float) -> Iterator[Model]:
+    def _awaited(self) -> Iterator[Model]:
         ready, models = self._residency.ready, self._residency.models
-        expected = self._policy.expected_to_load(self._queue, now_s)
+        expected = self._policy.expected_to_load(self._queue)
         return islice((models[r.model] for r in expected if r.model not in ready), HORIZON_MODELS)
 
     def _likely(self) -> Iterator[Model]:

@@ -4,9 +4,20 @@ A mixture of simple predictors: decayed counts over requests and over seconds, w
 clients are expected back. Their weights are learned online, by one step of expectation maximisation a
 request: whoever gave what came the larger share gains (after Herbster and Warmuth, 1998, tracking the best
 expert; the floor lets any of them come back). Nothing in it is tuned to a trace.
+
+What was learned outlives the machine as a document in JSON's types: `document` and `restore`.
 """
 
-from understudyd.core.predictors import Popularity, Predictor, Returns, Succession
+from collections.abc import Container
+from heapq import nlargest
+from typing import Any
+
+from understudyd.core.predictors import Popularity, Predictor, Succession
+from understudyd.core.remembered import DIGITS, DamagedDocument, field, numbers, rows, text, whole
+from understudyd.core.returns import Returns
+
+VERSION = 1
+MOST_NAMES = 4000
 
 HALF_LIVES_REQUESTS = (10.0, 100.0, 2000.0)
 HALF_LIVES_S = (60.0, 300.0, 1800.0)
@@ -107,6 +118,71 @@ class Forecast:
             self._ranked = sorted(chances, key=lambda name: (-chances[name], name))
             self._ranked_at = self.requests
         return self._ranked
+
+    # -- outliving the machine ----------------------------------------------------------------------
+
+    @property
+    def last_request_s(self) -> float:
+        """When the last request came; 0 before the first."""
+        return self._now_s
+
+    def copy(self) -> "Forecast":
+        """As it stands now, taken in a few milliseconds; fit for `document` on another thread."""
+        made = Forecast()
+        made.requests, made._now_s, made._weights = self.requests, self._now_s, list(self._weights)
+        made._predictors = [predictor.copy() for predictor in self._predictors]
+        made._names, made._models = set(self._names), dict(self._models)
+        return made
+
+    def document(self, most_names: int = MOST_NAMES) -> dict[str, Any]:
+        """All that was learned, in JSON's types; with more names than `most_names` only of the likeliest."""
+        kept = (
+            self._names
+            if len(self._names) <= most_names
+            else set(nlargest(most_names, self._names, self.chance))
+        )
+        models = [name for name in self._models if name in kept]
+        names = [*models, *sorted(kept - self._models.keys())]
+        places = {name: place for place, name in enumerate(names)}
+        return {
+            "version": VERSION,
+            "requests": self.requests,
+            "models": len(models),
+            "names": names,
+            "weights": [round(weight, DIGITS) for weight in self._weights],
+            "predictors": [predictor.document(places) for predictor in self._predictors],
+        }
+
+    def restore(self, document: Any, models: Container[str], blobs: Container[str], last_s: float) -> None:
+        """Know what another life has learned, of these models and blobs; what this one did is forgotten.
+
+        `last_s` is when the last request of that life came, on this life's clock. Raises `DamagedDocument`,
+        and then nothing has changed.
+        """
+        if field(document, "version") != VERSION:
+            raise DamagedDocument(f"another version than {VERSION}")
+        made = Forecast()
+        made.requests = whole(field(document, "requests"), "requests")
+        made._now_s = last_s
+        weights = numbers(field(document, "weights"), "weights", len(made._weights), _FLOOR / 2, 1.0)
+        made._weights = [weight / sum(weights) for weight in weights]
+        listed = [text(name, "a name") for name in rows(field(document, "names"), "names")]
+        if len(set(listed)) < len(listed):
+            raise DamagedDocument("a name comes twice")
+        model_count = whole(field(document, "models"), "models", len(listed))
+        names = [
+            name if name in (models if place < model_count else blobs) else ""
+            for place, name in enumerate(listed)
+        ]
+        parts = rows(field(document, "predictors"), "predictors", len(made._predictors))
+        for predictor, part in zip(made._predictors, parts):
+            now = float(made.requests) if predictor in made._by_requests else last_s
+            predictor.restore(part, names, now)
+        made._models = {name: None for name in names[:model_count] if name}
+        made._names = {name for name in names if name}
+        vars(self).update(vars(made))  # whole or not at all
+
+    # -- inside -------------------------------------------------------------------------------------
 
     def _weigh(self, name: str) -> None:
         """Who expected this gains weight."""

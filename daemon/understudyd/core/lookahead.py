@@ -40,10 +40,10 @@ class Lookahead:
         """Have loaders that are still idle fill the host pool."""
         self._fetching.start(now_s)
 
-    def prices(self, model: Model, now_s: float) -> Prices:
+    def prices(self, model: Model) -> Prices:
         """What evicting each extent loses for a load on behalf of this model while nothing is on stage."""
         residency = self._residency
-        needs = Needs(self._policy.settings, self._queue, residency.models, None, now_s, self.wanted)
+        needs = Needs(self._policy.settings, self._queue, residency.models, None, self.wanted)
         *_, prices = self._policy.prices(residency, needs, model.name)
         return prices
 
@@ -53,7 +53,7 @@ class Lookahead:
             return None
         models = self._residency.models
         ready = self._residency.ready
-        names = self._policy.to_load(self._queue, ready, stage_is_busy, now_s) or list(self.wanted)
+        names = self._policy.to_load(self._queue, ready, stage_is_busy) or list(self.wanted)
         model = models[names[0]] if names else None
         states = set() if model is None else {blob.state for blob in model.blobs}
         if model is None or BlobState.ABSENT not in states or BlobState.FETCHING in states:
@@ -73,12 +73,12 @@ class Lookahead:
         models = residency.models
 
         def needs() -> Needs:  # anew for every blob: evicting for one may change who is ready
-            return Needs(settings, self._queue, models, on_stage, now_s, self.wanted)
+            return Needs(settings, self._queue, models, on_stage, self.wanted)
 
         if next(residency.idle_loaders(), None) is None:
             self._make_way_for_a_loader(needs, stage_is_busy, now_s)
             return
-        for name in self._policy.to_load(self._queue, residency.ready, stage_is_busy, now_s):
+        for name in self._policy.to_load(self._queue, residency.ready, stage_is_busy):
             if not self._load(models[name], needs, now_s):
                 if next(residency.idle_loaders(), None) is None:
                     self._make_way_for_a_loader(needs, stage_is_busy, now_s)
@@ -147,7 +147,7 @@ class Lookahead:
         """All loaders are busy, as most of the time: only a load that may be stopped is worth a look."""
         if self._needless_load() is None and self._fetch_but_for(()) is None:
             return
-        for name in self._policy.to_load(self._queue, self._residency.ready, stage_is_busy, now_s):
+        for name in self._policy.to_load(self._queue, self._residency.ready, stage_is_busy):
             model = self._residency.models[name]
             if any(blob.state is BlobState.FETCHING for blob in model.blobs):
                 return

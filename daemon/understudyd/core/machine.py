@@ -13,12 +13,13 @@ from typing import assert_never
 from understudyd.core import events as ev
 from understudyd.core.actions import AcceptRequest, Action, AnswerRequest, CancelRun, PauseLoads, PutOnDeck
 from understudyd.core.catalogue import Catalogue
+from understudyd.core.decisions import Decisions
 from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
 from understudyd.core.lookahead import Lookahead
 from understudyd.core.policy import Policy, PolicySettings
-from understudyd.core.queueing import Request, RequestQueue
 from understudyd.core.refusals import refusal_of
+from understudyd.core.request import Request
 from understudyd.core.residency import Residency
 from understudyd.core.room import make_room
 from understudyd.core.states import IllegalEvent, RequestState
@@ -34,7 +35,7 @@ class Machine:
     `arena_bytes` is the size of the arena, `pool_bytes` that of the host pool; `quarantine_grace_s` is how
     long a dead loader's extents stay out of use after its process was reaped (a copy may still be in flight
     on the device). `wanted` are the models that an operator wants resident and that are neither so nor given
-    up yet.
+    up yet. The last `decisions` decisions are kept, none without it.
     """
 
     def __init__(
@@ -45,13 +46,16 @@ class Machine:
         policy: PolicySettings | None = None,
         max_waiting: int = 1000,
         quarantine_grace_s: float = 1.0,
+        decisions: int = 0,
     ) -> None:
         self._actions: list[Action] = []
         self.forecast = Forecast()
         self.policy = Policy(policy or PolicySettings(), self.forecast)
-        self.queue = RequestQueue(max_waiting)
+        self.queue = self.policy.settings.queue(max_waiting)
+        bounds = (self.policy.settings.max_wait_s, self.policy.settings.max_skips)
+        self.decisions = Decisions(decisions, self.queue, self.forecast, *bounds) if decisions else None
         self.residency = Residency(
-            arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self._copy_worth
+            arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self._copy_worth, self.decisions
         )
         self.catalogue = Catalogue(self.residency, self.policy, self._actions)
         self._lookahead = Lookahead(self.policy, self.queue, self.residency)
@@ -61,7 +65,6 @@ class Machine:
         self._staged: Model | None = None
         self.is_open = True
         self._loads_rest = False
-        self._handled_at_s = float("-inf")
 
     @property
     def on_stage(self) -> str | None:
@@ -74,11 +77,12 @@ class Machine:
     def handle(self, event: ev.Event, now_s: float) -> list[Action]:
         """Take in what happened; returns what to do, in order."""
         assert not self._actions
+        if self.decisions is not None:
+            self.decisions.now_s = now_s
         try:
             self._take_in(event, now_s)
             if not isinstance(event, ANSWERING) or self._is_due(now_s):
                 self._settle(now_s)
-                self._handled_at_s = now_s
             return list(self._actions)
         finally:
             self._actions.clear()
@@ -91,7 +95,7 @@ class Machine:
         times = [
             *self.residency.deadlines(),
             self.queue.next_deadline_s(),
-            self.policy.next_change_s(self.queue, self._handled_at_s),
+            self.queue.pressing.next_change_s(),
         ]
         earliest_s = min((at_s for at_s in times if at_s is not None), default=None)
         return None if earliest_s is None else max(earliest_s, now_s)
@@ -159,6 +163,8 @@ class Machine:
         refusal = self._refusal(info)
         if refusal is not None:
             self._actions.append(AnswerRequest(info.request_id, *refusal))
+            if self.decisions is not None:
+                self.decisions.refused(info, *refusal)
             return
         model = self.residency.models[info.model]
         self.policy.saw(model, info.client, now_s)
@@ -311,11 +317,12 @@ class Machine:
 
     def _settle(self, now_s: float) -> None:
         self.residency.pass_time(now_s)
+        self.queue.pass_time(now_s)
         for request in self.queue.expired(now_s):
             self._cancel(request, ErrorCode.DEADLINE_EXCEEDED, request.deadline_message, now_s)
         self._advance(now_s)
         while (model := self._lookahead.stuck_on(self._stage_is_busy, now_s)) is not None:
-            if not make_room(self.residency, model, self._lookahead.prices(model, now_s), now_s):
+            if not make_room(self.residency, model, self._lookahead.prices(model), now_s):
                 message = f"pinned models leave no gap for {model.name}; unpin some"
                 self._give_up([model.name], ErrorCode.MODEL_TOO_LARGE, message, now_s)
             self._advance(now_s)
@@ -345,6 +352,8 @@ class Machine:
         self.residency.lease(model, now_s)
         self.on_deck = request
         self._actions.append(PutOnDeck(request.id, model.key))
+        if self.decisions is not None:
+            self.decisions.chose(request.id, self.on_stage)
 
     @property
     def _stage_is_busy(self) -> bool:
@@ -360,6 +369,8 @@ class Machine:
         return request
 
     def _answer(self, request: Request, code: ErrorCode | None, message: str, now_s: float) -> None:
+        if code is not None and self.decisions is not None:
+            self.decisions.refused(request.info, code, message)
         self.queue.answered(request, now_s, code.value if code is not None else "finished")
         self._actions.append(AnswerRequest(request.id, code, message))
 

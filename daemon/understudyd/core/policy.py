@@ -1,17 +1,25 @@
 """What to run next, what to load next, what to evict: every judgement of the core, and no bookkeeping.
 
-The order in which waiting requests are expected to run is used for all three:
+Requests stand in the fair order (`fairness.py`), which is that of arrival while one client asks at one
+priority. The order in which they are expected to run is used for all three:
 
-1. *pressing* requests by arrival: those that were overtaken half as often, or waited half as long, as the
-   bounds allow. They are loaded for first, so that they are ready before a bound is reached.
-2. requests whose model is ready, the one on stage first, by priority and arrival;
-3. the others by priority and arrival.
+1. *pressing* requests in the fair order: those that were overtaken half as often, or have waited half as long
+   since their turn came, as the bounds allow, and those that a client passed which is far ahead of its share.
+   They are loaded for first, so that they are ready before a bound is reached.
+2. requests whose model is ready, by priority, the one on stage first, and in the fair order;
+3. the others by priority and in the fair order.
 
-A request at a bound is never overtaken again, whatever the others' priority, unless nothing can be done
-for its model at the moment (a pause after a failed load, or no loader lives). Loading for a request may
-evict only what no request before it in this order needs.
+The bound: from `max_wait_s` after its turn came, or once `max_skips` requests that are behind it in the fair
+order went on deck before it, no request behind it does so any more, whatever its priority, unless nothing can
+be done for its model at the moment (a pause after a failed load, or no loader lives). Nobody is overtaken by
+who is ahead of it in the fair order, however late that came. Loading for a request may evict only what no
+request before it in this order needs.
+
+A deadline ends a request; it does not bring it forward. Else who asks for the earliest went first, and
+everybody would learn to ask for it: urgency is what priorities are for.
 """
 
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +27,9 @@ from typing import Literal
 from understudyd.core.entities import Blob, Model
 from understudyd.core.extents import Extent, Prices
 from understudyd.core.forecast import Forecast
-from understudyd.core.queueing import Request, RequestQueue
+from understudyd.core.patience import Limits
+from understudyd.core.queueing import RequestQueue
+from understudyd.core.request import Request
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState
 
@@ -28,12 +38,12 @@ Order = Literal["resident_first", "fcfs"]
 PRESSING_SHARE = 0.5
 _RELOAD_FROM_POOL = 0.2
 
-Need = tuple[int, int, bool, int]
-"""Class, negative priority, whether the stage changes over, arrival: sorts as things are expected to run."""
+Need = tuple[int, int, bool, float, int]
+"""Class, negative priority, whether the stage changes over, tag, arrival: sorts as things should run."""
 
 _STRICT = _PRESSING = 0
 _READY, _REST, _WISHED = range(1, 4)
-LAST: Need = (_WISHED + 1, 0, False, 0)
+LAST: Need = (_WISHED + 1, 0, False, 0.0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +62,16 @@ class PolicySettings:
     prefetch: bool = True
     pause_priority: int | None = None
 
-    def reaches(self, request: Request, now_s: float, share: float) -> bool:
-        """The request was overtaken so often, or waited so long, as this share of the bounds."""
-        return (
-            request.skips >= self.max_skips * share
-            or now_s >= request.received_at_s + self.max_wait_s * share
-        )
+    def limits(self, share: float) -> Limits:
+        """A share of the bounds; none when nobody may be overtaken anyway."""
+        if self.order == "fcfs":
+            return Limits(math.inf, math.inf)
+        return Limits(self.max_skips * share, self.max_wait_s * share)
+
+    def queue(self, max_waiting: int) -> RequestQueue:
+        """An empty queue that keeps the orders which these settings ask for."""
+        is_fair = self.order != "fcfs"
+        return RequestQueue(max_waiting, self.limits(PRESSING_SHARE), self.limits(1.0), is_fair=is_fair)
 
 
 class Policy:
@@ -110,10 +124,6 @@ class Policy:
 
     # -- what runs next -----------------------------------------------------------------------------
 
-    def is_bound_reached(self, request: Request, now_s: float) -> bool:
-        """The request must not be overtaken any more."""
-        return self.settings.reaches(request, now_s, 1.0)
-
     def next_to_run(
         self, queue: RequestQueue, residency: Residency, on_stage: str | None, now_s: float
     ) -> Request | None:
@@ -122,53 +132,43 @@ class Policy:
         if self.settings.order == "fcfs":
             first = next(queue.heads(), None)
             return first if first is not None and first.model in ready else None
-        for request in queue.waiting():
-            if not self.is_bound_reached(request, now_s):
-                break
-            if not residency.is_held_up(residency.models[request.model], now_s):
-                return request if request.model in ready else None
+        for bound in queue.bound.heads():
+            if not residency.is_held_up(residency.models[bound.model], now_s):
+                best = bound if bound.model in ready else None
+                return next((r for r in queue.heads_up_to(bound) if r.model in ready), best)
         best = next((r for r in queue.heads() if r.model in ready), None)
         staged = queue.head_of(on_stage)
         if best is None or staged is None or staged.info.priority < best.info.priority:
             return best
-        return staged if staged.model in ready else best
+        if staged.model not in ready:
+            return best
+        return next((r for r in queue.wronged_by(staged) if r.model in ready), staged)
 
     # -- what is loaded next ------------------------------------------------------------------------
 
     def expected_order(
-        self, queue: RequestQueue, models: dict[str, Model], on_stage: str | None, now_s: float
+        self, queue: RequestQueue, models: dict[str, Model], on_stage: str | None
     ) -> list[str]:
         """Waiting models, each once, in the order in which they are expected to run."""
-        needs = Needs(self.settings, queue, models, on_stage, now_s)
+        needs = Needs(self.settings, queue, models, on_stage)
         return sorted(queue.models(), key=needs.rank)
 
-    def to_load(
-        self, queue: RequestQueue, ready: Container[str], stage_is_busy: bool, now_s: float
-    ) -> list[str]:
+    def to_load(self, queue: RequestQueue, ready: Container[str], stage_is_busy: bool) -> list[str]:
         """The models to have loaded now: the first `lookahead` of the expected order that are not ready."""
         if self.settings.lookahead == 0 and stage_is_busy:
             return []
         names: dict[str, None] = {}
-        for request in self.expected_to_load(queue, now_s):
+        for request in self.expected_to_load(queue):
             if (name := request.info.model) not in ready:
                 names[name] = None
                 if len(names) >= max(1, self.settings.lookahead):
                     break
         return list(names)
 
-    def expected_to_load(self, queue: RequestQueue, now_s: float) -> Iterator[Request]:
+    def expected_to_load(self, queue: RequestQueue) -> Iterator[Request]:
         """The expected order of what is not ready; models may come twice."""
-        if self.settings.order == "resident_first":
-            yield from self._pressing(queue, now_s)
+        yield from queue.pressing.heads()
         yield from queue.heads()
-
-    def next_change_s(self, queue: RequestQueue, handled_at_s: float) -> float | None:
-        """When a request becomes pressing by time alone."""
-        age_s = self.settings.max_wait_s * PRESSING_SHARE
-        request = queue.first_younger_than(age_s, handled_at_s)
-        if request is None or self.settings.order == "fcfs":
-            return None
-        return request.received_at_s + age_s
 
     # -- what is evicted ----------------------------------------------------------------------------
 
@@ -207,15 +207,6 @@ class Policy:
         place = {need: i for i, need in enumerate(sorted({need for need, _ in later}, reverse=True))}
         yield spare | {extent: 1e6 * (1 + place[need]) for need, extent in later}
 
-    # -- inside -------------------------------------------------------------------------------------
-
-    def _pressing(self, queue: RequestQueue, now_s: float) -> Iterator[Request]:
-        skips, wait_s = self.settings.max_skips * PRESSING_SHARE, self.settings.max_wait_s * PRESSING_SHARE
-        for request in queue.oldest_of_models():  # `reaches`, written out: these may be hundreds an event
-            if request.skips < skips and now_s < request.received_at_s + wait_s:
-                return
-            yield request
-
 
 class Needs:
     """How soon each model is expected to run, at one moment; found out once and when asked.
@@ -229,14 +220,10 @@ class Needs:
         queue: RequestQueue,
         models: Mapping[str, Model],
         on_stage: str | None,
-        now_s: float,
         wanted: Iterable[str] = (),
     ) -> None:
         self._settings, self._queue, self._models = settings, queue, models
         self._on_stage = on_stage
-        self._pressing_skips = settings.max_skips * PRESSING_SHARE
-        self._pressing_wait_s = settings.max_wait_s * PRESSING_SHARE
-        self._now_s = now_s
         self._wished = {name: i for i, name in enumerate(wanted)}
         self._ranks: dict[str, Need] = {}
         self.awaited: Set[str] = queue.models() | self._wished.keys() if self._wished else queue.models()
@@ -248,18 +235,14 @@ class Needs:
         return self._ranks[name]
 
     def _find(self, name: str) -> Need:
-        group = self._queue.groups.get(name)
-        if group is None:
-            return (_WISHED, 0, False, self._wished[name]) if name in self._wished else LAST
-        head, oldest = group.head, group.oldest
+        head = self._queue.head_of(name)
+        if head is None:
+            return (_WISHED, 0, False, 0.0, self._wished[name]) if name in self._wished else LAST
         priority = head.info.priority
         if self._settings.order == "fcfs":
-            return (_STRICT, -priority, False, head.seq)
-        if (
-            oldest.skips >= self._pressing_skips
-            or self._now_s >= oldest.received_at_s + self._pressing_wait_s
-        ):
-            return (_PRESSING, 0, False, oldest.seq)
+            return (_STRICT, -priority, False, head.tag, head.seq)
+        if (pressing := self._queue.pressing.first_of(name)) is not None:
+            return (_PRESSING, 0, False, pressing.tag, pressing.seq)
         if self._models[name].is_ready:
-            return (_READY, -priority, name != self._on_stage, head.seq)
-        return (_REST, -priority, False, head.seq)
+            return (_READY, -priority, name != self._on_stage, head.tag, head.seq)
+        return (_REST, -priority, False, head.tag, head.seq)

@@ -15,6 +15,7 @@ from understudyd.core.actions import (
     PrepareModel,
 )
 from understudyd.core.copies import HostCopies, Worth
+from understudyd.core.decisions import Decisions
 from understudyd.core.entities import Blob, Load, Loader, Model
 from understudyd.core.extents import ArenaMap, Extent, Prices
 from understudyd.core.loads import Loads
@@ -46,6 +47,7 @@ class Residency:
         quarantine_grace_s: float,
         actions: list[Action],
         copy_worth: Worth,
+        decisions: Decisions | None = None,
     ) -> None:
         self.arena = ArenaMap(arena_bytes)
         self.copies = HostCopies(pool_bytes, quarantine_grace_s, copy_worth)
@@ -57,7 +59,6 @@ class Residency:
         self.loads = self._book.under_way
         self.loaders = self._book.loaders
         self.load = self._book.find
-        self.cancel_load = self._book.cancel
         self.idle_loaders = self._book.idle_loaders
         self.loader_ready = self._book.loader_ready
         self.evictions = 0
@@ -68,6 +69,7 @@ class Residency:
         self.replacements = 0
         self._actions = actions
         self._quarantine = Quarantine(quarantine_grace_s)
+        self._decisions = decisions
 
     # -- models -------------------------------------------------------------------------------------
 
@@ -153,6 +155,11 @@ class Residency:
 
     def evict(self, blob: Blob, now_s: float, why: str) -> None:
         """Take a resident, unleased blob out of the arena."""
+        if self._decisions is not None:
+            self._decisions.evicted([(blob, None)], "", why)
+        self._take_out(blob, now_s, why)
+
+    def _take_out(self, blob: Blob, now_s: float, why: str) -> None:
         extent = blob.extent
         assert extent is not None
         extent.life.require(ExtentState.READY)
@@ -216,14 +223,7 @@ class Residency:
         """
         extent = self.arena.allocate(blob.info.size_bytes, blob.key)
         if extent is None and pricing is not None:
-            size_bytes = blob.info.size_bytes
-            windows = (self.arena.cheapest_window(size_bytes, prices) for prices in pricing())
-            window = next(filter(None, windows), None)
-            if window is not None:
-                for victim in window.victims:
-                    self.evict(self.blobs[victim.blob], now_s, f"room for {blob.key[:12]}")
-                extent = self.arena.allocate(blob.info.size_bytes, blob.key)
-                assert extent is not None
+            extent = self._clear_for(blob, pricing(), now_s)
         if extent is None:
             return False
         copy = self.copies.borrow(blob, now_s)
@@ -231,9 +231,29 @@ class Residency:
         if copy is None:
             copy = self.copies.make(blob, self.blobs, self.copies.worth(blob), now_s)
         load = self._book.start(blob, loader, extent, copy, from_pool, now_s)
+        if self._decisions is not None:
+            self._decisions.loading(load, is_pinned=self.is_pinned(blob), is_likely=pricing is None)
         blob.extent = extent
         blob.life.to(BlobState.LOADING, now_s, f"load {load.id}")
         return True
+
+    def _clear_for(self, blob: Blob, pricing: Iterator[Prices], now_s: float) -> Extent | None:
+        """The cheapest window at the first prices at which there is one."""
+        for prices in pricing:
+            window = self.arena.cheapest_window(blob.info.size_bytes, prices)
+            if window is None:
+                continue
+            if self._decisions is not None:
+                victims = [(self.blobs[victim.blob], prices[victim]) for victim in window.victims]
+                self._decisions.evicted(victims, blob.key, "", window.cost)
+            for victim in window.victims:
+                self._take_out(self.blobs[victim.blob], now_s, f"room for {blob.key[:12]}")
+            extent = self.arena.allocate(blob.info.size_bytes, blob.key)
+            assert extent is not None
+            return extent
+        if self._decisions is not None:
+            self._decisions.found_no_room(blob, self.arena.free_bytes, self.arena.largest_gap_bytes)
+        return None
 
     def begin_fetch(self, blob: Blob, loader: Loader, limit: float, now_s: float) -> bool:
         """Start bringing a blob to the host pool only, for copies worth less than `limit`; False: no room."""
@@ -241,8 +261,16 @@ class Residency:
         if copy is None:
             return False
         load = self._book.start(blob, loader, None, copy, False, now_s)
+        if self._decisions is not None:
+            self._decisions.loading(load, is_pinned=self.is_pinned(blob), is_likely=True)
         blob.life.to(BlobState.FETCHING, now_s, f"load {load.id}")
         return True
+
+    def cancel_load(self, load: Load) -> None:
+        """Ask the loader to stop between two chunks."""
+        if self._decisions is not None and not load.is_cancelling:
+            self._decisions.stopped(load)
+        self._book.cancel(load)
 
     def load_finished(self, load: Load, now_s: float) -> None:
         """The bytes are there; the views follow, unless nobody wants the blob any more."""

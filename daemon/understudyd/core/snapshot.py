@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from understudyd.core.entities import Blob
 from understudyd.core.extents import ArenaMap
 from understudyd.core.machine import Machine
-from understudyd.core.queueing import Request
+from understudyd.core.request import Request
 from understudyd.core.states import ExtentState, RequestState
 from understudyd.core.types import Tier
 
@@ -191,12 +191,12 @@ def _blob(blob: Blob) -> BlobView:
 
 def requests(machine: Machine, now_s: float) -> list[RequestView]:
     """Running, then on deck, then waiting ones by expected order of their models."""
-    order = machine.policy.expected_order(machine.queue, machine.residency.models, machine.on_stage, now_s)
+    order = machine.policy.expected_order(machine.queue, machine.residency.models, machine.on_stage)
     place = {name: i for i, name in enumerate(order)}
     rank = {RequestState.ENCODING: 0, RequestState.RUNNING: 1, RequestState.ON_DECK: 2}
 
-    def key(request: Request) -> tuple[int, int, int]:
-        return (rank.get(request.state, 3), place.get(request.model, 0), request.seq)
+    def key(request: Request) -> tuple[int, int, float, int]:
+        return (rank.get(request.state, 3), place.get(request.model, 0), request.tag, request.seq)
 
     open_requests = (r for r in machine.queue.requests.values() if r.state is not RequestState.ANSWERED)
     return [

@@ -74,10 +74,14 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class RequestInfo:
-    """One admitted or refused wish for images. The payload stays with the shell."""
+    """One admitted or refused wish for images. The payload stays with the shell.
+
+    `cost` is how much work it is, above 0, in a unit that all requests share.
+    """
 
     request_id: str
     client: str
     model: str
     priority: int = 0
     deadline_at_s: float | None = None
+    cost: float = 1.0

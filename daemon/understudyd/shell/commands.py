@@ -16,6 +16,7 @@ from understudyd.core.states import BlobState
 from understudyd.core.types import Tier
 from understudyd.names import how_to_list, unknown_model
 from understudyd.shell.admin import Notify
+from understudyd.shell.explaining import SHOWN_DECISIONS, describe
 from understudyd.shell.ingesting import IngestFailed, ingest
 from understudyd.shell.keeper import ReplaceFailed
 from understudyd.shell.runtime import Runtime
@@ -73,6 +74,8 @@ class Commands:
                 return self._show(name)
             case proto.Queue():
                 return [self._request_row(v) for v in snapshot.requests(self._machine, self._clock())]
+            case proto.Decisions(last=last):
+                return self._decisions(last)
             case proto.Loaders():
                 return self._loaders()
             case proto.Trace(seconds=seconds):
@@ -193,8 +196,19 @@ class Commands:
             "store": str(edition.home.path),
             "shadowed": [str(path) for path in edition.shadowed],
             "components": components,
+            "decisions": self._told(SHOWN_DECISIONS, name),
         }
         return self._model_row(view) | more
+
+    def _decisions(self, last: int) -> list[dict[str, Any]]:
+        if self._machine.decisions is None:
+            raise AdminError("off", "no decisions are kept; set decisions = 1000 in [policy] and restart")
+        return self._told(last, None)
+
+    def _told(self, last: int, name: str | None) -> list[dict[str, Any]]:
+        kept, places = self._machine.decisions, self._runtime.keeper.served.places
+        now_s = self._clock()
+        return [] if kept is None else [describe(made, places, now_s) for made in kept.last(last, name)]
 
     def _arena(self) -> dict[str, Any]:
         machine = self._machine

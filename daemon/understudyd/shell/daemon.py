@@ -23,6 +23,7 @@ from understudyd.core import events as ev
 from understudyd.shell.adapters import PoolAdapter, StageAdapter
 from understudyd.shell.admin import AdminServer
 from understudyd.shell.commands import Commands
+from understudyd.shell.forecast_file import ForecastFile
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.host_pool import HostPool
 from understudyd.shell.lock import DaemonLock
@@ -98,14 +99,26 @@ class Daemon:
         pool = await self._attach_loaders(loop, leaving)
         arena = await self._make_arena(loop)
         cache = await self._open_cache(loop, leaving)
+        request_log = self._parts.request_log()
+        if request_log is not None:
+            leaving.push_async_callback(request_log.close)
         runtime = Runtime(
-            self._parts.machine(arena, self._host_pool), stores, loop, cache=cache, on_defect=self._defect
+            self._parts.machine(arena, self._host_pool),
+            stores,
+            loop,
+            cache=cache,
+            request_log=request_log,
+            on_defect=self._defect,
         )
         leaving.callback(runtime.close)
         frontend = await self._make_doors(loop, runtime, pool, leaving)
+        forecast_file = ForecastFile(stores.own.path, runtime.machine)
+        leaving.push_async_callback(forecast_file.close)
         leaving.push_async_callback(self._drain, runtime)
         runtime.attach_pool(PoolAdapter(pool))
         await self._unless_stopped(self._look_at_stores(runtime))
+        await self._unless_stopped(forecast_file.read())
+        forecast_file.start()
         pool.open(arena, runtime.emit)
         self._start_up = StartUp(runtime, self.config, self._say)
         self._watch_loads(runtime, self._start_up.load_ahead(), leaving)

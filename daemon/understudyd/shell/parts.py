@@ -16,6 +16,7 @@ from understudyd.shell.input_limits import InputLimits
 from understudyd.shell.limits import Limits
 from understudyd.shell.memory import Arena, ArenaError, CpuArena, memory_available_bytes
 from understudyd.shell.read_through import ReadThrough
+from understudyd.shell.request_log import RequestLog
 from understudyd.shell.runtime import Runtime
 from understudyd.shell.supervisor import LoaderPool, LoaderSettings
 from understudyd.shell.timeline import Timeline
@@ -135,7 +136,13 @@ class Parts:
             pool_bytes=0 if host_pool is None else host_pool.size_bytes,
             policy=policy,
             max_waiting=self.config.queue.max_waiting,
+            decisions=chosen.decisions,
         )
+
+    def request_log(self) -> RequestLog | None:
+        """Where finished requests are written down, if anywhere."""
+        chosen = self.config.log
+        return None if chosen.requests is None else RequestLog(chosen.requests, chosen.requests_size)
 
     def frontend(self, loop: asyncio.AbstractEventLoop, runtime: Runtime, daemon_id: str) -> Frontend:
         """The clients' door, still shut."""

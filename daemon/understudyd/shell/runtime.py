@@ -26,6 +26,7 @@ from understudyd.shell.blob_files import BlobFiles
 from understudyd.shell.keeper import Keeper
 from understudyd.shell.ports import LoadRunner, ReplySink, RunResult, StageDoor
 from understudyd.shell.read_through import ReadThrough
+from understudyd.shell.request_log import RequestLog
 from understudyd.shell.tally import Tally
 from understudyd.store.records import ModelRecord
 from understudyd.store.union import StoreUnion
@@ -85,6 +86,7 @@ class Runtime:
         loop: asyncio.AbstractEventLoop,
         *,
         cache: ReadThrough | None = None,
+        request_log: RequestLog | None = None,
         on_defect: Callable[[BaseException], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -92,6 +94,7 @@ class Runtime:
         self.keeper = Keeper(machine, stores, loop, self.handle)
         self.files = BlobFiles(stores.own, cache)
         self.tally = Tally()
+        self._request_log = request_log
         self.pending: dict[str, _Pending] = {}
         self._loop = loop
         self._clock = clock
@@ -245,6 +248,7 @@ class Runtime:
             visible_s = timings.gap_s if result.switched else None
             if pending.done is None:
                 self.tally.finished(request.model, self._clock(), visible_s)
+                self._log_request(request_id, pending, timings)
                 self._send_images(pending, result, timings)
             elif not pending.done.done():
                 pending.done.set_result(result)
@@ -253,6 +257,7 @@ class Runtime:
             if not pending.done.done():
                 pending.done.set_exception(RunFailed(code, message))
             return
+        self._log_request(request_id, pending, None)
         if code is ErrorCode.UNKNOWN_MODEL:
             names = self.keeper.names()
             message = unknown_model(request.model, names, how_to_list(names, "understudy models"))
@@ -261,6 +266,16 @@ class Runtime:
         failed = Failed(id=request.id, code=code.value, message=message, retryable=code in RETRYABLE)
         if self._replies is not None:
             self._replies.send(pending.client, failed)
+
+    def _log_request(self, request_id: str, pending: _Pending, timings: Timings | None) -> None:
+        if self._request_log is None:
+            return
+        if timings is None:
+            self._request_log.failed(request_id)
+        else:
+            self._request_log.finished(
+                request_id, pending.client, pending.request, pending.steps, pending.received_at_s, timings
+            )
 
     def _send_images(self, pending: _Pending, result: RunResult, timings: Timings) -> None:
         finished = Finished(
@@ -279,7 +294,10 @@ class Runtime:
 
     def submit(self, client: str, request: Generate, payload: Sequence[bytes] = ()) -> None:
         """A client's request; ids are made unique by the client's name."""
-        self._submit(f"{client}/{request.id}", _Pending(client, request, self._clock(), tuple(payload)))
+        request_id = f"{client}/{request.id}"
+        if self._request_log is not None:
+            self._request_log.received(request_id)
+        self._submit(request_id, _Pending(client, request, self._clock(), tuple(payload)))
 
     def cancel(self, client: str, request_id: str) -> None:
         """A client takes its request back."""

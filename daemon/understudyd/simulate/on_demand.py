@@ -7,10 +7,10 @@ the start, and images are encoded off the stage.
 
 from collections.abc import Iterable
 
+from understudyd.recorded import TraceRequest
 from understudyd.simulate.meter import Meter
 from understudyd.simulate.profiles import Profile
 from understudyd.simulate.references import Valuing
-from understudyd.simulate.trace import TraceRequest
 
 
 class _Tier:

@@ -12,7 +12,8 @@ from typing import Annotated
 import msgspec
 
 from understudyd.core.types import BlobInfo, ModelInfo
-from understudyd.simulate.trace import Survey, TraceRequest
+from understudyd.recorded import TraceRequest
+from understudyd.simulate.trace import Survey
 
 FOLDER = Path(__file__).parent / "profiles"
 GPUS = Path(__file__).parent / "gpus.toml"

@@ -8,11 +8,12 @@ import msgspec
 
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
+from understudyd.recorded import TraceRequest
 from understudyd.simulate import on_demand, slots
 from understudyd.simulate.meter import Meter, Quantiles
 from understudyd.simulate.profiles import Profile
 from understudyd.simulate.references import Foresight, Frequency, Recency, Valuing, plug_in
-from understudyd.simulate.trace import Survey, TraceRequest, read
+from understudyd.simulate.trace import Survey, read
 from understudyd.simulate.world import START_BEFORE_S, Watch, World
 
 UNLIMITED = 1 << 40

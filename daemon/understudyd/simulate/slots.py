@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from understudyd.core.forecast import Forecast
+from understudyd.recorded import TraceRequest
 from understudyd.simulate.references import Valuing
-from understudyd.simulate.trace import TraceRequest
 
 
 @dataclass(frozen=True, slots=True)

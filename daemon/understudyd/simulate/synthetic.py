@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from understudyd.simulate.trace import TraceRequest
+from understudyd.recorded import TraceRequest
 
 DAY_S = 86_400.0
 

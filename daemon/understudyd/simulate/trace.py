@@ -15,6 +15,8 @@ from typing import IO, Any, cast
 
 import msgspec
 
+from understudyd.recorded import TraceRequest
+
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -22,33 +24,10 @@ class TraceError(Exception):
     """The trace cannot be used; the message says where and why."""
 
 
-class TraceRequest(msgspec.Struct, frozen=True, gc=False):
-    """One request as somebody made it. A line of the request log is this as a JSON object.
-
-    `arrival_s` counts from any fixed moment. `duration_s` is what it took where it was recorded; the
-    simulator goes by `images` and `steps`.
-    """
-
-    arrival_s: float
-    model: str
-    client: str = ""
-    loras: str = ""
-    task: str = ""
-    images: int = 1
-    steps: int = 30
-    duration_s: float = 0.0
-    priority: int = 0
-
-
 _CONVERT: dict[str, Callable[[str], Any]] = {
     "arrival_s": float, "duration_s": float, "images": int, "steps": int, "priority": int,
 }  # fmt: skip
 _COLUMNS = TraceRequest.__struct_fields__
-
-
-def log_line(request: TraceRequest) -> bytes:
-    """One line of the request log, with its newline."""
-    return msgspec.json.encode(request) + b"\n"
 
 
 def read(path: Path) -> Iterator[TraceRequest]:

@@ -14,9 +14,9 @@ from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.machine import Machine
 from understudyd.core.types import Outcome, RequestInfo
+from understudyd.recorded import TraceRequest
 from understudyd.simulate.meter import Meter, Quantiles
 from understudyd.simulate.profiles import Profile
-from understudyd.simulate.trace import TraceRequest
 from understudyd.simulate.traffic import Traffic
 
 START_BEFORE_S = 3600.0

@@ -1,0 +1,131 @@
+"""What the forecast has learned outlives the daemon: a small file beside the store's models.
+
+It is written every few minutes and at the end, by a thread and by one rename. One that is damaged, or written
+by another version, is ignored with a warning: the forecast then learns anew, as on the first day.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from understudyd.core.machine import Machine
+from understudyd.core.remembered import DamagedDocument, field, number
+from understudyd.shell.threads import in_daemon_thread
+
+log = logging.getLogger(__name__)
+
+NAME = "forecast.json"
+PERIOD_S = 300.0
+MOST_BYTES = 16 * 1024 * 1024
+_LEAVING_S = 5.0
+
+
+class ForecastFile:
+    """Reads and writes forecast.json in `folder`. Only the event loop calls this; files are for threads."""
+
+    def __init__(
+        self,
+        folder: Path,
+        machine: Machine,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        period_s: float = PERIOD_S,
+    ) -> None:
+        self._path = folder / NAME
+        self._machine = machine
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._period_s = period_s
+        self._written = 0
+        self._task: asyncio.Task[None] | None = None
+
+    async def read(self) -> None:
+        """Have the machine's forecast know what the file says of models that are here; before any request."""
+        try:
+            found = await in_daemon_thread(_read, self._path)
+            self._restore(found)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:  # DamagedDocument and msgspec's errors are such
+            log.warning("%s is ignored, the forecast starts anew: %s", self._path, error)
+
+    def _restore(self, found: Any) -> None:
+        residency, forecast = self._machine.residency, self._machine.forecast
+        last_request_unix_s = number(field(found, "last_request_unix_s"), "last_request_unix_s")
+        off_s = max(0.0, self._wall_clock() - last_request_unix_s)
+        document = field(found, "forecast")
+        forecast.restore(document, residency.models, residency.blobs, self._clock() - off_s)
+        self._written = forecast.requests
+
+    def start(self) -> None:
+        """Write from now on, every few minutes."""
+        self._task = asyncio.create_task(self._keep_writing())
+
+    async def close(self) -> None:
+        """Write once more."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            try:
+                async with asyncio.timeout(_LEAVING_S):
+                    await self._write()
+            except TimeoutError:
+                log.warning("%s was not written in time", self._path)
+
+    async def _keep_writing(self) -> None:
+        while True:
+            await asyncio.sleep(self._period_s)
+            await self._write()
+
+    async def _write(self) -> None:
+        forecast = self._machine.forecast
+        if forecast.requests == self._written:
+            return
+        idle_s = self._clock() - forecast.last_request_s
+        last_request_unix_s = round(self._wall_clock() - idle_s, 3)
+        copy = forecast.copy()
+
+        def write() -> None:
+            document = {"last_request_unix_s": last_request_unix_s, "forecast": copy.document()}
+            _replace(self._path, msgspec.json.encode(document))
+
+        try:
+            await in_daemon_thread(write)
+            self._written = copy.requests
+        except OSError as error:
+            log.warning("the forecast cannot be kept in %s: %s", self._path, error.strerror)
+
+
+def _read(path: Path) -> Any:
+    """In a thread. Raises `OSError` and `ValueError`."""
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise DamagedDocument(f"larger than {MOST_BYTES} bytes")
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DamagedDocument(str(error)) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """The file is the old one or the new one, whenever the machine loses power. Raises `OSError`."""
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
