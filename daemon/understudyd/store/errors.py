@@ -19,6 +19,8 @@ class StoreErrorCode(StrEnum):
     CORRUPT_SOURCE = "corrupt_source"
     UNSUPPORTED_SOURCE = "unsupported_source"
     UNREADABLE = "unreadable"
+    NOT_PLAIN_LORA = "not_plain_lora"
+    ADAPTER_MISFIT = "adapter_misfit"
     # the fault of an installed custom pipeline
     PIPELINE_FAILED = "pipeline_failed"
     # the hub's fault, or the way to it

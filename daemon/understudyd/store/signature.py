@@ -108,8 +108,13 @@ class Component:
         A tensor in another memory format (channels_last) is stored, and served, contiguous: equal values,
         possibly another kernel. `from_pretrained` makes none.
         """
-        flat = self._tensors[path].detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        return bytes_of(self._tensors[path])
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, C-contiguous whatever its strides."""
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
 def held_tensors(module: nn.Module) -> Iterator[tuple[str, TensorKind, torch.Tensor]]:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import msgspec
 
+from understudyd.store.adapters.records import AdapterRecord
+from understudyd.store.adapters.shelf import AdapterShelf
 from understudyd.store.errors import StoreError, StoreErrorCode, translated_write_errors
 from understudyd.store.records import ModelRecord, SignatureRecord
 from understudyd.store.store import Store
@@ -48,6 +50,15 @@ def writer_lock(path: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterDraft:
+    """An adapter ready to be published: its blob's file, and an empty folder for the manifest."""
+
+    record: AdapterRecord
+    blob: Path
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """A model ready to be published: all its files lie in the writer's workspace.
 
@@ -67,6 +78,7 @@ class Writer:
         self._store = store
         self._keep = {store.blob_path(sha256).name for sha256 in keep}
         self._tmp = store.path / "tmp"
+        self._shelf = AdapterShelf(store)
 
     def workspace(self) -> Path:
         """A new empty folder on the store's disk; gone when the writer is."""
@@ -83,6 +95,7 @@ class Writer:
         content raises `StoreError(exists)` unless `replace`, which swaps the models in one step and brings
         every blob anew, so that it also repairs a store with flipped bits.
         """
+        self._check_free(draft.record.name, self._shelf.names(), "an adapter")
         existing = self.find(draft.record.name)
         if existing is not None and not replace:
             if same_content(existing, draft.record):
@@ -93,10 +106,55 @@ class Writer:
                 "first, or replace it (--replace)",
             )
         with translated_write_errors(f"cannot publish {draft.record.name}"):
-            self._publish_blobs(draft, replace, on_step)
+            self._publish_blobs(draft.blobs, replace, on_step)
             self._publish_signatures(draft, on_step)
-            self._publish_folder(draft, on_step)
+            target = self._store.model_folder(draft.record.name)
+            self._publish_folder(draft.record, draft.folder, target, on_step)
         return draft.record
+
+    def publish_adapter(
+        self, draft: AdapterDraft, *, replace: bool, on_step: Callable[[], None] = lambda: None
+    ) -> AdapterRecord:
+        """`publish` for an adapter. A name is a model's or an adapter's, never both. Raises `StoreError`."""
+        record = draft.record
+        target = self._shelf.folder(record.name)
+        self._check_free(record.name, self._store.names(), "a model")
+        existing = self.find_adapter(record.name)
+        if existing is not None and not replace:
+            if same_adapter(existing, record):
+                return existing
+            raise StoreError(
+                StoreErrorCode.EXISTS,
+                f"there is an adapter {record.name!r} with other content; choose another name, remove it "
+                "first, or replace it (--replace)",
+            )
+        with translated_write_errors(f"cannot publish {record.name}"):
+            target.parent.mkdir(exist_ok=True)
+            self._publish_blobs({record.blob.sha256: draft.blob}, replace, on_step)
+            self._publish_folder(record, draft.folder, target, on_step)
+        return record
+
+    def find_adapter(self, name: str) -> AdapterRecord | None:
+        """The usable adapter of this name, if there is one; a damaged one may be overwritten."""
+        try:
+            return self._shelf.adapter(name)
+        except StoreError as error:
+            if error.code in (StoreErrorCode.NOT_FOUND, StoreErrorCode.CORRUPT_STORE):
+                return None
+            raise
+
+    def remove_adapter(self, name: str) -> int:
+        """Delete an adapter, damaged or not; the blob bytes freed. Raises `StoreError`."""
+        folder = self._shelf.folder(name)
+        if not folder.is_dir():
+            raise StoreError(
+                StoreErrorCode.NOT_FOUND, f"the store has no adapter {name!r}; see its list of adapters"
+            )
+        return self._bury(folder)
+
+    def _check_free(self, name: str, taken: Collection[str], by: str) -> None:
+        if name in taken:
+            raise StoreError(StoreErrorCode.EXISTS, f"{name!r} already names {by}; choose another name")
 
     def find(self, name: str) -> ModelRecord | None:
         """The usable model of this name, if there is one; a damaged one may be overwritten."""
@@ -114,9 +172,12 @@ class Writer:
             raise StoreError(
                 StoreErrorCode.NOT_FOUND, f"the store has no model {name!r}; see its list of models"
             )
-        grave = self.workspace() / name
-        with translated_write_errors(f"cannot remove {name}"):
-            folder.rename(grave)  # from here on there is no such model, whatever happens
+        return self._bury(folder)
+
+    def _bury(self, folder: Path) -> int:
+        grave = self.workspace() / folder.name
+        with translated_write_errors(f"cannot remove {folder.name}"):
+            folder.rename(grave)  # from here on there is no such name, whatever happens
             _sync_folder(folder.parent)
             freed = self.collect_garbage()
             shutil.rmtree(grave.parent)
@@ -139,16 +200,18 @@ class Writer:
                 entry.unlink()
 
     def collect_garbage(self) -> int:
-        """Delete blobs and signatures that no manifest names; the blob bytes freed.
+        """Delete blobs and signatures that no manifest names, a model's or an adapter's; the blob bytes freed.
 
         Does nothing while a manifest is damaged, for what it names cannot be known, or while somebody else
         serves from this store: who runs a model that was replaced since may yet have to load its blobs.
         """
         models, damaged = self._store.scan()
-        if damaged:
+        adapters, damaged_adapters = self._shelf.scan()
+        if damaged or damaged_adapters:
             return 0
         components = [c for model in models.values() for c in model.components]
         blobs = {self._store.blob_path(c.blob.sha256).name for c in components}
+        blobs |= {self._store.blob_path(a.blob.sha256).name for a in adapters.values()}
         with self._store.usage.exclusive() as is_alone:
             if not is_alone:
                 return 0
@@ -157,8 +220,8 @@ class Writer:
 
     # -- publishing, in the order that keeps every visible model whole ------------------------------
 
-    def _publish_blobs(self, draft: Draft, replace: bool, on_step: Callable[[], None]) -> None:
-        for sha256, source in draft.blobs.items():
+    def _publish_blobs(self, blobs: dict[str, Path], replace: bool, on_step: Callable[[], None]) -> None:
+        for sha256, source in blobs.items():
             target = self._store.blob_path(sha256)
             if not replace and _is_file_of(target, source.stat().st_size):
                 source.unlink()
@@ -181,18 +244,19 @@ class Writer:
             source.rename(target)
         _sync_folder(self._store.path / "signatures")
 
-    def _publish_folder(self, draft: Draft, on_step: Callable[[], None]) -> None:
-        (draft.folder / "manifest.json").write_bytes(_pretty_json(draft.record))
-        for root, _, names in os.walk(draft.folder):
+    def _publish_folder(
+        self, record: msgspec.Struct, folder: Path, target: Path, on_step: Callable[[], None]
+    ) -> None:
+        (folder / "manifest.json").write_bytes(_pretty_json(record))
+        for root, _, names in os.walk(folder):
             for name in names:
                 _sync_file(Path(root, name))
             _sync_folder(Path(root))
-        target = self._store.model_folder(draft.record.name)
         on_step()
         if target.exists():
-            _exchange(draft.folder, target)
+            _exchange(folder, target)
         else:
-            draft.folder.rename(target)
+            folder.rename(target)
         _sync_folder(target.parent)
 
 
@@ -201,6 +265,15 @@ def same_content(one: ModelRecord, other: ModelRecord) -> bool:
 
     def facts(record: ModelRecord) -> ModelRecord:
         return msgspec.structs.replace(record, dtype="", source="", added_at_unix_s=0.0)
+
+    return facts(one) == facts(other)
+
+
+def same_adapter(one: AdapterRecord, other: AdapterRecord) -> bool:
+    """Whether two records describe the same adapter, however and whenever they came into the store."""
+
+    def facts(record: AdapterRecord) -> AdapterRecord:
+        return msgspec.structs.replace(record, source="", added_at_unix_s=0.0, bases=(), base_model="")
 
     return facts(one) == facts(other)
 

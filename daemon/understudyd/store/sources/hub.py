@@ -66,7 +66,7 @@ def download(hub_id: HubId, *, variant: str | None, on_bytes: OnBytes = lambda d
 
     if constants.is_offline_mode():
         return _cached(Path(constants.HF_HUB_CACHE), hub_id)
-    with _translated(hub_id):
+    with translated_hub_errors(hub_id):
         api = HfApi()
         # By branch or tag: the cache then remembers, for offline use, which commit that was.
         index = Path(api.hf_hub_download(hub_id.repository, INDEX, revision=hub_id.revision))
@@ -74,14 +74,22 @@ def download(hub_id: HubId, *, variant: str | None, on_bytes: OnBytes = lambda d
         info = api.model_info(hub_id.repository, revision=commit, files_metadata=True)
         files = [RemoteFile(s.rfilename, s.size or 0) for s in info.siblings or ()]
         needed = needed_files(hub_id, json.loads(index.read_bytes()), files, variant)
-        bar = _bar_class(sum(file.size_bytes for file in needed), on_bytes)
-        # Bars by the byte are younger than the oldest release that is supported.
-        has_bars = "tqdm_class" in inspect.signature(api.hf_hub_download).parameters
-        options = {"tqdm_class": bar} if has_bars else {}
-        for file in needed:
-            api.hf_hub_download(hub_id.repository, file.path, revision=commit, **options)
-            bar.finish(file)
+        fetch_files(api, HubId(hub_id.repository, commit), needed, on_bytes)
         return index.parent
+
+
+def fetch_files(api: Any, hub_id: HubId, files: Sequence[RemoteFile], on_bytes: OnBytes) -> list[Path]:
+    """Files of a repository, in the cache. Raises what the library raises: see `translated_hub_errors`."""
+    bar = _bar_class(sum(file.size_bytes for file in files), on_bytes)
+    # Bars by the byte are younger than the oldest release that is supported.
+    has_bars = "tqdm_class" in inspect.signature(api.hf_hub_download).parameters
+    options = {"tqdm_class": bar} if has_bars else {}
+    paths = []
+    for file in files:
+        path = api.hf_hub_download(hub_id.repository, file.path, revision=hub_id.revision, **options)
+        paths.append(Path(path))
+        bar.finish(file)
+    return paths
 
 
 def needed_files(
@@ -190,7 +198,7 @@ def _no_pipeline(hub_id: HubId) -> StoreError:
 
 
 @contextmanager
-def _translated(hub_id: HubId) -> Iterator[None]:
+def translated_hub_errors(hub_id: HubId) -> Iterator[None]:
     """Turn what the library and its HTTP client raise into `StoreError`."""
     from huggingface_hub import errors
 

@@ -1,0 +1,140 @@
+"""LoRA files of every format, made on tiny models without a network.
+
+An adapter is first made by PEFT on a copy of the model, with random factors, and then written as this or that
+program would write it.
+"""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj")
+CONV_LAYERS = (*UNET_LAYERS, "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj")
+TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+FLUX_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "proj_mlp", "proj_out", "ff.net.0.proj")
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MadeAdapter:
+    """Factors by component, under PEFT's names; `configs` are what made them."""
+
+    layers: dict[str, State]
+    configs: dict[str, LoraConfig]
+
+    def state(self) -> State:
+        """diffusers' names: the component first."""
+        return {f"{name}.{key}": t for name, own in self.layers.items() for key, t in own.items()}
+
+
+@dataclass(frozen=True)
+class Making:
+    """What to make: layers by component, and PEFT's settings."""
+
+    layers: Mapping[str, Sequence[str]]
+    rank: int = 4
+    alpha: float = 8
+    seed: int = 1
+    dtype: torch.dtype = torch.float32
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_adapter(pipeline: Any, making: Making) -> MadeAdapter:
+    """Random factors for a copy of the pipeline's components."""
+    torch.manual_seed(making.seed)
+    layers, configs = {}, {}
+    for name, targets in making.layers.items():
+        module = copy.deepcopy(getattr(pipeline, name))
+        config = LoraConfig(
+            r=making.rank,
+            lora_alpha=making.alpha,
+            target_modules=list(targets),
+            init_lora_weights=False,
+            **making.settings,
+        )
+        module.add_adapter(config, "made")
+        state = get_peft_model_state_dict(module, adapter_name="made")
+        layers[name] = {key: (0.3 * t.detach()).to(making.dtype).contiguous() for key, t in state.items()}
+        configs[name] = module.peft_config["made"]
+    return MadeAdapter(layers, configs)
+
+
+# -- writing it as others do -----------------------------------------------------------------------
+
+
+def write_diffusers(made: MadeAdapter, path: Path) -> Path:
+    """`save_lora_weights` with its metadata: alphas are in the header."""
+    settings = {
+        f"{name}.{key}": sorted(value) if isinstance(value, set) else value
+        for name, config in made.configs.items()
+        for key, value in config.to_dict().items()
+    }
+    return write(path, made.state(), {"lora_adapter_metadata": json.dumps(settings)})
+
+
+def write_diffusers_bare(made: MadeAdapter, path: Path) -> Path:
+    """The same without metadata: alpha is taken to be the rank."""
+    return write(path, made.state())
+
+
+def write_peft_folder(made: MadeAdapter, folder: Path) -> Path:
+    """`PeftModel.save_pretrained` of one component: its name is nowhere."""
+    (own,) = made.layers.values()
+    (config,) = made.configs.values()
+    folder.mkdir(parents=True)
+    config.save_pretrained(str(folder))
+    state = {f"base_model.model.{key}": tensor for key, tensor in own.items()}
+    return write(folder / "adapter_model.safetensors", state)
+
+
+def write_attn_processors(made: MadeAdapter, path: Path, *, prefix: str = "") -> Path:
+    """diffusers' first format: attention processors, of the UNet alone."""
+    state = {}
+    for key, tensor in made.layers["unet"].items():
+        module, _, factor = key.removesuffix(".weight").rpartition(".lora_")
+        attention, _, layer = module.replace(".to_out.0", ".to_out").rpartition(".")
+        direction = {"A": "down", "B": "up"}[factor]
+        state[f"{prefix}{attention}.processor.{layer}_lora.{direction}.weight"] = tensor
+    return write(path, state)
+
+
+def write_kohya(
+    made: MadeAdapter, path: Path, *, alphas: Sequence[float], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """sd-scripts' names, as Civitai has them and A1111 reads them; `alphas` are given out in turn."""
+    prefixes = {
+        "unet": "lora_unet_",
+        "transformer": "lora_unet_",
+        "text_encoder": "lora_te1_" if "text_encoder_2" in made.layers else "lora_te_",
+        "text_encoder_2": "lora_te2_",
+    }
+    state: State = {}
+    modules = 0
+    for name, own in made.layers.items():
+        for key, tensor in own.items():
+            module, _, factor = key.removesuffix(".weight").rpartition(".lora_")
+            if name.startswith("text_encoder"):
+                module = "text_model." + module.removeprefix("text_model.")
+            flat = prefixes[name] + module.replace(".", "_")
+            state[f"{flat}.lora_{ {'A': 'down', 'B': 'up'}[factor] }.weight"] = tensor
+            if factor == "A":
+                state[f"{flat}.alpha"] = torch.tensor(alphas[modules % len(alphas)], dtype=tensor.dtype)
+                modules += 1
+    return write(path, state, metadata)
+
+
+def write(path: Path, state: State, metadata: Mapping[str, str] | None = None) -> Path:
+    """A safetensors file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, metadata={"format": "pt", **(metadata or {})})
+    return path
