@@ -23,6 +23,7 @@ TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 FLUX_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "proj_mlp", "proj_out", "ff.net.0.proj")
 
 State = dict[str, Tensor]
+_DIRECTIONS = {"A": "down", "B": "up"}
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,39 @@ def write_attn_processors(made: MadeAdapter, path: Path, *, prefix: str = "") ->
     for key, tensor in made.layers["unet"].items():
         module, _, factor = key.removesuffix(".weight").rpartition(".lora_")
         attention, _, layer = module.replace(".to_out.0", ".to_out").rpartition(".")
-        direction = {"A": "down", "B": "up"}[factor]
-        state[f"{prefix}{attention}.processor.{layer}_lora.{direction}.weight"] = tensor
+        state[f"{prefix}{attention}.processor.{layer}_lora.{_DIRECTIONS[factor]}.weight"] = tensor
+    return write(path, state)
+
+
+def write_attn_processors_prefixed(made: MadeAdapter, path: Path) -> Path:
+    """diffusers' second format: the same, with the component's name."""
+    return write_attn_processors(made, path, prefix="unet.")
+
+
+def write_with_alphas(made: MadeAdapter, path: Path, *, alpha: float, dtype: torch.dtype) -> Path:
+    """diffusers' names with alphas between them, as some trainers of Flux write; each is larger by 1."""
+    state = made.state()
+    for number, key in enumerate([key for key in state if key.endswith(".lora_A.weight")]):
+        state[key.replace("lora_A.weight", "alpha")] = torch.tensor(alpha + number, dtype=dtype)
+    return write(path, state)
+
+
+def write_flux_kohya(path: Path, *, width: int = 32, rank: int = 4, seed: int = 5) -> Path:
+    """sd-scripts' Flux: q, k and v in one pair of factors, which diffusers splits."""
+    torch.manual_seed(seed)
+    shapes = {
+        "double_blocks_0_img_attn_qkv": (width, 3 * width),
+        "double_blocks_0_img_attn_proj": (width, width),
+        "double_blocks_0_txt_attn_qkv": (width, 3 * width),
+        "double_blocks_0_img_mlp_0": (width, 4 * width),
+        "single_blocks_0_linear2": (5 * width, width),
+        "single_blocks_0_modulation_lin": (width, 3 * width),
+    }
+    state: State = {}
+    for name, (wide_in, wide_out) in shapes.items():
+        state[f"lora_unet_{name}.lora_down.weight"] = 0.1 * torch.randn(rank, wide_in)
+        state[f"lora_unet_{name}.lora_up.weight"] = 0.1 * torch.randn(wide_out, rank)
+        state[f"lora_unet_{name}.alpha"] = torch.tensor(3.0)
     return write(path, state)
 
 
@@ -126,7 +158,7 @@ def write_kohya(
             if name.startswith("text_encoder"):
                 module = "text_model." + module.removeprefix("text_model.")
             flat = prefixes[name] + module.replace(".", "_")
-            state[f"{flat}.lora_{ {'A': 'down', 'B': 'up'}[factor] }.weight"] = tensor
+            state[f"{flat}.lora_{_DIRECTIONS[factor]}.weight"] = tensor
             if factor == "A":
                 state[f"{flat}.alpha"] = torch.tensor(alphas[modules % len(alphas)], dtype=tensor.dtype)
                 modules += 1

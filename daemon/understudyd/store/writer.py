@@ -200,7 +200,7 @@ class Writer:
                 entry.unlink()
 
     def collect_garbage(self) -> int:
-        """Delete blobs and signatures that no manifest names, a model's or an adapter's; the blob bytes freed.
+        """Delete blobs and signatures that no model and no adapter names; the blob bytes freed.
 
         Does nothing while a manifest is damaged, for what it names cannot be known, or while somebody else
         serves from this store: who runs a model that was replaced since may yet have to load its blobs.

@@ -21,6 +21,7 @@ from understudyd.store.adapters.records import (
     AdapterRecord,
     BaseRecord,
     TargetRecord,
+    content_id,
     misfit,
     target_misfit,
 )
@@ -139,6 +140,7 @@ class _Addition:
             base_model=self.options.base or (models[0] if len(models) == 1 else ""),
             targets=targets,
             blob=blob,
+            content=content_id(targets, blob),
             facts=read_facts(file.path, header.metadata),
             source=file.origin,
             source_sha256=_sha256(file.path),

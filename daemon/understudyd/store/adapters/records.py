@@ -64,8 +64,9 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A LoRA, whole: what `adapters/<name>/manifest.json` holds.
 
     `family` is diffusers' loader class for the pipelines that it fits ("StableDiffusionLoraLoaderMixin").
-    `base_model` is the model whose name it was added for, or the only one it fitted; empty where that is open.
-    `source_sha256` is that of the file. `targets` are in order of their bytes in the blob.
+    `base_model` is the model whose name it was added for, or the only one that it fitted; empty where that is
+    open. `source_sha256` is that of the file, `content` is equal for adapters that compute equally
+    (`content_id`): one blob may come with several alphas. `targets` are in order of their bytes in the blob.
     """
 
     name: str
@@ -74,6 +75,7 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     base_model: str
     targets: tuple[TargetRecord, ...]
     blob: BlobRecord
+    content: str
     facts: AdapterFacts = AdapterFacts()
     source: str = ""
     source_sha256: str = ""
@@ -89,6 +91,11 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     def components(self) -> tuple[str, ...]:
         """The components it changes."""
         return tuple(dict.fromkeys(target.component for target in self.targets))
+
+
+def content_id(targets: tuple[TargetRecord, ...], blob: BlobRecord) -> str:
+    """Equal for adapters that change equal weights by equal amounts."""
+    return hashlib.sha256(msgspec.json.encode((targets, blob.sha256))).hexdigest()
 
 
 def structure_id(signature: SignatureRecord) -> str:

@@ -51,8 +51,8 @@ class AdapterShelf:
     def adapter(self, name: str) -> AdapterRecord:
         """One adapter's record, read afresh.
 
-        Raises `StoreError`: `bad_name`, `not_found`, or `corrupt_store` when its manifest cannot be read or its
-        blob is missing or of the wrong length.
+        Raises `StoreError`: `bad_name`, `not_found`, or `corrupt_store` when its manifest cannot be read or
+        its blob is missing or of the wrong length.
         """
         path = self.folder(name) / "manifest.json"
         try:

@@ -1,4 +1,4 @@
-"""Downloading a LoRA from the Hugging Face hub into its cache: its weights and PEFT's settings, nothing else."""
+"""Downloading a LoRA from the Hugging Face hub into its cache: weights, PEFT's settings, nothing else."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,0 +1,179 @@
+"""Folding adapters into weights, bit for bit as PEFT merges them, without touching the base.
+
+What `pipeline.load_lora_weights`, `set_adapters(names, scales)` and `fuse_lora(adapter_names=names)` do to one
+weight W, for each adapter in turn (peft/tuners/lora/layer.py: `Linear.get_delta_weight`, `_ConvNd`, `merge`):
+
+* A and B are rounded to W's dtype, as PEFT does when it injects them;
+* B @ A, in float32 for half types on the CPU; for convolutions larger than 1x1 `conv(A^T, B)^T`;
+* times scale * alpha / rank, computed in this order; or scale * alpha / sqrt(rank);
+* rounded to W's dtype, and only then added.
+
+`fuse_lora(lora_scale=s)` multiplies the finished scaling by s once more, which may round differently from a scale
+of s; requests name scales, so that is not offered. Where `safe_fusing=True` raises, `NotFinite` is raised here.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from understudyd.core.types import ErrorCode
+from understudyd.stage.errors import StageError
+from understudyd.stage.views import DTYPES, WeightArena
+from understudyd.store.adapters.overlays import FoldedWeight, OverlayPlan
+from understudyd.store.adapters.records import TargetRecord
+from understudyd.store.records import TensorRecord
+
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+_CONVOLVE = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
+
+
+class NotFinite(StageError):
+    """A folded weight holds infinities or NaN; the message names weight and adapter."""
+
+    code = ErrorCode.BAD_REQUEST
+
+
+@dataclass(frozen=True, slots=True)
+class FoldPart:
+    """What one adapter adds to a weight: `up` [out, rank, ...] times `down` [rank, in, ...] times `scaling`."""
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+
+def fold(base: Tensor, parts: Sequence[FoldPart], out: Tensor) -> None:
+    """Write `base` plus every part, in order, to `out` (of base's shape and dtype, not overlapping it).
+
+    Raises `NotFinite` when the result is not; `out` then holds it all the same.
+    """
+    for _ in _steps(base, parts, out):
+        pass
+    if not is_finite(out):
+        raise NotFinite("the folded weight is not finite: a scale is too large, or the adapter is broken")
+
+
+def _steps(base: Tensor, parts: Sequence[FoldPart], out: Tensor) -> Iterator[None]:
+    if not parts:
+        out.copy_(base)
+    so_far = base
+    for part in parts:
+        torch.add(so_far, _delta(part, base), out=out)
+        so_far = out
+        yield
+
+
+def _delta(part: FoldPart, base: Tensor) -> Tensor:
+    dtype = base.dtype
+    down, up = part.down.to(dtype), part.up.to(dtype)
+    if base.device.type == "cpu" and dtype in _HALF_TYPES:
+        down, up = down.float(), up.float()
+    if base.dim() == 2:
+        product = up @ down
+    elif base.shape[2:] == (1, 1):
+        product = (up.squeeze(3).squeeze(2) @ down.squeeze(3).squeeze(2)).unsqueeze(2).unsqueeze(3)
+    else:
+        product = _CONVOLVE[base.dim()](down.transpose(0, 1), up).transpose(0, 1)
+    if part.scaling != 1.0:
+        product.mul_(part.scaling)
+    return product.to(dtype)
+
+
+def scaling_of(target: TargetRecord, scale: float) -> float:
+    """What B @ A is multiplied by: PEFT's `set_scale`, in its order and in the dtype that alpha is kept in."""
+    divisor = math.sqrt(target.rank) if target.is_rank_stabilised else target.rank
+    if target.alpha_dtype is None:
+        return scale * target.alpha / divisor
+    return float(scale * torch.tensor(target.alpha, dtype=DTYPES[target.alpha_dtype]) / divisor)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is infinite or NaN. One pass without a temporary: both extremes propagate NaN."""
+    low, high = torch.aminmax(tensor)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+# -- a whole overlay -------------------------------------------------------------------------------
+
+
+class FoldMemory(Protocol):
+    """Where the tensors of one fold are."""
+
+    def base(self, record: TensorRecord) -> Tensor:
+        """A weight of the base component; it is only read."""
+
+    def factor(self, adapter: int, record: TensorRecord) -> Tensor:
+        """A factor of the plan's adapter of this number; it is only read."""
+
+    def folded(self, record: TensorRecord) -> Tensor:
+        """Where a folded weight goes."""
+
+
+class ArenaFoldMemory:
+    """Everything in extents of the arena; the offsets are theirs, in bytes."""
+
+    def __init__(
+        self, arena: WeightArena, base_offset: int, adapter_offsets: Sequence[int], overlay_offset: int
+    ) -> None:
+        self._arena = arena
+        self._base_offset = base_offset
+        self._adapter_offsets = adapter_offsets
+        self._overlay_offset = overlay_offset
+
+    def base(self, record: TensorRecord) -> Tensor:
+        """A view."""
+        return self._arena.tensor(record, self._base_offset)
+
+    def factor(self, adapter: int, record: TensorRecord) -> Tensor:
+        """A view."""
+        return self._arena.tensor(record, self._adapter_offsets[adapter])
+
+    def folded(self, record: TensorRecord) -> Tensor:
+        """A view."""
+        return self._arena.tensor(record, self._overlay_offset)
+
+
+def fold_steps(plan: OverlayPlan, memory: FoldMemory) -> Iterator[int]:
+    """Fold an overlay piece by piece: each step is one adapter's part of one weight.
+
+    Yields the bytes of the overlay that are finished, after every step; whoever folds beside a request stops
+    pulling whenever its time is up. Abandoned half-way it has changed nothing but the overlay's own bytes.
+    Raises `NotFinite`.
+    """
+    done = 0
+    for weight in plan.weights:
+        out = memory.folded(weight.folded)
+        for _ in _steps(memory.base(weight.base), _parts(plan, weight, memory), out):
+            yield done
+        if not is_finite(out):
+            raise NotFinite(_blame(plan, weight, memory))
+        done += weight.folded.size_bytes
+        yield done
+
+
+def _parts(plan: OverlayPlan, weight: FoldedWeight, memory: FoldMemory) -> list[FoldPart]:
+    return [
+        FoldPart(
+            down=memory.factor(term.adapter, term.target.down),
+            up=memory.factor(term.adapter, term.target.up),
+            scaling=scaling_of(term.target, plan.adapters[term.adapter].scale),
+        )
+        for term in weight.terms
+    ]
+
+
+def _blame(plan: OverlayPlan, weight: FoldedWeight, memory: FoldMemory) -> str:
+    """Which adapter's part is not finite by itself; all of them where only the sum is not."""
+    where = f"{plan.component}.{weight.base.path}"
+    base = memory.base(weight.base)
+    if not is_finite(base):
+        return f"{where} of the base model is not finite; its file is broken"
+    terms = list(zip(weight.terms, _parts(plan, weight, memory), strict=True))
+    guilty = [term for term, part in terms if not is_finite(_delta(part, base))] or weight.terms
+    names = ", ".join(f"{a.record.name!r} at {a.scale:g}" for a in (plan.adapters[t.adapter] for t in guilty))
+    return f"{where} is not finite with adapter {names}; use a smaller scale or another adapter"
