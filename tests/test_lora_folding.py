@@ -59,6 +59,7 @@ def flux_alphas(dtype: torch.dtype) -> Callable[[kit.MadeAdapter, Path], Path]:
 
 
 UNET = {"unet": kit.UNET_LAYERS}
+ATTENTION = {"unet": kit.UNET_LAYERS[:4]}
 CONV = {"unet": kit.CONV_LAYERS}
 TEXT = {"text_encoder": kit.TEXT_LAYERS}
 XL_TEXT = {"text_encoder": kit.TEXT_LAYERS, "text_encoder_2": kit.TEXT_LAYERS}
@@ -77,12 +78,14 @@ CASES = [
     Case("kohya", "sd", [Written(Making(CONV | TEXT), 0.8, kohya(2.0))]),
     Case("kohya-alphas", "sd", [Written(Making(CONV | TEXT), 0.8, kohya(1.0, 2.0, 4.5))]),
     Case("half-file", "sd", [Written(Making(CONV | TEXT, dtype=torch.float16), 0.8, kohya(1.0, 3.0))]),
-    Case("old", "sd", [Written(Making({"unet": kit.UNET_LAYERS[:4]}), 0.5, kit.write_attn_processors_prefixed)]),
+    Case("old", "sd", [Written(Making(ATTENTION), 0.5, kit.write_attn_processors_prefixed)]),
     Case("xl", "sdxl", [Written(Making(CONV | XL_TEXT, alpha=3), 0.6)]),
     Case("xl-kohya", "sdxl", [Written(Making(CONV | XL_TEXT), 0.6, kohya(1.0, 2.0))]),
-    Case("xl-two", "sdxl", [Written(Making(CONV), 0.6), Written(Making(UNET | XL_TEXT, rank=2, seed=3), 1.1)]),
+    Case("xl-two", "sdxl", [Written(Making(CONV), 0.6),
+                            Written(Making(UNET | XL_TEXT, rank=2, seed=3), 1.1)]),
     Case("sd3", "sd3", [Written(Making({"transformer": kit.FLUX_LAYERS} | XL_TEXT, alpha=3), 0.6)]),
-    Case("flux", "flux", [Written(Making(FLUX | TEXT, alpha=3), 0.6), Written(Making(FLUX, rank=2, seed=3), 0.4)]),
+    Case("flux", "flux", [Written(Making(FLUX | TEXT, alpha=3), 0.6),
+                          Written(Making(FLUX, rank=2, seed=3), 0.4)]),
     Case("flux-alphas", "flux", [Written(Making(FLUX), 0.7, flux_alphas(torch.float32))]),
     Case("flux-half-alphas", "flux", [Written(Making(FLUX), 0.7, flux_alphas(torch.bfloat16))]),
     Case("flux-kohya", "flux", [Written(Making({}), 0.7, lambda made, path: kit.write_flux_kohya(path))]),

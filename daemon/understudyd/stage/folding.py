@@ -1,15 +1,17 @@
 """Folding adapters into weights, bit for bit as PEFT merges them, without touching the base.
 
-What `pipeline.load_lora_weights`, `set_adapters(names, scales)` and `fuse_lora(adapter_names=names)` do to one
-weight W, for each adapter in turn (peft/tuners/lora/layer.py: `Linear.get_delta_weight`, `_ConvNd`, `merge`):
+What `pipeline.load_lora_weights`, `set_adapters(names, scales)` and `fuse_lora(adapter_names=names)` do to
+one weight W, for each adapter in turn (peft/tuners/lora/layer.py: `Linear.get_delta_weight`, `_ConvNd`,
+`merge`):
 
 * A and B are rounded to W's dtype, as PEFT does when it injects them;
 * B @ A, in float32 for half types on the CPU; for convolutions larger than 1x1 `conv(A^T, B)^T`;
 * times scale * alpha / rank, computed in this order; or scale * alpha / sqrt(rank);
 * rounded to W's dtype, and only then added.
 
-`fuse_lora(lora_scale=s)` multiplies the finished scaling by s once more, which may round differently from a scale
-of s; requests name scales, so that is not offered. Where `safe_fusing=True` raises, `NotFinite` is raised here.
+`fuse_lora(lora_scale=s)` multiplies the finished scaling by s once more, which may round differently from a
+scale of s; requests name scales, so that is not offered. Where `safe_fusing=True` raises, `NotFinite` is
+raised here.
 """
 
 import math
@@ -40,7 +42,7 @@ class NotFinite(StageError):
 
 @dataclass(frozen=True, slots=True)
 class FoldPart:
-    """What one adapter adds to a weight: `up` [out, rank, ...] times `down` [rank, in, ...] times `scaling`."""
+    """What an adapter adds to a weight: `up` [out, rank, ...] @ `down` [rank, in, ...] times `scaling`."""
 
     down: Tensor
     up: Tensor
@@ -85,7 +87,7 @@ def _delta(part: FoldPart, base: Tensor) -> Tensor:
 
 
 def scaling_of(target: TargetRecord, scale: float) -> float:
-    """What B @ A is multiplied by: PEFT's `set_scale`, in its order and in the dtype that alpha is kept in."""
+    """What B @ A is multiplied by: PEFT's `set_scale`, in its order, in the dtype that alpha is kept in."""
     divisor = math.sqrt(target.rank) if target.is_rank_stabilised else target.rank
     if target.alpha_dtype is None:
         return scale * target.alpha / divisor

@@ -43,7 +43,7 @@ class Base:
 
 
 def loader_family(pipeline_class: str) -> Any | None:
-    """diffusers' LoRA loader class of a pipeline; None for a pipeline that takes no LoRAs."""
+    """Diffusers' LoRA loader class of a pipeline; None for a pipeline that takes no LoRAs."""
     cls = getattr(diffusers, pipeline_class, None)
     if not isinstance(cls, type):
         return None

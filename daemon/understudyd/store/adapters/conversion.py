@@ -1,9 +1,10 @@
 """Reading a LoRA the way diffusers does: its own loader, run on a base without weights.
 
-The many formats (kohya, A1111 and Civitai names, diffusers old and new, PEFT) are told apart and converted by the
-`lora_state_dict` of the base's pipeline, and which rank and alpha a layer gets is read off the layers that its
-`load_lora_weights` injects: alphas, rank and alpha patterns and their matching rules are the library's, and so
-are its surprises. What reaches the layers is checked against the base weight by weight.
+The many formats (kohya, A1111 and Civitai names, diffusers old and new, PEFT) are told apart and converted
+by the `lora_state_dict` of the base's pipeline, and which rank and alpha a layer gets is read off the
+layers that its `load_lora_weights` injects: alphas, rank and alpha patterns and their matching rules are
+the library's, and so are its surprises. What reaches the layers is checked against the base weight by
+weight.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -87,7 +88,7 @@ def _order(base: Base) -> dict[tuple[str, str], int]:
 def _host(
     family: Any, modules: Mapping[str, nn.Module], on_state: Callable[[Mapping[str, Any]], None]
 ) -> Any:
-    """A pipeline as far as its LoRA loader cares: components, nothing else. `on_state` sees what it converted."""
+    """A pipeline as far as its LoRA loader cares. `on_state` is shown the factors that it converted."""
 
     class Host(family):  # type: ignore[misc]
         """The loader with components."""

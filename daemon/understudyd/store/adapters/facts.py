@@ -1,8 +1,8 @@
 """What a LoRA's file and the notes beside it tell people: trigger words, licence, training settings.
 
 Read are the header's `ss_*` entries (kohya's sd-scripts) and `modelspec.*` (Stability's ModelSpec), A1111's
-`<file>.json` ("activation text", "description") and `<file>.civitai.info` ("trainedWords"). Whatever is malformed
-is left out: none of it takes part in computing. No torch here.
+`<file>.json` ("activation text", "description") and `<file>.civitai.info` ("trainedWords"). Whatever is
+malformed is left out: none of it takes part in computing. No torch here.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Turning LoRA files into adapters of a store.
 
 Each file is told by its keys (`plain`), read by diffusers' own loader against a base without weights
-(`conversion`), written as a blob like any model's, and published at once. What is refused leaves nothing behind.
-One refused file does not stop the others of a folder.
+(`conversion`), written as a blob like any model's, and published at once. What is refused leaves nothing
+behind. One refused file does not stop the others of a folder.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ Progress = Callable[[str, int, int], None]
 class AdapterOptions:
     """How LoRAs are added. `base` is the model of the store they are for; without it every model is tried.
 
-    `replace` lets an adapter of the same name and other content go; `name_prefix` is put before the names that
-    are made from paths.
+    `replace` lets an adapter of the same name and other content go; `name_prefix` is put before the names
+    that are made from paths.
     """
 
     base: str | None = None
@@ -74,7 +74,8 @@ def add_adapters(
 ) -> list[ScanResult]:
     """Add many under one writer lock; `on_result` is told of each as soon as it is settled.
 
-    Raises `StoreError` when the store or the base cannot be used; what is wrong with one file is in its result.
+    Raises `StoreError` when the store or the base cannot be used; what is wrong with one file is in its
+    result.
     """
     results = []
     total = sum(file.size_bytes for file in files)
@@ -167,11 +168,12 @@ class _Addition:
                     raise
                 reasons.append(f"{base.models[0]}: {error.message}")
         shown = "; ".join(reasons[:_LISTED]) + ("; ..." if len(reasons) > _LISTED else "")
+        is_open = self.options.base is None
+        what = "fits no model of the store" if is_open else "does not fit"
         raise StoreError(
             StoreErrorCode.ADAPTER_MISFIT,
-            f"{file.path.name} fits no model of the store ({shown}); add its base model first, or name it (--base)"
-            if self.options.base is None
-            else f"{file.path.name} does not fit ({shown}); name the base it was made for",
+            f"{file.path.name} {what} ({shown}); add the base model it was made for"
+            + ("" if is_open else ", or name that (--base)"),
         )
 
     def _candidates(self) -> "list[Base]":

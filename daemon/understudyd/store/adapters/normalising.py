@@ -1,9 +1,9 @@
 """Formats that diffusers' pipelines do not take as they are: factors without their component's name.
 
-PEFT's own files (`base_model.model.<module>...` with settings in `adapter_config.json`) and the oldest files of
-diffusers (`<module>.processor.to_q_lora...`) name modules only, as they belong to one component. Such a file is
-written anew under names that `load_lora_weights` takes, the settings in its header, where diffusers' own files
-have them. Tensors keep their bits.
+PEFT's own files (`base_model.model.<module>...` with settings in `adapter_config.json`) and the oldest
+files of diffusers (`<module>.processor.to_q_lora...`) name modules only, as they belong to one component.
+Such a file is written anew under names that `load_lora_weights` takes, the settings in its header, where
+diffusers' own files have them. Tensors keep their bits.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Which weights a list of adapters changes, and where the changed ones lie. No torch here.
 
-An overlay holds the folded weights of one component and nothing else; the base's other weights, and its bytes,
-stay where they are. Adapters are folded in the order in which they are asked for, which is part of the result:
-floating-point sums round.
+An overlay holds the folded weights of one component and nothing else; the base's other weights, and its
+bytes, stay where they are. Adapters are folded in the order in which they are asked for, which is part of
+the result: floating-point sums round.
 """
 
 import hashlib
@@ -45,7 +45,8 @@ class FoldedWeight:
 class OverlayPlan:
     """One component's overlay. `weights` are in the order of the base's bytes, each at a multiple of 512.
 
-    `adapters` are those that change this component, in order. `size_bytes` is the extent's, a multiple of 4096.
+    `adapters` are those that change this component, in order. `size_bytes` is the extent's, a multiple of
+    4096.
     """
 
     component: str
@@ -54,7 +55,7 @@ class OverlayPlan:
     size_bytes: int
 
     def key(self, base_blob: str) -> str:
-        """Equal for overlays of equal bytes: the same base, the same adapters in the same order and strength."""
+        """Equal for overlays of equal bytes: one base blob, equal adapters in equal order and strength."""
         applied = [(a.record.content, a.scale) for a in self.adapters]
         return hashlib.sha256(msgspec.json.encode((base_blob, applied))).hexdigest()
 
@@ -64,8 +65,8 @@ def plan_overlays(
 ) -> tuple[OverlayPlan, ...]:
     """What the adapters change of a model's components (by name), in the components' order.
 
-    Raises `StoreError(adapter_misfit)`, which names the first weight that does not fit, also when an adapter is
-    asked for twice.
+    Raises `StoreError(adapter_misfit)`, which names the first weight that does not fit, also when an
+    adapter is asked for twice.
     """
     names = [applied.record.name for applied in adapters]
     for number, name in enumerate(names):

@@ -4,8 +4,8 @@ A store folder gains::
 
     adapters/<name>/manifest.json  AdapterRecord; its tensors are an ordinary blob in blobs/
 
-An adapter belongs to no model: it fits every model of its pipeline family whose components have the weights that
-it changes, in whatever dtype.
+An adapter belongs to no model: it fits every model of its pipeline family whose components have the weights
+that it changes, in whatever dtype.
 """
 
 import hashlib
@@ -22,10 +22,11 @@ TargetKind = Literal["linear", "conv"]
 class TargetRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One weight that an adapter changes, and the two factors that change it.
 
-    `path` and `shape` are those of the weight in the base component ("...attn1.to_q.weight"). `down` (A) has
-    shape [rank, in, ...], `up` (B) [out, rank, ...]; their offsets count in the adapter's blob. With a scale s
-    the weight gains B @ A times s * alpha / rank, or with `is_rank_stabilised` s * alpha / sqrt(rank).
-    `alpha_dtype` is set where diffusers keeps alpha as a tensor of that dtype, in which it then computes.
+    `path` and `shape` are those of the weight in the base component ("...attn1.to_q.weight"). `down` (A)
+    has shape [rank, in, ...], `up` (B) [out, rank, ...]; their offsets count in the adapter's blob. With a
+    scale s the weight gains B @ A times s * alpha / rank, or with `is_rank_stabilised` s * alpha /
+    sqrt(rank). `alpha_dtype` is set where diffusers keeps alpha as a tensor of that dtype, in which it then
+    computes.
     """
 
     component: str

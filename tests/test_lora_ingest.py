@@ -1,0 +1,466 @@
+"""LoRA files of every format become adapters of a store; what is no plain LoRA is refused by name."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import adapter_kit as kit
+from adapter_kit import Making
+from ingest_kit import single_threaded
+from store_kit import listing, raw_file, write_json
+from understudy.admin import ScanResult
+from understudy_demo import tiny
+from understudyd.store.adapters.files import find_adapters
+from understudyd.store.adapters.ingest import AdapterOptions, add_adapter, add_adapters
+from understudyd.store.adapters.overlays import AppliedAdapter, plan_overlays
+from understudyd.store.adapters.records import AdapterRecord, misfit
+from understudyd.store.adapters.shelf import AdapterShelf
+from understudyd.store.errors import StoreError
+from understudyd.store.ingest import ingest
+from understudyd.store.records import DATA_ALIGN_BYTES, TENSOR_ALIGN_BYTES, SignatureRecord
+from understudyd.store.store import Store
+from zoo import diffusion_transformers, unets
+
+UNET = {"unet": kit.UNET_LAYERS[:4]}
+CONV_AND_TEXT = {"unet": kit.CONV_LAYERS, "text_encoder": kit.TEXT_LAYERS}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    yield from single_threaded()
+
+
+class Shop:
+    """A store with a Stable Diffusion model, its pipeline, and a folder for LoRA files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files = root / "files"
+        self.pipeline: Any = unets.stable_diffusion(0)
+        self.store = Store.open(root / "store", writable=True)
+        self.model = ingest(self.store, "base", tiny.save(self.pipeline, root / "saved"))
+        self.shelf = AdapterShelf(self.store)
+
+    def make(self, **changes: Any) -> kit.MadeAdapter:
+        return kit.make_adapter(self.pipeline, Making(**{"layers": UNET} | changes))
+
+    def add(self, path: Path, **options: Any) -> AdapterRecord:
+        (file,) = find_adapters(path)
+        return add_adapter(self.store, file, AdapterOptions(**options))
+
+    def signatures(self) -> dict[str, SignatureRecord]:
+        return {c.name: self.store.signature(c.signature) for c in self.model.components}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture
+def own_shop(tmp_path: Path) -> Shop:
+    """For tests that change what is there."""
+    return Shop(tmp_path)
+
+
+def test_the_record_says_what_is_changed_and_how_strongly(shop: Shop) -> None:
+    made = shop.make(layers=CONV_AND_TEXT, rank=6, alpha=3)
+    path = kit.write_diffusers(made, shop.files / "told.safetensors")
+    record = shop.add(path)
+    assert record == shop.shelf.adapter("told")
+    assert record.family == "StableDiffusionLoraLoaderMixin"
+    assert record.base_model == "base"
+    assert record.components == ("text_encoder", "unet")
+    assert record.ranks == (6,)
+    assert {target.alpha for target in record.targets} == {3.0}
+    kinds = {target.path.rpartition(".")[0].rpartition(".")[2]: target.kind for target in record.targets}
+    assert (kinds["conv1"], kinds["proj_in"], kinds["to_q"], kinds["fc1"]) == (
+        "conv",
+        "conv",
+        "linear",
+        "linear",
+    )
+    own = made.state()
+    assert len(record.targets) * 2 == len(own)
+    blob = load_file(shop.store.blob_path(record.blob.sha256))
+    for target in record.targets:
+        for factor in (target.down, target.up):
+            assert factor.offset % TENSOR_ALIGN_BYTES == 0
+            assert torch.equal(blob[factor.path], own[factor.path])
+            assert factor.shape == tuple(own[factor.path].shape)
+
+
+def test_factors_keep_their_dtype(shop: Shop) -> None:
+    made = shop.make(dtype=torch.bfloat16)
+    record = shop.add(kit.write_diffusers_bare(made, shop.files / "bf16.safetensors"))
+    assert {factor.dtype for target in record.targets for factor in (target.down, target.up)} == {"BF16"}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        kit.write_attn_processors,
+        kit.write_attn_processors_prefixed,
+        lambda made, path: kit.write_kohya(made, path, alphas=[4.0]),
+        lambda made, path: kit.write_peft_folder(made, path.with_suffix("")),
+    ],
+    ids=["attention processors", "attention processors with prefix", "kohya", "PEFT folder"],
+)
+def test_every_format_of_one_adapter_is_the_same_adapter(
+    shop: Shop, tmp_path: Path, write: Callable[[kit.MadeAdapter, Path], Path]
+) -> None:
+    made = shop.make(alpha=4)  # as the rank, which formats without alpha mean
+    plain = shop.add(kit.write_diffusers_bare(made, shop.files / "plain.safetensors"), replace=True)
+    other = shop.add(write(made, tmp_path / "other.safetensors"), replace=True)
+    assert other.name == "other"
+    assert other.content == plain.content
+
+
+def test_pefts_settings_are_in_the_folder(shop: Shop, tmp_path: Path) -> None:
+    settings = {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_k": 5}, "use_rslora": True}
+    made = shop.make(alpha=7, settings=settings)
+    path = kit.write_peft_folder(made, tmp_path / "patterned")
+    record = shop.add(path)
+    named = shop.add(kit.write_diffusers(made, tmp_path / "named.safetensors"))
+    assert record.content == named.content
+    found = {(t.path.rpartition(".")[0].rpartition(".")[2], t.rank, t.alpha) for t in record.targets}
+    assert found == {("to_q", 2, 7.0), ("to_k", 4, 5.0), ("to_v", 4, 7.0), ("0", 4, 7.0)}
+    assert all(target.is_rank_stabilised for target in record.targets)
+
+
+def test_what_people_want_to_know_is_kept(shop: Shop) -> None:
+    metadata = {
+        "ss_network_dim": "4",
+        "ss_tag_frequency": "x" * 1000,
+        "modelspec.trigger_phrase": "pixel art, px",
+        "modelspec.license": "cc-by-4.0",
+        "other": "not ours",
+    }
+    made = shop.make(seed=9)
+    path = kit.write_kohya(made, shop.files / "noted.safetensors", alphas=[4.0], metadata=metadata)
+    write_json(path.with_suffix(".json"), {"activation text": "px, 8 bit", "description": "small squares"})
+    write_json(path.with_suffix(".civitai.info"), {"trainedWords": ["sprite", 5]})
+    facts = shop.add(path).facts
+    assert facts.trigger_words == ("pixel art", "px", "8 bit", "sprite")
+    assert (facts.licence, facts.description) == ("cc-by-4.0", "small squares")
+    assert facts.metadata == {
+        "modelspec.license": "cc-by-4.0",
+        "modelspec.trigger_phrase": "pixel art, px",
+        "ss_network_dim": "4",
+    }
+
+
+def test_damaged_notes_are_left_out(shop: Shop) -> None:
+    path = kit.write_diffusers_bare(shop.make(seed=10), shop.files / "scribbled.safetensors")
+    path.with_suffix(".json").write_text("{")
+    path.with_suffix(".civitai.info").write_text("[1]")
+    assert shop.add(path).facts.trigger_words == ()
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+MODULE = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def _plus(key: str) -> Callable[[kit.State], None]:
+    return lambda state: state.update({key: torch.ones(1)})
+
+
+def _nan(state: kit.State) -> None:
+    next(iter(state.values()))[0, 0] = float("nan")
+
+
+def _renamed(state: kit.State) -> None:
+    state[f"{MODULE}_not.lora_A.weight"] = state.pop(f"{MODULE}.lora_A.weight")
+    state[f"{MODULE}_not.lora_B.weight"] = state.pop(f"{MODULE}.lora_B.weight")
+
+
+def _other_component(state: kit.State) -> None:
+    state["transformer.to_q.lora_A.weight"] = state.pop(f"{MODULE}.lora_A.weight")
+
+
+def _wrong_shape(state: kit.State) -> None:
+    state[f"{MODULE}.lora_A.weight"] = torch.ones(4, 7)
+
+
+def _wrong_rank(state: kit.State) -> None:
+    state[f"{MODULE}.lora_B.weight"] = torch.ones(state[f"{MODULE}.lora_B.weight"].shape[0], 3)
+
+
+def _norm(state: kit.State) -> None:
+    state["unet.conv_norm_out.lora_A.weight"] = torch.ones(4, 32)
+    state["unet.conv_norm_out.lora_B.weight"] = torch.ones(32, 4)
+
+
+def _whole(state: kit.State) -> None:
+    for key in list(state):
+        state[key] = state[key].to(torch.int8)
+
+
+REFUSALS: dict[str, tuple[Callable[[kit.State], None], str, str]] = {
+    "DoRA of kohya": (_plus("lora_unet_x.dora_scale"), "not_plain_lora", "is a DoRA"),
+    "DoRA of PEFT": (_plus(f"{MODULE}.lora_magnitude_vector"), "not_plain_lora", "is a DoRA"),
+    "LoKr": (_plus("lora_unet_x.lokr_w1"), "not_plain_lora", "is a LoKr"),
+    "LoHa": (_plus("lora_unet_x.hada_w1_a"), "not_plain_lora", "is a LoHa"),
+    "OFT": (_plus("lora_unet_x.oft_blocks"), "not_plain_lora", "is an OFT"),
+    "BOFT": (_plus("x.boft_R"), "not_plain_lora", "is a BOFT"),
+    "IA3": (_plus("x.ia3_l"), "not_plain_lora", "is an IA3"),
+    "VeRA": (_plus("x.vera_lambda_b"), "not_plain_lora", "is a VeRA"),
+    "Tucker": (_plus("lora_unet_x.lora_mid.weight"), "not_plain_lora", "Tucker"),
+    "textual inversion": (_plus("emb_params"), "not_plain_lora", "textual inversion"),
+    "bundled embedding": (_plus("bundle_emb.word.string_to_param.*"), "not_plain_lora", "textual inversion"),
+    "full difference": (_plus("lora_unet_x.diff"), "not_plain_lora", "full differences"),
+    "bias difference": (_plus("lora_unet_x.diff_b"), "not_plain_lora", "full differences"),
+    "bias": (_plus(f"{MODULE}.lora_B.bias"), "not_plain_lora", "biases"),
+    "checkpoint": (_plus("model.diffusion_model.out.2.weight"), "not_plain_lora", "is a checkpoint"),
+    "unknown key": (_plus("what.is.this"), "not_plain_lora", "what.is.this"),
+    "integers": (_whole, "not_plain_lora", "in I8"),
+    "empty": (lambda state: state.clear(), "not_plain_lora", "it is empty"),
+    "not finite": (_nan, "corrupt_source", "not finite"),
+    "half a pair": (lambda state: state.pop(f"{MODULE}.lora_B.weight"), "corrupt_source", "one factor"),
+    "unknown module": (_renamed, "adapter_misfit", f"changes {MODULE}_not, which the base has not"),
+    "unknown component": (_other_component, "adapter_misfit", "'transformer.to_q.lora_A.weight'"),
+    "norm layer": (_norm, "adapter_misfit", "a GroupNorm; linear and convolution layers only"),
+    "wrong shape": (_wrong_shape, "adapter_misfit", f"[4, 7] and [64, 4] for {MODULE}"),
+    "wrong rank": (_wrong_rank, "adapter_misfit", "for " + MODULE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_no_plain_lora_is_refused_by_name(shop: Shop, tmp_path: Path, name: str) -> None:
+    change, code, words = REFUSALS[name]
+    state = shop.make().state()
+    change(state)
+    path = kit.write(tmp_path / "bad.safetensors", state)
+    before = listing(shop.store.path)
+    with pytest.raises(StoreError) as caught:
+        shop.add(path)
+    assert caught.value.code == code
+    assert words in caught.value.message
+    assert "bad.safetensors" in caught.value.message
+    assert listing(shop.store.path) == before
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt"])
+def test_pickles_are_refused_unread(shop: Shop, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"adapter{suffix}"
+    path.write_bytes(b"never read")
+    with pytest.raises(StoreError, match="pickle") as caught:
+        shop.add(path)
+    assert caught.value.code == "unsafe_file"
+
+
+@pytest.mark.parametrize(
+    "header", [b"{", b"[]", {"x": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}]
+)
+def test_a_bad_header_is_refused(shop: Shop, tmp_path: Path, header: object) -> None:
+    with pytest.raises(StoreError) as caught:
+        shop.add(raw_file(tmp_path / "bad.safetensors", header, b"0000"))
+    assert caught.value.code == "corrupt_source"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"use_dora": True}, "is a DoRA"),
+        ({"lora_bias": True}, "biases"),
+        ({"bias": "all"}, "biases"),
+        ({"modules_to_save": ["conv_in"]}, "more than its factors"),
+        ({"peft_type": "LOHA"}, "'LOHA' adapter of PEFT"),
+    ],
+)
+def test_pefts_settings_for_other_kinds_are_refused(
+    shop: Shop, tmp_path: Path, setting: dict[str, Any], words: str
+) -> None:
+    path = kit.write_peft_folder(shop.make(), tmp_path / "other")
+    config = path.with_name("adapter_config.json")
+    write_json(config, json.loads(config.read_text()) | setting)
+    with pytest.raises(StoreError, match=words) as caught:
+        shop.add(path)
+    assert caught.value.code == "not_plain_lora"
+
+
+# -- which model it is for -------------------------------------------------------------------------
+
+
+def test_the_base_is_found_among_the_stores_models(own_shop: Shop) -> None:
+    flux = diffusion_transformers.flux(0)
+    ingest(own_shop.store, "flux", tiny.save(flux, own_shop.root / "flux"))
+    made = kit.make_adapter(flux, Making({"transformer": ("to_q",)}))
+    assert own_shop.add(kit.write_diffusers(made, own_shop.files / "f.safetensors")).base_model == "flux"
+    own = kit.write_diffusers(own_shop.make(), own_shop.files / "s.safetensors")
+    record = own_shop.add(own)
+    assert record.base_model == "base"
+    with pytest.raises(StoreError, match="does not fit") as caught:
+        own_shop.add(own, base="flux", replace=True)
+    assert caught.value.code == "adapter_misfit"
+
+
+def test_an_adapter_fits_a_structure_in_every_dtype_and_not_one_model(own_shop: Shop) -> None:
+    half = ingest(own_shop.store, "half", own_shop.root / "saved", dtype="fp16")
+    record = own_shop.add(kit.write_diffusers(own_shop.make(), own_shop.files / "a.safetensors"))
+    assert record.base_model == ""  # two fit, none was named
+    for model in (own_shop.model, half):
+        signatures = {c.name: own_shop.store.signature(c.signature) for c in model.components}
+        assert misfit(record, signatures) is None
+    named = own_shop.add(own_shop.files / "a.safetensors", base="half", replace=True)
+    assert named.base_model == "half"
+
+
+def test_a_model_of_other_widths_is_told_by_its_first_weight(own_shop: Shop) -> None:
+    record = own_shop.add(kit.write_diffusers(own_shop.make(), own_shop.files / "a.safetensors"))
+    torch.manual_seed(0)
+    xl = ingest(own_shop.store, "xl", tiny.save(unets.stable_diffusion_xl(0), own_shop.root / "xl"))
+    signatures = {c.name: own_shop.store.signature(c.signature) for c in xl.components}
+    why = misfit(record, signatures)
+    assert why is not None and "unet." in why
+    with pytest.raises(StoreError, match="does not fit: the model has"):
+        plan_overlays(signatures, [AppliedAdapter(record, 1.0)])
+
+
+def test_a_store_without_a_base_says_so(tmp_path: Path, shop: Shop) -> None:
+    store = Store.open(tmp_path / "empty", writable=True)
+    (file,) = find_adapters(kit.write_diffusers(shop.make(), tmp_path / "a.safetensors"))
+    with pytest.raises(StoreError, match="add the base model first"):
+        add_adapter(store, file)
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+def test_an_overlay_holds_the_changed_weights_and_no_others(shop: Shop) -> None:
+    one = shop.add(kit.write_diffusers(shop.make(layers=CONV_AND_TEXT), shop.files / "one.safetensors"))
+    two = shop.add(kit.write_diffusers(shop.make(seed=2), shop.files / "two.safetensors"))
+    signatures = shop.signatures()
+    plans = {
+        p.component: p
+        for p in plan_overlays(signatures, [AppliedAdapter(one, 0.5), AppliedAdapter(two, 1.0)])
+    }
+    assert set(plans) == {"text_encoder", "unet"}
+    assert [a.record.name for a in plans["text_encoder"].adapters] == ["one"]
+    unet = plans["unet"]
+    assert {w.base.path for w in unet.weights} == {
+        t.path for r in (one, two) for t in r.targets if t.component == "unet"
+    }
+    assert [w.base.offset for w in unet.weights] == sorted(w.base.offset for w in unet.weights)
+    at = 0
+    for weight in unet.weights:
+        assert weight.folded.offset >= at and weight.folded.offset % TENSOR_ALIGN_BYTES == 0
+        assert weight.folded.offset - at < TENSOR_ALIGN_BYTES
+        at = weight.folded.offset + weight.folded.size_bytes
+        assert [t.adapter for t in weight.terms] == sorted(t.adapter for t in weight.terms)
+    assert unet.size_bytes - at < DATA_ALIGN_BYTES and unet.size_bytes % DATA_ALIGN_BYTES == 0
+
+
+def test_an_overlays_key_tells_base_adapters_order_and_scale_apart(shop: Shop) -> None:
+    made = shop.make(seed=3)
+    one = shop.add(kit.write_kohya(made, shop.files / "k1.safetensors", alphas=[1.0]))
+    two = shop.add(kit.write_kohya(made, shop.files / "k2.safetensors", alphas=[2.0]))
+    assert one.blob == two.blob  # equal factors, other alphas
+
+    def key(*applied: tuple[AdapterRecord, float], blob: str = "b") -> str:
+        (plan,) = plan_overlays(shop.signatures(), [AppliedAdapter(*pair) for pair in applied])
+        return plan.key(blob)
+
+    keys = [
+        key((one, 1.0)),
+        key((two, 1.0)),
+        key((one, 0.5)),
+        key((one, 1.0), blob="c"),
+        key((one, 1.0), (two, 1.0)),
+        key((two, 1.0), (one, 1.0)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key((one, 1.0)) == keys[0]
+    with pytest.raises(StoreError, match="asked for twice"):
+        key((one, 1.0), (one, 0.5))
+
+
+# -- many, and again -------------------------------------------------------------------------------
+
+
+def test_a_folder_is_added_in_one_call_and_one_refusal_stops_nobody(own_shop: Shop) -> None:
+    kit.write_diffusers(own_shop.make(), own_shop.files / "good.safetensors")
+    kit.write_peft_folder(own_shop.make(seed=2), own_shop.files / "deep" / "peft style")
+    kit.write(own_shop.files / "dora.safetensors", own_shop.make().state() | {"x.dora_scale": torch.ones(1)})
+    (own_shop.files / "pickle.pt").write_bytes(b"")
+    told: list[ScanResult] = []
+    progress: list[tuple[int, int]] = []
+
+    def add() -> list[ScanResult]:
+        return add_adapters(
+            own_shop.store,
+            find_adapters(own_shop.files),
+            on_result=told.append,
+            progress=lambda name, done, total: progress.append((done, total)),
+        )
+
+    results = add()
+    assert results == told
+    outcomes = {result.name: (result.outcome, result.code) for result in results}
+    assert outcomes == {
+        "dora": ("refused", "not_plain_lora"),
+        "good": ("added", ""),
+        "peft-style": ("added", ""),
+        "pickle": ("refused", "unsafe_file"),
+    }
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+    assert progress[-1][0] == progress[-1][1] > 0
+    before = listing(own_shop.store.path)
+    assert [r.outcome for r in add() if r.outcome != "refused"] == ["unchanged", "unchanged"]
+    assert listing(own_shop.store.path) == before
+
+
+def test_a_name_is_a_models_or_an_adapters(own_shop: Shop) -> None:
+    path = kit.write_diffusers(own_shop.make(), own_shop.files / "base.safetensors")
+    with pytest.raises(StoreError, match="already names a model"):
+        own_shop.add(path)
+    record = own_shop.add(path.rename(path.with_name("mine.safetensors")))
+    with pytest.raises(StoreError, match="already names an adapter"):
+        ingest(own_shop.store, record.name, own_shop.root / "saved")
+
+
+def test_other_content_needs_to_be_told_to_replace(own_shop: Shop) -> None:
+    path = own_shop.files / "a.safetensors"
+    old = own_shop.add(kit.write_diffusers(own_shop.make(), path))
+    kit.write_diffusers(own_shop.make(seed=2), path)
+    with pytest.raises(StoreError, match="--replace") as caught:
+        own_shop.add(path)
+    assert caught.value.code == "exists"
+    new = own_shop.add(path, replace=True)
+    assert new.content != old.content
+    own_shop.store.clean()
+    assert not own_shop.store.blob_path(old.blob.sha256).exists()
+
+
+def test_adapters_keep_their_blobs_until_they_are_removed(own_shop: Shop) -> None:
+    record = own_shop.add(kit.write_diffusers(own_shop.make(), own_shop.files / "a.safetensors"))
+    blob = own_shop.store.blob_path(record.blob.sha256)
+    own_shop.store.remove("base")
+    assert blob.exists()
+    size_bytes = blob.stat().st_size
+    with own_shop.store.writing() as writer:
+        assert writer.remove_adapter("a") == size_bytes
+    assert not blob.exists()
+    assert own_shop.shelf.scan() == ({}, {})
+    with own_shop.store.writing() as writer, pytest.raises(StoreError, match="no adapter 'a'"):
+        writer.remove_adapter("a")
+
+
+def test_a_damaged_adapter_is_told_apart_and_stops_the_collector(own_shop: Shop) -> None:
+    record = own_shop.add(kit.write_diffusers(own_shop.make(), own_shop.files / "a.safetensors"))
+    blob = own_shop.store.blob_path(record.blob.sha256)
+    (own_shop.shelf.folder("a") / "manifest.json").write_text("{}")
+    found, damaged = own_shop.shelf.scan()
+    assert not found and set(damaged) == {"a"}
+    own_shop.store.clean()
+    assert blob.exists()
+    assert own_shop.add(own_shop.files / "a.safetensors").name == "a"  # adding it again repairs it
+    blob.write_bytes(b"short")
+    with pytest.raises(StoreError, match="not as long"):
+        own_shop.shelf.adapter("a")
