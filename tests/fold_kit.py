@@ -18,7 +18,7 @@ from understudyd.store.records import BlobRecord, ModelRecord, SignatureRecord
 from understudyd.store.store import Store
 
 
-def fused(folder: Path, dtype: torch.dtype, adapters: Sequence[tuple[Path, float]]) -> Any:
+def fused(folder: Path, dtype: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     """diffusers' own: load, set, fuse every component that takes adapters."""
     pipeline = reference(folder, torch_dtype=dtype)
     names = [f"adapter-{number}" for number in range(len(adapters))]

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
 TORCH = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "torchvision"}
-TORCH_FREE_STORE = {"records", "store", "guard", "safetensors_file", "union", "usage"}
+TORCH_FREE_STORE = {"records", "store", "guard", "safetensors_file", "union", "usage", "writer", "reporting"}
+TORCH_FREE_ADAPTERS = {"records", "plain", "facts", "files", "shelf", "overlays", "ingest", "cli"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 RUNS_TEXT = {"eval", "exec"}
 SHELLS = {("os", "system"), ("os", "popen"), ("subprocess", "getoutput"), ("subprocess", "getstatusoutput")}
@@ -127,6 +128,8 @@ def may_import_torch(source: Source) -> bool:
     match parts[1:]:
         case ["stage" | "pipelines", *_]:
             return True
+        case ["store", "adapters", file]:
+            return file not in TORCH_FREE_ADAPTERS
         case ["store", *rest]:
             return not (rest and rest[0] in TORCH_FREE_STORE)
         case ["shell", file]:

@@ -62,6 +62,19 @@ def ingest(arguments: tuple[str, ...]) -> None:
     raise SystemExit(run_cli(list(arguments)))
 
 
+@main.command(
+    "ingest-lora",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def ingest_lora(arguments: tuple[str, ...]) -> None:
+    """Add LoRA adapters to a store without a daemon: --store DIR --source FILE [--base MODEL]."""
+    from understudyd.store.adapters.cli import run
+
+    raise SystemExit(run(list(arguments)))
+
+
 @main.group()
 def config() -> None:
     """Look at the configuration."""

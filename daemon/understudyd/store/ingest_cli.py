@@ -4,17 +4,17 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
-from understudy.admin import Done, Error, Line, Note, encode_line
+from understudy.admin import Done, Error, Line, Note
 from understudyd.store.batch import ingest_tree, plan_tree
 from understudyd.store.errors import StoreError, StoreErrorCode
 from understudyd.store.ingest import IngestOptions, Progress, ingest_many
 from understudyd.store.records import ModelRecord
+from understudyd.store.reporting import clean_stdout, line_progress, progress_bar
 from understudyd.store.store import Store
 
 
@@ -35,9 +35,9 @@ def run(argv: Sequence[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         if arguments.json:
-            with _clean_stdout() as write:
-                return _ingest(arguments, _line_progress(write), write)
-        with _bar(one_row=arguments.scan is not None) as progress:
+            with clean_stdout() as write:
+                return _ingest(arguments, line_progress(write), write)
+        with progress_bar(one_row=arguments.scan is not None) as progress:
             return _ingest(arguments, progress, _say)
     except BrokenPipeError:
         return 1
@@ -169,50 +169,3 @@ def _say(line: Line) -> None:
             print(f"added {result['name']}: {result['pipeline']}, {result['size_bytes'] / 2**20:.1f} MiB")
         case Error(code=code, message=message):
             print(f"error ({code}): {message}", file=sys.stderr)
-
-
-def _line_progress(write: Callable[[Line], None]) -> Progress:
-    def progress(phase: str, done: int, total: int) -> None:
-        write(Note(phase=phase, done=done, total=total))
-
-    return progress
-
-
-@contextmanager
-def _clean_stdout() -> Iterator[Callable[[Line], None]]:
-    """Keep standard output for the protocol: what others write to it goes to standard error meanwhile."""
-    sys.stdout.flush()
-    own = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with os.fdopen(os.dup(own), "wb", buffering=0) as stream:
-            yield lambda line: _write(stream.fileno(), encode_line(line))
-    finally:
-        sys.stdout.flush()
-        os.dup2(own, 1)
-        os.close(own)
-
-
-def _write(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-@contextmanager
-def _bar(*, one_row: bool) -> Iterator[Progress]:
-    """A progress bar on standard error, one row a phase, or one that the phases take turns on."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as RichProgress
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with RichProgress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as rich:
-        rows: dict[str, TaskID] = {}
-
-        def progress(phase: str, done: int, total: int) -> None:
-            row = "scan" if one_row else phase
-            if row not in rows:
-                rows[row] = rich.add_task(phase, total=None)
-            rich.update(rows[row], description=phase, completed=done, total=total or None)
-
-        yield progress

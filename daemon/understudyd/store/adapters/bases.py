@@ -12,6 +12,7 @@ from torch import nn
 
 from understudyd.store.adapters.records import BaseRecord, structure_id
 from understudyd.store.errors import StoreError, StoreErrorCode
+from understudyd.store.pretrained import quiet_libraries
 from understudyd.store.records import ModelRecord, SignatureRecord
 from understudyd.store.store import Store
 from understudyd.store.weightless import build_weightless, construct_from_config
@@ -39,7 +40,8 @@ class Base:
 
     def build(self) -> dict[str, nn.Module]:
         """The components, without weights. Raises whatever a constructor raises."""
-        return {name: build_weightless(_constructor(s)) for name, s in self.signatures.items()}
+        with quiet_libraries():
+            return {name: build_weightless(_constructor(s)) for name, s in self.signatures.items()}
 
 
 def loader_family(pipeline_class: str) -> Any | None:

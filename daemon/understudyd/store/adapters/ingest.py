@@ -82,6 +82,7 @@ def add_adapters(
     done = 0
     with store.writing() as writer:
         addition = _Addition(store, writer, options)
+        addition.find_bases()
         for file in files:
             progress(file.name, done, total)
             results.append(addition.settle(file))
@@ -99,6 +100,14 @@ class _Addition:
     writer: Writer
     options: AdapterOptions
     _bases: "list[Base]" = field(default_factory=list)
+
+    def find_bases(self) -> "list[Base]":
+        """What is tried for every file. Raises `StoreError` when there is nothing."""
+        from understudyd.store.adapters.bases import find_bases  # imports torch, for seconds
+
+        if not self._bases:
+            self._bases = find_bases(self.store, self.options.base)
+        return self._bases
 
     def settle(self, file: AdapterFile) -> ScanResult:
         """Add one and say how that went."""
@@ -160,7 +169,7 @@ class _Addition:
         from understudyd.store.adapters.normalising import normalised
 
         reasons = []
-        for base in self._candidates():
+        for base in self.find_bases():
             try:
                 return base, convert(normalised(file.path, header, base, workspace), base)
             except StoreError as error:
@@ -176,15 +185,8 @@ class _Addition:
             + ("" if is_open else ", or name that (--base)"),
         )
 
-    def _candidates(self) -> "list[Base]":
-        from understudyd.store.adapters.bases import find_bases
-
-        if not self._bases:
-            self._bases = find_bases(self.store, self.options.base)
-        return self._bases
-
     def _others(self, base: "Base") -> "list[Base]":
-        return [other for other in self._candidates() if other is not base and other.family is base.family]
+        return [other for other in self.find_bases() if other is not base and other.family is base.family]
 
 
 def _lacks(base: "Base", targets: tuple[TargetRecord, ...]) -> bool:
