@@ -140,7 +140,7 @@ class _Addition:
     def _draft(self, file: AdapterFile, header: Header, workspace: Path) -> AdapterDraft:
         base, converted = self._convert(file, header, workspace)
         path = workspace / "adapter.safetensors"
-        targets, blob = _write(path, converted)
+        targets, blob = write_targets(path, converted)
         fitting = [base, *(other for other in self._others(base) if not _lacks(other, targets))]
         models = [name for fit in fitting for name in fit.models]
         record = AdapterRecord(
@@ -199,8 +199,10 @@ def _base_records(bases: "Sequence[Base]", targets: tuple[TargetRecord, ...]) ->
     return tuple(dict.fromkeys(found))
 
 
-def _write(path: Path, converted: "Sequence[ConvertedTarget]") -> tuple[tuple[TargetRecord, ...], BlobRecord]:
-    """The blob: A and B of each target in turn, as the file had them."""
+def write_targets(
+    path: Path, converted: "Sequence[ConvertedTarget]"
+) -> tuple[tuple[TargetRecord, ...], BlobRecord]:
+    """Write the blob: A and B of each target in turn, as the file had them. Raises `OSError`."""
     from understudyd.store.signature import bytes_of, dtype_name
 
     tensors = {

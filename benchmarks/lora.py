@@ -1,0 +1,223 @@
+"""A LoRA folded beside its base, and by diffusers: `python -m benchmarks.lora [--json] [--quick]`.
+
+One Stable Diffusion 1.5 UNet of real size with random weights, LoRAs of rank 16 and 64 on its 128 attention
+projections, factors in float16 as most files have them. Both sides work on the same weights in memory with
+the same threads and read the same factors from the page cache; rounds alternate, medians, milliseconds.
+
+* `read_ms`: the adapter's blob into the arena; `fold_ms`: every weight of its overlay.
+* `diffusers_load_fuse_unfuse_ms`: `load_lora_weights`, `fuse_lora`, `unfuse_lora` and `unload_lora_weights`,
+  which is what a change of adapters costs there.
+* `ratio_cold`: that divided by read and fold together. A bind comes on top: see `benchmarks.switch`.
+* `drift_tensors`, `diffusers_drift_tensors`: base weights whose bytes are others after one round.
+
+It fails if a folded weight is not the fused one, bit for bit.
+
+Expected before the first run on two cores, fp32: 110 ms for rank 16, somewhat more for 64, diffusers 3 s.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks.kit import json_line, say, show_table, timed
+from benchmarks.real_size import checksums, sd15
+from understudy_demo import tiny
+from understudyd.stage.folding import ArenaFoldMemory, fold_steps
+from understudyd.stage.views import WeightArena
+from understudyd.store.adapters.bases import Base
+from understudyd.store.adapters.conversion import convert
+from understudyd.store.adapters.ingest import write_targets
+from understudyd.store.adapters.overlays import AppliedAdapter, plan_overlays
+from understudyd.store.adapters.records import AdapterRecord, content_id
+from understudyd.store.pretrained import quiet_libraries
+from understudyd.store.signature import Component
+
+RANKS = (16, 64)
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class WrongFold(Exception):
+    """A folded weight is not what diffusers makes of it."""
+
+
+class Scene:
+    """One adapter: the base's weights, the adapter and its overlay in one arena, diffusers over the first."""
+
+    def __init__(self, unet: nn.Module, rank: int, folder: Path) -> None:
+        component = Component("unet", unet)
+        self.signature = component.signature
+        self.file = write_lora(unet, rank, folder / f"rank-{rank}.safetensors")
+        self.adapter = self._ingest(folder / f"rank-{rank}.blob")
+        self.blob = folder / f"rank-{rank}.blob"
+        (self.plan,) = plan_overlays({"unet": self.signature}, [AppliedAdapter(self.adapter, 1.0)])
+        base_bytes, adapter_bytes = self.signature.size_bytes, self.adapter.blob.size_bytes
+        memory = torch.zeros(base_bytes + adapter_bytes + self.plan.size_bytes, dtype=torch.uint8)
+        self.arena = WeightArena(memory)
+        self._adapter_bytes = memory[base_bytes : base_bytes + adapter_bytes].numpy()
+        self._fold_memory = ArenaFoldMemory(self.arena, 0, [base_bytes], base_bytes + adapter_bytes)
+        for record in self.signature.tensors:
+            parameter = unet.get_parameter(record.path)
+            view = self.arena.tensor(record, 0)
+            view.copy_(parameter.data)
+            parameter.data = view
+        self.pipeline: Any = tiny.stable_diffusion(0)
+        self.pipeline.register_modules(unet=unet)
+
+    def _ingest(self, blob: Path) -> AdapterRecord:
+        base = Base(StableDiffusionLoraLoaderMixin, {"unet": self.signature}, ("sd15",))
+        targets, record = write_targets(blob, convert(self.file, base))
+        return AdapterRecord(
+            name="lora",
+            family=base.family.__name__,
+            bases=base.records,
+            base_model="sd15",
+            targets=targets,
+            blob=record,
+            content=content_id(targets, record),
+        )
+
+    def read(self) -> None:
+        """What a loader does."""
+        fd = os.open(self.blob, os.O_RDONLY)
+        try:
+            size = os.preadv(fd, [self._adapter_bytes], self.adapter.blob.data_start_bytes)
+        finally:
+            os.close(fd)
+        if size != self.adapter.blob.size_bytes:
+            raise OSError(f"{self.blob} is shorter than it was")
+
+    def fold(self) -> None:
+        """All steps."""
+        for _ in fold_steps(self.plan, self._fold_memory):
+            pass
+
+    def load(self) -> None:
+        self.pipeline.load_lora_weights(str(self.file), adapter_name="lora")
+
+    def fuse(self) -> None:
+        self.pipeline.fuse_lora(["unet"], adapter_names=["lora"])
+
+    def unfuse(self) -> None:
+        self.pipeline.unfuse_lora(["unet"])
+
+    def unload(self) -> None:
+        self.pipeline.unload_lora_weights()
+
+    # -- what is checked -----------------------------------------------------------------------------
+
+    def targets(self) -> dict[str, Tensor]:
+        """The base's weights that are changed."""
+        return {w.base.path: self._fold_memory.base(w.base) for w in self.plan.weights}
+
+    def compare(self) -> None:
+        """The base's memory holds fused weights now: they must be the overlay's."""
+        for weight in self.plan.weights:
+            if not torch.equal(self._fold_memory.base(weight.base), self._fold_memory.folded(weight.folded)):
+                raise WrongFold(f"{weight.base.path} differs from diffusers' fused weight")
+
+    def checksums(self) -> dict[str, int]:
+        return checksums((record, self.arena.tensor(record, 0)) for record in self.signature.tensors)
+
+
+def write_lora(unet: nn.Module, rank: int, path: Path) -> Path:
+    """Random factors for every attention projection, under diffusers' names."""
+    torch.manual_seed(rank)
+    state: dict[str, Tensor] = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(PROJECTIONS):
+            wide_out, wide_in = module.weight.shape
+            state[f"unet.{name}.lora_A.weight"] = 0.05 * torch.randn(rank, wide_in)
+            state[f"unet.{name}.lora_B.weight"] = 0.05 * torch.randn(wide_out, rank)
+    save_file({key: tensor.half() for key, tensor in state.items()}, path, metadata={"format": "pt"})
+    return path
+
+
+def measure(scene: Scene, rounds: int) -> dict[str, float | int]:
+    """Medians over the rounds."""
+    pristine = scene.checksums()
+    kept = {path: weight.clone() for path, weight in scene.targets().items()}
+    times: dict[str, list[float]] = {}
+    drift = drift_there = 0
+
+    def take(key: str, action: Callable[[], None]) -> None:
+        started_s = time.perf_counter()
+        action()
+        times.setdefault(key, []).append((time.perf_counter() - started_s) * 1e3)
+
+    scene.read()
+    scene.fold()  # first touch of the overlay's pages: a running arena's were touched long ago
+    for _ in range(rounds):
+        take("read", scene.read)
+        take("fold", scene.fold)
+        drift = max(drift, _differences(pristine, scene.checksums()))
+        with quiet_libraries():
+            take("load", scene.load)
+            take("fuse", scene.fuse)
+            scene.compare()
+            take("unfuse", scene.unfuse)
+            take("unload", scene.unload)
+        drift_there = max(drift_there, _differences(pristine, scene.checksums()))
+        for path, weight in scene.targets().items():
+            weight.copy_(kept[path])
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    theirs = sum(medians[key] for key in ("load", "fuse", "unfuse", "unload"))
+    return {
+        "targets": len(scene.plan.weights),
+        "overlay_bytes": scene.plan.size_bytes,
+        "adapter_bytes": scene.adapter.blob.size_bytes,
+        "read_ms": medians["read"],
+        "fold_ms": medians["fold"],
+        "diffusers_load_fuse_unfuse_ms": theirs,
+        "diffusers_load_ms": medians["load"],
+        "diffusers_fuse_ms": medians["fuse"],
+        "diffusers_unfuse_ms": medians["unfuse"],
+        "ratio_cold": theirs / (medians["read"] + medians["fold"]),
+        "drift_tensors": drift,
+        "diffusers_drift_tensors": drift_there,
+    }
+
+
+def _differences(one: dict[str, int], other: dict[str, int]) -> int:
+    return sum(one[path] != other[path] for path in one)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--quick", action="store_true", help="narrow channels and one round, for tests")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="the base's (fp32)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's (all cores)")
+    parser.add_argument("--rounds", type=int, default=None, help="per rank (5; 1 when quick)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    rounds = options.rounds or (1 if options.quick else 5)
+    found = {}
+    for rank in RANKS:
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            with timed(f"rank {rank}: the scene"):
+                unet = sd15(narrow=options.quick).builders["unet"]()
+                scene = Scene(unet.to(DTYPES[options.dtype]).eval().requires_grad_(False), rank, Path(folder))
+            with timed(f"rank {rank}: {rounds} rounds"):
+                found[f"sd15_rank_{rank}"] = measure(scene, rounds)
+            del scene, unet
+    say(f"Stable Diffusion 1.5, {options.dtype}, {options.threads} threads")
+    keys = list(next(iter(found.values())))
+    rows = [[key, *(f"{figures[key]:,.5g}" for figures in found.values())] for key in keys]
+    show_table("LoRA", ["", *found], rows)
+    if options.json:
+        json_line(found)
+
+
+if __name__ == "__main__":
+    main()
