@@ -8,6 +8,7 @@ the same threads and read the same factors from the page cache; rounds alternate
 * `diffusers_load_fuse_unfuse_ms`: `load_lora_weights`, `fuse_lora`, `unfuse_lora` and `unload_lora_weights`,
   which is what a change of adapters costs there.
 * `ratio_cold`: that divided by read and fold together. A bind comes on top: see `benchmarks.switch`.
+* `*_cpu*`: the same in processor time, which a busy machine distorts less; with `--threads 1`.
 * `drift_tensors`, `diffusers_drift_tensors`: base weights whose bytes are others after one round.
 
 It fails if a folded weight is not the fused one, bit for bit.
@@ -43,6 +44,8 @@ from understudyd.store.pretrained import quiet_libraries
 from understudyd.store.signature import Component
 
 RANKS = (16, 64)
+SHIFT = 997
+THEIRS = ("load", "fuse", "unfuse", "unload")
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -130,6 +133,19 @@ class Scene:
         return checksums((record, self.arena.tensor(record, 0)) for record in self.signature.tensors)
 
 
+def random_unet(narrow: bool, dtype: torch.dtype) -> nn.Module:
+    """The architecture with cheap random weights: pieces of one block that are shifted against each other."""
+    with torch.device("meta"):
+        unet = sd15(narrow=narrow).builders["unet"]().to(dtype)
+    unet = unet.to_empty(device="cpu").eval().requires_grad_(False)
+    torch.manual_seed(0)
+    longest = max(parameter.numel() for parameter in unet.parameters())
+    block = 0.02 * torch.randn(longest + SHIFT * sum(1 for _ in unet.parameters()))
+    for number, parameter in enumerate(unet.parameters()):
+        parameter.copy_(block[number * SHIFT :][: parameter.numel()].reshape(parameter.shape))
+    return unet
+
+
 def write_lora(unet: nn.Module, rank: int, path: Path) -> Path:
     """Random factors for every attention projection, under diffusers' names."""
     torch.manual_seed(rank)
@@ -148,12 +164,14 @@ def measure(scene: Scene, rounds: int) -> dict[str, float | int]:
     pristine = scene.checksums()
     kept = {path: weight.clone() for path, weight in scene.targets().items()}
     times: dict[str, list[float]] = {}
+    cpu_times: dict[str, list[float]] = {}
     drift = drift_there = 0
 
     def take(key: str, action: Callable[[], None]) -> None:
-        started_s = time.perf_counter()
+        started_s, cpu_started_s = time.perf_counter(), time.process_time()
         action()
         times.setdefault(key, []).append((time.perf_counter() - started_s) * 1e3)
+        cpu_times.setdefault(key, []).append((time.process_time() - cpu_started_s) * 1e3)
 
     scene.read()
     scene.fold()  # first touch of the overlay's pages: a running arena's were touched long ago
@@ -171,7 +189,8 @@ def measure(scene: Scene, rounds: int) -> dict[str, float | int]:
         for path, weight in scene.targets().items():
             weight.copy_(kept[path])
     medians = {key: statistics.median(values) for key, values in times.items()}
-    theirs = sum(medians[key] for key in ("load", "fuse", "unfuse", "unload"))
+    cpu_medians = {key: statistics.median(values) for key, values in cpu_times.items()}
+    theirs, theirs_cpu = (sum(m[key] for key in THEIRS) for m in (medians, cpu_medians))
     return {
         "targets": len(scene.plan.weights),
         "overlay_bytes": scene.plan.size_bytes,
@@ -183,6 +202,9 @@ def measure(scene: Scene, rounds: int) -> dict[str, float | int]:
         "diffusers_fuse_ms": medians["fuse"],
         "diffusers_unfuse_ms": medians["unfuse"],
         "ratio_cold": theirs / (medians["read"] + medians["fold"]),
+        "fold_cpu_ms": cpu_medians["fold"],
+        "diffusers_cpu_ms": theirs_cpu,
+        "ratio_cold_cpu": theirs_cpu / (cpu_medians["read"] + cpu_medians["fold"]),
         "drift_tensors": drift,
         "diffusers_drift_tensors": drift_there,
     }
@@ -206,11 +228,10 @@ def main(arguments: list[str] | None = None) -> None:
     for rank in RANKS:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             with timed(f"rank {rank}: the scene"):
-                unet = sd15(narrow=options.quick).builders["unet"]()
-                scene = Scene(unet.to(DTYPES[options.dtype]).eval().requires_grad_(False), rank, Path(folder))
+                scene = Scene(random_unet(options.quick, DTYPES[options.dtype]), rank, Path(folder))
             with timed(f"rank {rank}: {rounds} rounds"):
                 found[f"sd15_rank_{rank}"] = measure(scene, rounds)
-            del scene, unet
+            del scene
     say(f"Stable Diffusion 1.5, {options.dtype}, {options.threads} threads")
     keys = list(next(iter(found.values())))
     rows = [[key, *(f"{figures[key]:,.5g}" for figures in found.values())] for key in keys]

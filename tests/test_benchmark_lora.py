@@ -6,13 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import lora
-from benchmarks.real_size import sd15
 
 
 @pytest.fixture
 def scene(tmp_path: Path) -> lora.Scene:
-    unet = sd15(narrow=True).builders["unet"]()
-    return lora.Scene(unet.eval().requires_grad_(False), 4, tmp_path)
+    return lora.Scene(lora.random_unet(True, torch.float16), 4, tmp_path)
 
 
 def test_figures_of_one_round(scene: lora.Scene) -> None:
