@@ -61,13 +61,18 @@ def make_adapter(pipeline: Any, making: Making) -> MadeAdapter:
             lora_alpha=making.alpha,
             target_modules=list(targets),
             init_lora_weights=False,
-            **making.settings,
+            **{key: _of(targets, value) for key, value in making.settings.items()},
         )
         module.add_adapter(config, "made")
         state = get_peft_model_state_dict(module, adapter_name="made")
         layers[name] = {key: (0.3 * t.detach()).to(making.dtype).contiguous() for key, t in state.items()}
         configs[name] = module.peft_config["made"]
     return MadeAdapter(layers, configs)
+
+
+def _of(targets: Sequence[str], setting: Any) -> Any:
+    """Of a pattern, what is about these layers: PEFT warns of the rest."""
+    return {k: v for k, v in setting.items() if k in targets} if isinstance(setting, dict) else setting
 
 
 # -- writing it as others do -----------------------------------------------------------------------
@@ -163,6 +168,41 @@ def write_kohya(
                 state[f"{flat}.alpha"] = torch.tensor(alphas[modules % len(alphas)], dtype=tensor.dtype)
                 modules += 1
     return write(path, state, metadata)
+
+
+def write_civitai_xl(made: MadeAdapter, path: Path, *, layers_per_block: int = 1) -> Path:
+    """SDXL as sd-scripts trains it: the blocks of Stability's own code, in sd-scripts' flat names."""
+    state: State = {}
+    for key, tensor in made.layers["unet"].items():
+        module, _, factor = key.removesuffix(".weight").rpartition(".lora_")
+        flat = "lora_unet_" + _stabilitys_name(module, layers_per_block + 1).replace(".", "_")
+        state[f"{flat}.lora_{_DIRECTIONS[factor]}.weight"] = tensor
+        state[f"{flat}.alpha"] = torch.tensor(3.0)
+    return write(path, state)
+
+
+_RESNET_NAMES = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def _stabilitys_name(module: str, per_block: int) -> str:
+    """`down_blocks.1.attentions.0.x` is `input_blocks.3.1.x` where a block has two entries."""
+    side, _, rest = module.partition(".")
+    if side == "mid_block":
+        kind, number, inner = rest.split(".", 2)
+        return f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}.{_inner(kind, inner)}"
+    block, kind, layer, inner = rest.split(".", 3)
+    place = int(block) * per_block + int(layer)
+    start = {"down_blocks": f"input_blocks.{1 + place}", "up_blocks": f"output_blocks.{place}"}[side]
+    return f"{start}.{int(kind == 'attentions')}.{_inner(kind, inner)}"
+
+
+def _inner(kind: str, name: str) -> str:
+    return _RESNET_NAMES[name] if kind == "resnets" else name
 
 
 def write(path: Path, state: State, metadata: Mapping[str, str] | None = None) -> Path:

@@ -64,6 +64,7 @@ CONV = {"unet": kit.CONV_LAYERS}
 TEXT = {"text_encoder": kit.TEXT_LAYERS}
 XL_TEXT = {"text_encoder": kit.TEXT_LAYERS, "text_encoder_2": kit.TEXT_LAYERS}
 FLUX = {"transformer": kit.FLUX_LAYERS}
+RANKS = {"rank_pattern": {"to_q": 2, "proj_in": 3, "fc1": 2}}
 PATTERNS = {"rank_pattern": {"to_q": 2, "proj_in": 3}, "alpha_pattern": {"to_k": 5, "to_q": 3}}
 
 CASES = [
@@ -77,10 +78,13 @@ CASES = [
     Case("rank-stabilised", "sd", [Written(Making(UNET, rank=3, settings={"use_rslora": True}), 0.77)]),
     Case("kohya", "sd", [Written(Making(CONV | TEXT), 0.8, kohya(2.0))]),
     Case("kohya-alphas", "sd", [Written(Making(CONV | TEXT), 0.8, kohya(1.0, 2.0, 4.5))]),
+    Case("kohya-ranks", "sd", [Written(Making(CONV | TEXT, settings=RANKS), 0.8, kohya(1.0, 2.0, 5.0))]),
+    Case("bare-ranks", "sd", [Written(Making(CONV, settings=RANKS), 0.8, kit.write_diffusers_bare)]),
     Case("half-file", "sd", [Written(Making(CONV | TEXT, dtype=torch.float16), 0.8, kohya(1.0, 3.0))]),
     Case("old", "sd", [Written(Making(ATTENTION), 0.5, kit.write_attn_processors_prefixed)]),
     Case("xl", "sdxl", [Written(Making(CONV | XL_TEXT, alpha=3), 0.6)]),
     Case("xl-kohya", "sdxl", [Written(Making(CONV | XL_TEXT), 0.6, kohya(1.0, 2.0))]),
+    Case("xl-civitai", "sdxl", [Written(Making(CONV), 0.6, kit.write_civitai_xl)]),
     Case("xl-two", "sdxl", [Written(Making(CONV), 0.6),
                             Written(Making(UNET | XL_TEXT, rank=2, seed=3), 1.1)]),
     Case("sd3", "sd3", [Written(Making({"transformer": kit.FLUX_LAYERS} | XL_TEXT, alpha=3), 0.6)]),
