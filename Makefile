@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest \
+.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest bench-lora \
   gpu-check docs-models docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -45,6 +45,9 @@ bench-coldstart: $(STAMP)  ## from nothing to the first image
 
 bench-ingest: $(STAMP)  ## a scan of 200 models, a single-file checkpoint of real size
 	@$(BIN)/python -m benchmarks.ingest --json
+
+bench-lora: $(STAMP)  ## a LoRA folded, beside diffusers' load, fuse and unfuse
+	@$(BIN)/python -m benchmarks.lora --json
 
 # Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
 gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so
