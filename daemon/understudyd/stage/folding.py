@@ -66,19 +66,23 @@ def fold(base: Tensor, parts: Sequence[FoldPart], out: Tensor) -> None:
 def _steps(base: Tensor, parts: Sequence[FoldPart], out: Tensor) -> Iterator[None]:
     if not parts:
         out.copy_(base)
-    so_far = base
-    for part in parts:
-        torch.add(so_far, _delta(part, base), out=out)
-        so_far = out
+    for number, part in enumerate(parts):
+        if number:
+            out.add_(_delta(part, base, torch.empty_like(out)))
+        else:  # a sum of two is the same in either order, and its place is there already
+            _delta(part, base, out).add_(base)
         yield
 
 
-def _delta(part: FoldPart, base: Tensor) -> Tensor:
+def _delta(part: FoldPart, base: Tensor, out: Tensor) -> Tensor:
+    """Write what the part adds to `base`, rounded to its dtype, to `out`; returns that."""
     dtype = base.dtype
     down, up = part.down.to(dtype), part.up.to(dtype)
     if base.device.type == "cpu" and dtype in _HALF_TYPES:
         down, up = down.float(), up.float()
-    if base.dim() == 2:
+    if base.dim() == 2 and down.dtype == dtype:
+        product = torch.mm(up, down, out=out)
+    elif base.dim() == 2:
         product = up @ down
     elif base.shape[2:] == (1, 1):
         product = (up.squeeze(3).squeeze(2) @ down.squeeze(3).squeeze(2)).unsqueeze(2).unsqueeze(3)
@@ -86,7 +90,7 @@ def _delta(part: FoldPart, base: Tensor) -> Tensor:
         product = _CONVOLVE[base.dim()](down.transpose(0, 1), up).transpose(0, 1)
     if part.scaling != 1.0:
         product.mul_(part.scaling)
-    return product.to(dtype)
+    return out if product is out else out.copy_(product)
 
 
 def scaling_of(target: TargetRecord, scale: float) -> float:
@@ -179,6 +183,8 @@ def _blame(plan: OverlayPlan, weight: FoldedWeight, memory: FoldMemory) -> str:
     if not is_finite(base):
         return f"{where} of the base model is not finite; its file is broken"
     terms = list(zip(weight.terms, _parts(plan, weight, memory), strict=True))
-    guilty = [term for term, part in terms if not is_finite(_delta(part, base))] or weight.terms
+    guilty = [
+        term for term, part in terms if not is_finite(_delta(part, base, torch.empty_like(base)))
+    ] or weight.terms
     names = ", ".join(f"{a.record.name!r} at {a.scale:g}" for a in (plan.adapters[t.adapter] for t in guilty))
     return f"{where} is not finite with adapter {names}; use a smaller scale or another adapter"
