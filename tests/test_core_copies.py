@@ -186,9 +186,9 @@ def test_what_can_be_reloaded_from_the_pool_is_evicted_sooner() -> None:
             world.ask(name)
             world.run()
         machine = world.machine
-        needs = Needs(machine.policy.settings, machine.queue, machine.residency.models, None)
-        *_, prices = machine.policy.prices(machine.residency, needs, "new")
-        by_blob = {extent.blob: price for extent, price in prices.items()}
+        needs = Needs(machine.policy.settings, machine.queue, machine.residency.ready, None)
+        candidates = machine.policy.candidates(machine.residency, needs, "new")
+        by_blob = {extent.blob: price for price, extent in candidates}
         assert machine.forecast.chance("copied") > machine.forecast.chance("bare")
         assert by_blob["copied.0"] < by_blob["bare.0"]
 

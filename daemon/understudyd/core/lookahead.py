@@ -6,11 +6,11 @@ finds no loader or no room, nothing behind it is started; but loaders that are i
 waits, and then what is likely, as far as the host pool (`fetching.py`).
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator
 
+from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Load, Loader, Model
-from understudyd.core.extents import Prices
+from understudyd.core.extents import Extent, Priced
 from understudyd.core.fetching import Fetching
 from understudyd.core.policy import Needs, Policy
 from understudyd.core.queueing import RequestQueue
@@ -19,10 +19,10 @@ from understudyd.core.states import BlobState
 
 
 class Lookahead:
-    """Starts and stops loads. `wanted` are the models that an operator wants resident, once."""
+    """Starts and stops loads."""
 
-    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency) -> None:
-        self.wanted: OrderedDict[str, None] = OrderedDict()
+    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency, demand: Demand) -> None:
+        self._demand, self._wanted = demand, demand.wanted
         self._policy = policy
         self._queue = queue
         self._residency = residency
@@ -40,20 +40,18 @@ class Lookahead:
         """Have loaders that are still idle fill the host pool."""
         self._fetching.start(now_s)
 
-    def prices(self, model: Model) -> Prices:
+    def prices(self, model: Model) -> dict[Extent, float]:
         """What evicting each extent loses for a load on behalf of this model while nothing is on stage."""
-        residency = self._residency
-        needs = Needs(self._policy.settings, self._queue, residency.models, None, self.wanted)
-        *_, prices = self._policy.prices(residency, needs, model.name)
-        return prices
+        candidates = self._policy.candidates(self._residency, self._needs(None), model.name)
+        return {extent: price for price, extent in candidates}
 
     def stuck_on(self, stage_is_busy: bool, now_s: float) -> Model | None:
         """The model that cannot be loaded though nothing is under way that would change this."""
-        if stage_is_busy or not (self._queue or self.wanted) or not self._residency.is_still():
+        if stage_is_busy or not (self._queue or self._wanted) or not self._residency.is_still():
             return None
         models = self._residency.models
         ready = self._residency.ready
-        names = self._policy.to_load(self._queue, ready, stage_is_busy) or list(self.wanted)
+        names = self._policy.to_load(self._queue, ready, stage_is_busy) or list(self._wanted)
         model = models[names[0]] if names else None
         states = set() if model is None else {blob.state for blob in model.blobs}
         if model is None or BlobState.ABSENT not in states or BlobState.FETCHING in states:
@@ -68,12 +66,15 @@ class Lookahead:
 
     # -- inside -------------------------------------------------------------------------------------
 
+    def _needs(self, on_stage: str | None) -> Needs:
+        return Needs(self._policy.settings, self._queue, self._residency.ready, on_stage, self._wanted)
+
     def _start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         residency, settings = self._residency, self._policy.settings
         models = residency.models
 
         def needs() -> Needs:  # anew for every blob: evicting for one may change who is ready
-            return Needs(settings, self._queue, models, on_stage, self.wanted)
+            return self._needs(on_stage)
 
         if next(residency.idle_loaders(), None) is None:
             self._make_way_for_a_loader(needs, stage_is_busy, now_s)
@@ -111,12 +112,12 @@ class Lookahead:
     def _begin(self, model: Model, blob: Blob, loader: Loader, needs: Needs, now_s: float) -> bool:
         """Start one load; False when there is no room for it."""
 
-        def pricing() -> Iterator[Prices]:
-            return self._policy.prices(self._residency, needs, model.name)
+        def candidates() -> Iterator[Priced]:
+            return self._policy.candidates(self._residency, needs, model.name)
 
         if self._no_room == self._situation(model, blob, needs):
             return False
-        if self._residency.begin_load(blob, loader, pricing, now_s):
+        if self._residency.begin_load(blob, loader, candidates, now_s):
             return True
         self._no_room = self._situation(model, blob, needs)
         return False
@@ -132,14 +133,14 @@ class Lookahead:
             needs.rank(model.name),
             self._residency.changes,
             self._queue.withdrawals,
-            tuple(self.wanted),
+            tuple(self._wanted),
         )
 
     def _load_wanted(self, needs: Callable[[], Needs], now_s: float) -> None:
         models, ready = self._residency.models, self._residency.ready
-        for name in [n for n in self.wanted if n in ready]:
-            del self.wanted[name]
-        for name in self.wanted:
+        for name in [n for n in self._wanted if n in ready]:
+            del self._wanted[name]
+        for name in self._wanted:
             if not self._load(models[name], needs, now_s):
                 return
 
@@ -190,19 +191,15 @@ class Lookahead:
         arena, size_bytes = self._residency.arena, blob.info.size_bytes
         if arena.largest_gap_bytes >= arena.rounded(size_bytes):
             return True
-        pricing = self._policy.prices(self._residency, needs, model.name)
-        if any(arena.cheapest_window(size_bytes, prices) for prices in pricing):
+        candidates = self._policy.candidates(self._residency, needs, model.name)
+        if arena.cheapest_window(size_bytes, candidates) is not None:
             return True
         self._no_room = situation
         return False
 
     def _is_needed(self, blob: Blob) -> bool:
         """A request waits for it, an operator wants it or it is pinned."""
-        return (
-            not self._queue.models().isdisjoint(blob.models)
-            or not self.wanted.keys().isdisjoint(blob.models)
-            or self._residency.is_pinned(blob)
-        )
+        return self._demand.awaits(blob) or self._residency.is_pinned(blob)
 
     def _prefetch(self, now_s: float) -> None:
         """Idle loaders fill free memory with what is likeliest to be asked for; nothing is evicted."""

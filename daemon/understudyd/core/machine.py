@@ -14,6 +14,7 @@ from understudyd.core import events as ev
 from understudyd.core.actions import AcceptRequest, Action, AnswerRequest, CancelRun, PauseLoads, PutOnDeck
 from understudyd.core.catalogue import Catalogue
 from understudyd.core.decisions import Decisions
+from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
 from understudyd.core.lookahead import Lookahead
@@ -54,12 +55,13 @@ class Machine:
         self.queue = self.policy.settings.queue(max_waiting)
         bounds = (self.policy.settings.max_wait_s, self.policy.settings.max_skips)
         self.decisions = Decisions(decisions, self.queue, self.forecast, *bounds) if decisions else None
+        demand = Demand(self.queue, self.forecast)
+        self.wanted = demand.wanted
         self.residency = Residency(
-            arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self._copy_worth, self.decisions
+            arena_bytes, pool_bytes, quarantine_grace_s, self._actions, demand, self.decisions
         )
         self.catalogue = Catalogue(self.residency, self.policy, self._actions)
-        self._lookahead = Lookahead(self.policy, self.queue, self.residency)
-        self.wanted = self._lookahead.wanted
+        self._lookahead = Lookahead(self.policy, self.queue, self.residency, demand)
         self.on_deck: Request | None = None
         self.running: dict[str, Request] = {}
         self._staged: Model | None = None
@@ -309,9 +311,6 @@ class Machine:
         self.running.pop(request_id, None)
         if self.on_deck is request:
             self.on_deck = None
-
-    def _copy_worth(self, blob: Blob) -> float:
-        return self.policy.copy_worth(self.queue, blob)
 
     # -- settling -----------------------------------------------------------------------------------
 

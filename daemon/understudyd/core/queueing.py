@@ -26,7 +26,8 @@ class RequestQueue:
     Everything is kept sorted, so that nothing is sorted, and little is walked through, per event. Whom the
     limits `pressing` or `bound` concern is kept under these names. Unless the queue `is_fair`, all tags are
     equal and the fair order is that of arrival. `withdrawals` counts those who left without running,
-    `relieved` how often nobody waited for a model any more.
+    `relieved` how often nobody waited for a model any more. `turned` collects the models that have begun or
+    ceased to be waited for, until somebody takes note.
     """
 
     def __init__(self, max_waiting: int, pressing: Limits, bound: Limits, *, is_fair: bool = True) -> None:
@@ -34,6 +35,7 @@ class RequestQueue:
         self.requests: dict[str, Request] = {}
         self.withdrawals = 0
         self.relieved = 0
+        self.turned: dict[str, None] = {}
         self.pressing = Patience(pressing)
         self.bound = Patience(bound)
         self._tags = FairTags(max_waiting) if is_fair else None
@@ -66,6 +68,7 @@ class RequestQueue:
         ahead = bisect_left(self._turns, request.turn)
         self._turns.insert(ahead, request.turn)
         self._of_models.add(request.model, request.place)
+        self.turned[request.model] = None
         self._of_clients.add(info.client, request.turn)
         for patience in (self.pressing, self.bound):
             if patience.limits.skips <= 0:
@@ -191,6 +194,7 @@ class RequestQueue:
         self._of_clients.remove(request.info.client, request.turn)
         if not self._of_models.remove(request.model, request.place):
             self.relieved += 1
+            self.turned[request.model] = None
         for patience in (self.pressing, self.bound):
             patience.leave(request)
         self._left += 1

@@ -1,0 +1,128 @@
+"""What may leave the arena and the host pool, filed by who would miss it.
+
+Going over hundreds of extents whenever one is wanted takes longer than anybody should wait. So whatever may
+change a blob's place only marks the blob, and whoever wants an extent has those blobs filed anew first.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from understudyd.core.demand import Demand
+from understudyd.core.entities import Blob, Model
+from understudyd.core.extents import Extent
+from understudyd.core.spare import Spare
+from understudyd.core.states import BlobState, ExtentState
+
+RELOAD_FROM_POOL = 0.2
+"""A load from the host pool counts so much of one from disk."""
+
+_REFRESHED = 8
+
+
+class Evictables:
+    """Extents that may be evicted: ready, with views, neither leased nor pinned.
+
+    `spare` are those that nobody waits for, `partial` those that only models wait for which lack others
+    still. What a ready model waits for is found by its model (`policy.py`). `copies` are copies in the host
+    pool that are not about to be read.
+    """
+
+    def __init__(
+        self,
+        demand: Demand,
+        models: Mapping[str, Model],
+        ready: Mapping[str, Model],
+        pinned: Mapping[str, Model],
+    ) -> None:
+        self._demand, self._models, self._ready, self._pinned = demand, models, ready, pinned
+        self._blobs: dict[Extent, Blob] = {}
+        self._marked: dict[Blob, None] = {}
+        self._extents: dict[Blob, Extent] = {}
+        self._copies: dict[Blob, Extent] = {}
+        self.spare = Spare(self._price)
+        self.partial: dict[Extent, Blob] = {}
+        self.copies = Spare(lambda copy: demand.estimate(self._blobs[copy]))
+
+    def mark(self, blobs: Iterable[Blob]) -> None:
+        """Something about these blobs may have changed."""
+        for blob in blobs:
+            self._marked[blob] = None
+
+    def refresh(self) -> None:
+        """File anew what was marked, and look at some prices again."""
+        for name in self._demand.turned():
+            if name in self._models:
+                self.mark(self._models[name].blobs)
+        for blob in self._marked:
+            self._file_extent(blob)
+            self._file_copy(blob)
+        self._marked.clear()
+        self.spare.refresh(_REFRESHED)
+        self.copies.refresh(_REFRESHED)
+
+    def blob_of(self, extent: Extent) -> Blob:
+        """The blob of a filed extent."""
+        return self._blobs[extent]
+
+    def may_leave(self, blob: Blob) -> bool:
+        """It is in the arena and may be evicted."""
+        extent = blob.extent
+        if extent is None or extent.life.state is not ExtentState.READY:
+            return False
+        if blob.life.state is not BlobState.RESIDENT:
+            return False
+        return not self._pinned or self._pinned.keys().isdisjoint(blob.models)
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _price(self, extent: Extent) -> float:
+        blob = self._blobs[extent]
+        chance = self._demand.estimate(blob)
+        return chance * RELOAD_FROM_POOL if blob.has_copy else chance
+
+    def _file_extent(self, blob: Blob) -> None:
+        filed = self._extents.pop(blob, None)
+        if filed is not None and filed is not blob.extent:
+            self._drop(filed)
+        extent = blob.extent
+        if extent is None:
+            return
+        if not self.may_leave(blob):
+            self._drop(extent)
+            return
+        self._extents[blob], self._blobs[extent] = extent, blob
+        if not self._demand.awaits(blob):
+            self.partial.pop(extent, None)
+            self.spare.put(extent)
+            return
+        self.spare.discard(extent)
+        if self._is_awaited_by_ready(blob):
+            self.partial.pop(extent, None)
+        else:
+            self.partial[extent] = blob
+
+    def _is_awaited_by_ready(self, blob: Blob) -> bool:
+        ready, awaited = self._ready, self._demand.awaited
+        if len(blob.models) < len(ready):
+            return any(name in ready and name in awaited for name in blob.models)
+        return any(name in blob.models and name in awaited for name in ready)
+
+    def _drop(self, extent: Extent) -> None:
+        self.spare.discard(extent)
+        self.partial.pop(extent, None)
+        self._blobs.pop(extent, None)
+
+    def _file_copy(self, blob: Blob) -> None:
+        filed = self._copies.pop(blob, None)
+        if filed is not None and filed is not blob.copy:
+            self.copies.discard(filed)
+            self._blobs.pop(filed, None)
+        copy = blob.copy
+        if copy is None:
+            return
+        is_coming = blob.state is not BlobState.RESIDENT and self._demand.awaits(blob)
+        if copy.life.state is not ExtentState.READY or is_coming:
+            self.copies.discard(copy)
+            self._blobs.pop(copy, None)
+            return
+        self._copies[blob], self._blobs[copy] = copy, blob
+        self.copies.put(copy)
