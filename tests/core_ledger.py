@@ -15,6 +15,7 @@ from understudyd.core import events as ev
 from understudyd.core.machine import Machine
 from understudyd.core.policy import Needs
 from understudyd.core.states import BlobState
+from understudyd.core.timely import Timely
 from understudyd.core.types import ModelInfo, Outcome, RequestInfo
 
 PAGE = 4096
@@ -309,19 +310,25 @@ class Ledger:
         if policy.settings.lookahead or not stage_is_busy:
             to_load = policy.to_load(queue, residency.ready, stage_is_busy)
             assert to_load == lacking[: max(1, policy.settings.lookahead)]
-            for name in to_load:
+            may_change = policy.settings.order != "fcfs"
+            timely = Timely(queue, residency, self.machine.outlook, may_change=may_change)
+            order = timely.order(to_load, now_s)
+            for name in order:
                 states = {b.state for b in residency.models[name].blobs}
                 if BlobState.FETCHING in states:
                     break  # there was no room for it, so that it goes to the host pool; the rest comes after
                 if BlobState.ABSENT in states:
-                    self._cannot_be_loaded(name, now_s)
+                    self._cannot_be_loaded(name, order, now_s)
+                    break
+                if timely.keeps_others_waiting(residency.models[name], now_s):
                     break
 
-    def _cannot_be_loaded(self, name: str, now_s: float) -> None:
+    def _cannot_be_loaded(self, name: str, order: list[str], now_s: float) -> None:
         machine, residency = self.machine, self.machine.residency
         needs = Needs(
             machine.policy.settings, machine.queue, residency.ready, machine.on_stage, machine.wanted
         )
+        needs.exchange(order)
         for absent in residency.models[name].blobs:
             if absent.state is BlobState.ABSENT and absent.retry_at_s <= now_s:
                 is_idle = next(residency.idle_loaders(), None) is not None

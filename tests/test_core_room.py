@@ -41,7 +41,7 @@ def test_what_is_pinned_moves_out_of_the_way() -> None:
             0,
             2 * PAGE,
         )
-        drop = world.of(ac.DropViews)[-1]
+        drop = next(view for view in world.of(ac.DropViews) if view.blob == move.blob)
         build = next(view for view in world.of(ac.BuildViews) if view.generation == move.generation)
         assert drop.generation < move.generation and build.offset == 0
 

@@ -10,11 +10,12 @@ from understudyd.core.types import ErrorCode, Tier
 
 @dataclass(frozen=True, slots=True)
 class AcceptRequest:
-    """Tell the client its place: `position` 0 is next on stage."""
+    """Tell the client its place: `position` 0 is next on stage, which should be in `estimated_wait_s`."""
 
     request_id: str
     position: int
     tier: Tier
+    estimated_wait_s: float
 
 
 @dataclass(frozen=True, slots=True)

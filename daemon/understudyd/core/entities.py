@@ -100,7 +100,7 @@ class Model:
 class Load:
     """A blob under way to the arena (`extent`), the host pool (`copy`) or both.
 
-    `from_pool`: the copy was there before and is read.
+    `from_pool`: the copy was there before and is read. `had_company`: another load was under way meanwhile.
     """
 
     id: int
@@ -111,6 +111,7 @@ class Load:
     from_pool: bool
     started_at_s: float
     is_cancelling: bool = False
+    had_company: bool = False
 
 
 @dataclass(eq=False, slots=True)

@@ -99,10 +99,10 @@ class ArenaMap:
 
     # -- changing -----------------------------------------------------------------------------------
 
-    def allocate(self, size_bytes: int, blob: str) -> Extent | None:
-        """A FILLING extent in the smallest gap that fits, or None."""
+    def allocate(self, size_bytes: int, blob: str, room_bytes: int = 0) -> Extent | None:
+        """A FILLING extent in the smallest gap that fits and has so much room behind it, or None."""
         need = self.rounded(size_bytes)
-        fitting = [(size, offset) for offset, size in self._gaps.items() if size >= need]
+        fitting = [(size, offset) for offset, size in self._gaps.items() if size >= need + room_bytes]
         if not fitting:
             return None
         size, offset = min(fitting)

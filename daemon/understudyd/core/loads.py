@@ -38,6 +38,9 @@ class Loads:
         loader.life.to(LoaderState.BUSY, now_s, f"load {load.id}")
         blob.load_id = loader.load_id = load.id
         self.under_way[load.id] = load
+        if len(self.under_way) > 1:
+            for one in self.under_way.values():
+                one.had_company = True
         self._actions.append(
             StartLoad(
                 load_id=load.id,

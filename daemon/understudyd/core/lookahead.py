@@ -16,18 +16,24 @@ from understudyd.core.policy import Needs, Policy
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState
+from understudyd.core.timely import Timely
 
 
 class Lookahead:
     """Starts and stops loads."""
 
-    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency, demand: Demand) -> None:
+    def __init__(
+        self, policy: Policy, queue: RequestQueue, residency: Residency, demand: Demand, timely: Timely
+    ) -> None:
         self._demand, self._wanted = demand, demand.wanted
         self._policy = policy
         self._queue = queue
         self._residency = residency
         self._fetching = Fetching(policy, queue, residency)
+        self._timely = timely
         self._no_room: object = None
+        self._order: list[str] = []
+        self._stage_awaits_load = False
 
     def start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         """Use idle loaders and room as well as can be."""
@@ -38,7 +44,8 @@ class Lookahead:
 
     def fetch(self, now_s: float) -> None:
         """Have loaders that are still idle fill the host pool."""
-        self._fetching.start(now_s)
+        if not self._stage_awaits_load:
+            self._fetching.start(now_s)
 
     def prices(self, model: Model) -> dict[Extent, float]:
         """What evicting each extent loses for a load on behalf of this model while nothing is on stage."""
@@ -51,7 +58,7 @@ class Lookahead:
             return None
         models = self._residency.models
         ready = self._residency.ready
-        names = self._policy.to_load(self._queue, ready, stage_is_busy) or list(self._wanted)
+        names = self._to_load(stage_is_busy, now_s) or list(self._wanted)
         model = models[names[0]] if names else None
         states = set() if model is None else {blob.state for blob in model.blobs}
         if model is None or BlobState.ABSENT not in states or BlobState.FETCHING in states:
@@ -67,7 +74,9 @@ class Lookahead:
     # -- inside -------------------------------------------------------------------------------------
 
     def _needs(self, on_stage: str | None) -> Needs:
-        return Needs(self._policy.settings, self._queue, self._residency.ready, on_stage, self._wanted)
+        needs = Needs(self._policy.settings, self._queue, self._residency.ready, on_stage, self._wanted)
+        needs.exchange(self._order)
+        return needs
 
     def _start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         residency, settings = self._residency, self._policy.settings
@@ -76,15 +85,19 @@ class Lookahead:
         def needs() -> Needs:  # anew for every blob: evicting for one may change who is ready
             return self._needs(on_stage)
 
+        self._stage_awaits_load = False
         if next(residency.idle_loaders(), None) is None:
             self._make_way_for_a_loader(needs, stage_is_busy, now_s)
             return
-        for name in self._policy.to_load(self._queue, residency.ready, stage_is_busy):
+        for name in self._to_load(stage_is_busy, now_s):
             if not self._load(models[name], needs, now_s):
                 if next(residency.idle_loaders(), None) is None:
                     self._make_way_for_a_loader(needs, stage_is_busy, now_s)
                 else:
                     self._make_way()
+                return
+            if self._timely.keeps_others_waiting(models[name], now_s):
+                self._stage_awaits_load = True
                 return
         self._load_wanted(needs, now_s)
         for model in residency.pinned.values():
@@ -92,6 +105,11 @@ class Lookahead:
                 self._load(model, needs, now_s)
         if settings.prefetch and settings.lookahead:
             self._prefetch(now_s)
+
+    def _to_load(self, stage_is_busy: bool, now_s: float) -> list[str]:
+        names = self._policy.to_load(self._queue, self._residency.ready, stage_is_busy)
+        self._order = order = self._timely.order(names, now_s)
+        return order
 
     def _load(self, model: Model, needs: Callable[[], Needs], now_s: float) -> bool:
         """Start loads for what the model lacks; False when a loader or room is wanting.
@@ -117,7 +135,8 @@ class Lookahead:
 
         if self._no_room == self._situation(model, blob, needs):
             return False
-        if self._residency.begin_load(blob, loader, candidates, now_s):
+        beside = [b.info.size_bytes for b in model.blobs if b.state is BlobState.ABSENT and b is not blob]
+        if self._residency.begin_load(blob, loader, candidates, now_s, beside):
             return True
         self._no_room = self._situation(model, blob, needs)
         return False
@@ -148,7 +167,7 @@ class Lookahead:
         """All loaders are busy, as most of the time: only a load that may be stopped is worth a look."""
         if self._needless_load() is None and self._fetch_but_for(()) is None:
             return
-        for name in self._policy.to_load(self._queue, self._residency.ready, stage_is_busy):
+        for name in self._to_load(stage_is_busy, now_s):
             model = self._residency.models[name]
             if any(blob.state is BlobState.FETCHING for blob in model.blobs):
                 return

@@ -18,12 +18,14 @@ from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
 from understudyd.core.lookahead import Lookahead
+from understudyd.core.outlook import Outlook, Stage
 from understudyd.core.policy import Policy, PolicySettings
 from understudyd.core.refusals import refusal_of
 from understudyd.core.request import Request
 from understudyd.core.residency import Residency
 from understudyd.core.room import make_room
 from understudyd.core.states import IllegalEvent, RequestState
+from understudyd.core.timely import Timely
 from understudyd.core.types import ErrorCode, ModelInfo, Outcome, RequestInfo, Tier
 
 ANSWERING = (ev.ImagesEncoded, ev.EncodingFailed)
@@ -61,7 +63,10 @@ class Machine:
             arena_bytes, pool_bytes, quarantine_grace_s, self._actions, demand, self.decisions
         )
         self.catalogue = Catalogue(self.residency, self.policy, self._actions)
-        self._lookahead = Lookahead(self.policy, self.queue, self.residency, demand)
+        self.outlook = Outlook(self.queue, self.residency, self.catalogue, self._stage)
+        may_change = self.policy.settings.order != "fcfs"
+        timely = Timely(self.queue, self.residency, self.outlook, may_change=may_change)
+        self._lookahead = Lookahead(self.policy, self.queue, self.residency, demand, timely)
         self.on_deck: Request | None = None
         self.running: dict[str, Request] = {}
         self._staged: Model | None = None
@@ -82,6 +87,7 @@ class Machine:
         if self.decisions is not None:
             self.decisions.now_s = now_s
         try:
+            self.outlook.learn(event, now_s)
             self._take_in(event, now_s)
             if not isinstance(event, ANSWERING) or self._is_due(now_s):
                 self._settle(now_s)
@@ -173,8 +179,9 @@ class Machine:
         self.residency.retries.end_rest(model)
         tier = Tier.BOUND if model.is_ready and self.on_stage == info.model else model.tier
         position = len(self.queue)
-        self.queue.admit(info, tier, now_s)
-        self._actions.append(AcceptRequest(info.request_id, position, tier))
+        request = self.queue.admit(info, tier, now_s)
+        wait_s = self.outlook.wait_s(request, now_s)
+        self._actions.append(AcceptRequest(info.request_id, position, tier, wait_s))
         self.residency.prepare(model, now_s)
 
     def _refusal(self, info: RequestInfo) -> tuple[ErrorCode, str] | None:
@@ -353,6 +360,9 @@ class Machine:
         self._actions.append(PutOnDeck(request.id, model.key))
         if self.decisions is not None:
             self.decisions.chose(request.id, self.on_stage)
+
+    def _stage(self) -> Stage:
+        return self.running.values(), self.on_deck
 
     @property
     def _stage_is_busy(self) -> bool:

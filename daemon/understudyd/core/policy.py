@@ -21,7 +21,7 @@ everybody would learn to ask for it: urgency is what priorities are for.
 
 import heapq
 import math
-from collections.abc import Container, Iterable, Iterator, Set
+from collections.abc import Container, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Literal
@@ -221,6 +221,10 @@ class Needs:
         if name not in self._ranks:
             self._ranks[name] = self._find(name)
         return self._ranks[name]
+
+    def exchange(self, names: Sequence[str]) -> None:
+        """These are loaded in this order: they change places, so that none takes room from one before it."""
+        self._ranks |= zip(names, sorted(map(self.rank, names)))
 
     def soonest(self, blob: Blob) -> Need:
         """When the first of its models is expected to run; LAST when nobody waits for any."""

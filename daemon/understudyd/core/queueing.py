@@ -138,6 +138,12 @@ class RequestQueue:
             yield from (place[3] for place in heads[begin:end])
             begin = bisect_left(heads, (priority + 1,), end)
 
+    def ahead_of(self, request: Request, most: int) -> tuple[int, list[Request]]:
+        """How many are ahead of it in the fair order, and evenly chosen ones of these, fewer than twice `most`."""
+        ahead = bisect_left(self._turns, request.turn)
+        step = max(1, ahead // most)
+        return ahead, [turn[2] for turn in self._turns[:ahead:step]]
+
     def head_of(self, model: str | None) -> Request | None:
         """The first waiting request of one model, by priority and in the fair order."""
         place = self._of_models.first(model) if model is not None else None

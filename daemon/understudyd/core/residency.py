@@ -5,7 +5,7 @@ and appends the actions that make the world follow. It decides nothing: the mach
 and prices evictions (`policy.py`), the catalogue which models there are (`catalogue.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from understudyd.core.actions import (
     Action,
@@ -21,6 +21,7 @@ from understudyd.core.entities import Blob, Load, Loader, Model
 from understudyd.core.evictables import Evictables
 from understudyd.core.extents import ArenaMap, Extent, Priced
 from understudyd.core.loads import Loads
+from understudyd.core.placement import Candidates, cheapest
 from understudyd.core.quarantine import Quarantine
 from understudyd.core.retries import Retries
 from understudyd.core.states import (
@@ -227,16 +228,19 @@ class Residency:
     # -- loads --------------------------------------------------------------------------------------
 
     def begin_load(
-        self, blob: Blob, loader: Loader, candidates: Callable[[], Iterable[Priced]] | None, now_s: float
+        self,
+        blob: Blob,
+        loader: Loader,
+        candidates: Candidates | None,
+        now_s: float,
+        beside: Sequence[int] = (),
     ) -> bool:
         """Start loading into a gap, or into the window that is cheapest to clear; False when no room.
 
-        `candidates` may be evicted, the cheapest first. The load comes from the blob's host copy, or leaves
-        one behind if that is worth more than what it replaces.
+        `candidates` may be evicted. Blobs of these sizes `beside` it will follow. The load comes from the
+        blob's host copy, or leaves one behind if that is worth more than what it replaces.
         """
-        extent = self.arena.allocate(blob.info.size_bytes, blob.key)
-        if extent is None and candidates is not None:
-            extent = self._clear_for(blob, candidates(), now_s)
+        extent = self._place(blob, candidates, now_s, beside)
         if extent is None:
             return False
         copy = self.copies.borrow(blob, now_s)
@@ -250,20 +254,26 @@ class Residency:
         blob.life.to(BlobState.LOADING, now_s, f"load {load.id}")
         return True
 
-    def _clear_for(self, blob: Blob, candidates: Iterable[Priced], now_s: float) -> Extent | None:
-        window = self.arena.cheapest_window(blob.info.size_bytes, candidates)
+    def _place(
+        self, blob: Blob, candidates: Candidates | None, now_s: float, beside: Sequence[int]
+    ) -> Extent | None:
+        arena, size_bytes = self.arena, blob.info.size_bytes
+        extent = arena.allocate(size_bytes, blob.key, sum(map(arena.rounded, beside)))
+        if extent is not None or candidates is None:
+            return extent
+        window, room_bytes = cheapest(arena, size_bytes, beside, candidates)
+        if not room_bytes and (extent := arena.allocate(size_bytes, blob.key)) is not None:
+            return extent
         if window is None:
             if self._decisions is not None:
-                self._decisions.found_no_room(blob, self.arena.free_bytes, self.arena.largest_gap_bytes)
+                self._decisions.found_no_room(blob, arena.free_bytes, arena.largest_gap_bytes)
             return None
         victims = [self.blobs[victim.blob] for victim in window.victims]
         if self._decisions is not None:
             self._decisions.evicted(zip(victims, window.prices), blob.key, "", window.cost)
         for victim in victims:
             self._take_out(victim, now_s, f"room for {blob.key[:12]}")
-        extent = self.arena.allocate(blob.info.size_bytes, blob.key)
-        assert extent is not None
-        return extent
+        return arena.allocate(size_bytes, blob.key, room_bytes)
 
     def begin_fetch(self, blob: Blob, loader: Loader, limit: float, now_s: float) -> bool:
         """Start bringing a blob to the host pool only, for copies worth less than `limit`; False: no room."""

@@ -142,7 +142,8 @@ class World:
         request_id = f"r{self._asked}"
         self._open[request_id] = _Open(self.now_s, self._profile.run_s(request), request.images)
         self.meter.arrived(self.now_s)
-        info = RequestInfo(request_id, request.client, request.model, request.priority)
+        cost = float(request.images * request.steps)
+        info = RequestInfo(request_id, request.client, request.model, request.priority, cost=cost)
         self.tell(ev.RequestReceived(info))
 
     def _happen(self, event: ev.Event) -> None:

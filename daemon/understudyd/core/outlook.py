@@ -1,0 +1,118 @@
+"""When things will be: the stage free, a model ready, a request on stage. From estimates and the state of things.
+
+It learns, too: each event that ends something says how long that took.
+"""
+
+from collections.abc import Callable, Collection
+
+from understudyd.core import events as ev
+from understudyd.core.catalogue import Catalogue
+from understudyd.core.entities import Blob, Model
+from understudyd.core.estimates import Estimates
+from understudyd.core.queueing import RequestQueue
+from understudyd.core.request import Request
+from understudyd.core.residency import Residency
+from understudyd.core.states import BlobState, PartsState, RequestState
+from understudyd.core.types import Outcome
+
+_SAMPLED = 16
+"""So many of those ahead of a request are looked at, where it is more than twice as many: a bounded effort."""
+
+
+Stage = tuple[Collection[Request], Request | None]
+"""Who runs, and who is on deck."""
+
+
+class Outlook:
+    """What is expected, by what was learned; seconds from now."""
+
+    def __init__(
+        self, queue: RequestQueue, residency: Residency, catalogue: Catalogue, stage: Callable[[], Stage]
+    ) -> None:
+        self.estimates = Estimates()
+        self._stage = stage
+        self._queue = queue
+        self._residency = residency
+        self._catalogue = catalogue
+
+    def learn(self, event: ev.Event, now_s: float) -> None:
+        """An event that is about to be handled; from one that cannot be nothing is learned."""
+        match event:
+            case ev.LoadFinished(load_id=load_id):
+                load = self._residency.loads.get(load_id)
+                if load is not None and not load.is_cancelling:
+                    size_bytes, seconds = load.blob.info.size_bytes, now_s - load.started_at_s
+                    self.estimates.loaded(
+                        size_bytes, seconds, from_pool=load.from_pool, had_company=load.had_company
+                    )
+            case ev.ViewsBuilt(blob=key):
+                blob = self._residency.blobs.get(key)
+                if blob is not None and blob.state is BlobState.VIEWING and blob.life.since_s is not None:
+                    self.estimates.viewed(now_s - blob.life.since_s)
+            case ev.ModelPrepared(key=key):
+                model = self._catalogue.editions.get(key)
+                if model is not None and model.parts.state is PartsState.PREPARING:
+                    self.estimates.prepared(now_s - (model.parts.since_s or now_s))
+            case ev.RunEnded(request_id=request_id, outcome=Outcome.FINISHED):
+                request = self._queue.requests.get(request_id)
+                if request is not None and request.state is RequestState.RUNNING:
+                    info = request.info
+                    self.estimates.ran(info.model, info.cost, now_s - (request.life.since_s or now_s))
+            case _:
+                pass
+
+    # -- the stage ----------------------------------------------------------------------------------
+
+    def run_s(self, request: Request) -> float:
+        """How long it keeps the stage."""
+        return self.estimates.run_s(request.model, request.info.cost)
+
+    def stage_free_in_s(self, now_s: float) -> float:
+        """When what runs and what is on deck will have run."""
+        running, on_deck = self._stage()
+        rest_s = max((self._rest_s(request, now_s) for request in running), default=0.0)
+        return rest_s + (self.run_s(on_deck) if on_deck is not None else 0.0)
+
+    def _rest_s(self, request: Request, now_s: float) -> float:
+        return max(0.0, self.run_s(request) - (now_s - (request.life.since_s or now_s)))
+
+    def wait_s(self, request: Request, now_s: float) -> float:
+        """When a request that waits should be on stage: after all that is ahead of it in the fair order.
+
+        Who is overtaken, or overtakes because its model is there, is served later or earlier than this.
+        """
+        free_s = self.stage_free_in_s(now_s)
+        ahead, some = self._queue.ahead_of(request, _SAMPLED)
+        work_s = sum(map(self.run_s, some)) * ahead / max(1, len(some))
+        model = self._residency.models[request.model]
+        return max(free_s + work_s, self.ready_in_s(model, now_s))
+
+    # -- models -------------------------------------------------------------------------------------
+
+    def ready_in_s(self, model: Model, now_s: float) -> float:
+        """When the model could go on deck if a loader began now with what it lacks, one blob after another."""
+        load_s = sum(self._blob_s(blob, now_s) for blob in dict.fromkeys(model.blobs))
+        estimates = self.estimates
+        match model.parts.state:
+            case PartsState.UNPREPARED:
+                return max(load_s, estimates.prepare_s)
+            case PartsState.PREPARING:
+                return max(load_s, estimates.prepare_s - (now_s - (model.parts.since_s or now_s)))
+            case _:
+                return load_s
+
+    def _blob_s(self, blob: Blob, now_s: float) -> float:
+        match blob.state:
+            case BlobState.RESIDENT | BlobState.MOVING | BlobState.DAMAGED:
+                return 0.0
+            case BlobState.VIEWING:
+                return self.estimates.views_s
+            case BlobState.LOADING if blob.load_id is not None:
+                load = self._residency.loads[blob.load_id]
+                load_s = self.estimates.load_s(
+                    blob.info.size_bytes, from_pool=load.from_pool, has_company=load.had_company
+                )
+                return max(0.0, load_s - (now_s - load.started_at_s)) + self.estimates.views_s
+            case _:
+                load_s = self.estimates.load_s(blob.info.size_bytes, from_pool=blob.has_copy)
+                return load_s + self.estimates.views_s
