@@ -34,6 +34,9 @@ _FIRST_VIEWS_S = 0.01
 _FIRST_PREPARE_S = 0.5
 """Guesses for a machine that has seen nothing; the first thing that it sees replaces them."""
 
+_LEAST_WAIT_S = 1.0
+"""Nothing is learned from shorter ones, of which a load or a look-up makes several times as much."""
+
 
 class Level:
     """A positive quantity as it usually is; `seen` of its values count, at most sixteen."""
@@ -119,6 +122,7 @@ class Estimates:
         self._views = Level(_FIRST_VIEWS_S)
         self._preparing = Level(_FIRST_PREPARE_S)
         self._run = Level(_FIRST_RUN_S)
+        self._delay = Level(1.0)
         self._runs: dict[str, Level] = {}
 
     # -- learning -----------------------------------------------------------------------------------
@@ -144,6 +148,11 @@ class Estimates:
         if level is None:
             level = self._runs[model] = Level(1.0)
         level.saw(seconds / cost)
+
+    def waited(self, expected_s: float, seconds: float) -> None:
+        """A request that was expected on stage after so long came there, which may have been later."""
+        if expected_s >= _LEAST_WAIT_S:
+            self._delay.saw(max(seconds, 0.1) / expected_s)
 
     def forget(self, model: str) -> None:
         """The name stands for nothing any more, or for something else."""
@@ -171,6 +180,10 @@ class Estimates:
     def run_s(self, model: str, cost: float) -> float:
         """How long a request keeps the stage; of a model that never ran, as others do."""
         return self._runs.get(model, self._run).value * cost
+
+    def wait_s(self, expected_s: float) -> float:
+        """When a request should be on stage, if others come before it as often as they lately did."""
+        return expected_s * self._delay.value if expected_s >= _LEAST_WAIT_S else expected_s
 
     # -- outliving the machine ----------------------------------------------------------------------
 

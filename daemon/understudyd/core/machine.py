@@ -217,6 +217,7 @@ class Machine:
                 message = f"{name} was removed while the request waited"
                 self._give_up([name], ErrorCode.MODEL_REMOVED, message, now_s)
                 self.forecast.forget(name)
+                self.outlook.estimates.forget(name)
                 self.catalogue.remove(model, now_s)
             case ev.PinChanged(pinned=pinned):
                 self.residency.pin(model, pinned)

@@ -53,6 +53,10 @@ class Outlook:
                 model = self._catalogue.editions.get(key)
                 if model is not None and model.parts.state is PartsState.PREPARING:
                     self.estimates.prepared(now_s - (model.parts.since_s or now_s))
+            case ev.RunStarted(request_id=request_id):
+                request = self._queue.requests.get(request_id)
+                if request is not None and request.state is RequestState.ON_DECK:
+                    self.estimates.waited(request.expected_wait_s, now_s - request.received_at_s)
             case ev.RunEnded(request_id=request_id, outcome=Outcome.FINISHED):
                 request = self._queue.requests.get(request_id)
                 if request is not None and request.state is RequestState.RUNNING:
@@ -77,15 +81,15 @@ class Outlook:
         return max(0.0, self.run_s(request) - (now_s - (request.life.since_s or now_s)))
 
     def wait_s(self, request: Request, now_s: float) -> float:
-        """When a request that waits should be on stage: after all that is ahead of it in the fair order.
-
-        Who is overtaken, or overtakes because its model is there, is served later or earlier than this.
+        """When a request that has just come should be on stage: after all that is ahead of it in the fair order,
+        and later by as much as others lately were, whom some that came after them have overtaken.
         """
         free_s = self.stage_free_in_s(now_s)
         ahead, some = self._queue.ahead_of(request, _SAMPLED)
         work_s = sum(map(self.run_s, some)) * ahead / max(1, len(some))
         model = self._residency.models[request.model]
-        return max(free_s + work_s, self.ready_in_s(model, now_s))
+        request.expected_wait_s = max(free_s + work_s, self.ready_in_s(model, now_s))
+        return self.estimates.wait_s(request.expected_wait_s)
 
     # -- models -------------------------------------------------------------------------------------
 

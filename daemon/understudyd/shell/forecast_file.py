@@ -61,9 +61,11 @@ class ForecastFile:
         residency, forecast = self._machine.residency, self._machine.forecast
         last_request_unix_s = number(field(found, "last_request_unix_s"), "last_request_unix_s")
         off_s = max(0.0, self._wall_clock() - last_request_unix_s)
-        document = field(found, "forecast")
+        document, estimates = field(found, "forecast"), found.get("estimates")
         forecast.restore(document, residency.models, residency.blobs, self._clock() - off_s)
         self._written = forecast.requests
+        if estimates is not None:  # as of an older file: loads and runs are timed anew
+            self._machine.outlook.estimates.restore(estimates, residency.models)
 
     def start(self) -> None:
         """Write from now on, every few minutes."""
@@ -92,10 +94,14 @@ class ForecastFile:
             return
         idle_s = self._clock() - forecast.last_request_s
         last_request_unix_s = round(self._wall_clock() - idle_s, 3)
-        copy = forecast.copy()
+        copy, estimates = forecast.copy(), self._machine.outlook.estimates.document()
 
         def write() -> None:
-            document = {"last_request_unix_s": last_request_unix_s, "forecast": copy.document()}
+            document = {
+                "last_request_unix_s": last_request_unix_s,
+                "forecast": copy.document(),
+                "estimates": estimates,
+            }
             _replace(self._path, msgspec.json.encode(document))
 
         try:

@@ -22,6 +22,7 @@ from understudyd.core.machine import Machine
 from understudyd.core.states import IllegalEvent
 from understudyd.core.types import ErrorCode, RequestInfo, Tier
 from understudyd.names import how_to_list, unknown_model
+from understudyd.recorded import work_of
 from understudyd.shell.blob_files import BlobFiles
 from understudyd.shell.keeper import Keeper
 from understudyd.shell.ports import LoadRunner, ReplySink, RunResult, StageDoor
@@ -193,10 +194,13 @@ class Runtime:
     def _perform(self, action: ac.Action) -> None:
         match action:
             case ac.AcceptRequest(request_id=request_id, position=position, tier=tier):
+                wait_s = round(action.estimated_wait_s, 3)
                 pending = self.pending[request_id]
                 pending.tier = tier
                 if pending.done is None and self._replies is not None:
-                    accepted = Accepted(id=pending.request.id, position=position, tier=tier.value)
+                    accepted = Accepted(
+                        id=pending.request.id, position=position, tier=tier.value, estimated_wait_s=wait_s
+                    )
                     self._replies.send(pending.client, accepted)
             case ac.AnswerRequest(request_id=request_id, code=code, message=message):
                 self._answer(request_id, code, message)
@@ -354,6 +358,7 @@ class Runtime:
             model=request.model,
             priority=request.priority,
             deadline_at_s=pending.received_at_s + deadline if deadline is not None else None,
+            cost=work_of(request.images, request.steps),
         )
         self.pending[request_id] = pending
         self.handle(ev.RequestReceived(info))

@@ -14,7 +14,7 @@ from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.machine import Machine
 from understudyd.core.types import Outcome, RequestInfo
-from understudyd.recorded import TraceRequest
+from understudyd.recorded import TraceRequest, work_of
 from understudyd.simulate.meter import Meter, Quantiles
 from understudyd.simulate.profiles import Profile
 from understudyd.simulate.traffic import Traffic
@@ -142,7 +142,7 @@ class World:
         request_id = f"r{self._asked}"
         self._open[request_id] = _Open(self.now_s, self._profile.run_s(request), request.images)
         self.meter.arrived(self.now_s)
-        cost = float(request.images * request.steps)
+        cost = work_of(request.images, request.steps)
         info = RequestInfo(request_id, request.client, request.model, request.priority, cost=cost)
         self.tell(ev.RequestReceived(info))
 
