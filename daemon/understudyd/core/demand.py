@@ -29,9 +29,9 @@ class Demand:
             return True
         return bool(self.wanted) and not self.wanted.keys().isdisjoint(blob.models)
 
-    def estimate(self, blob: Blob) -> float:
-        """About the chance that the next request needs it."""
-        return self._forecast.estimate(blob.key)
+    def chance(self, blob: Blob) -> float:
+        """The chance that the next request needs it."""
+        return self._forecast.chance(blob.key)
 
     def turned(self) -> list[str]:
         """The models that have begun or ceased to be awaited, or were asked for, since the last time."""

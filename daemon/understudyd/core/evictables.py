@@ -15,15 +15,13 @@ from understudyd.core.states import BlobState, ExtentState
 RELOAD_FROM_POOL = 0.2
 """A load from the host pool counts so much of one from disk."""
 
-_REFRESHED = 8
-
 
 class Evictables:
     """Extents that may be evicted: ready, with views, neither leased nor pinned.
 
     `spare` are those that nobody waits for, `partial` those that only models wait for which lack others
     still. What a ready model waits for is found by its model (`policy.py`). `copies` are copies in the host
-    pool that are not about to be read.
+    pool that are not about to be read. `arrivals` counts who joined `spare` or `partial`.
     """
 
     def __init__(
@@ -36,19 +34,20 @@ class Evictables:
         self._demand, self._models, self._ready, self._pinned = demand, models, ready, pinned
         self._blobs: dict[Extent, Blob] = {}
         self._marked: dict[Blob, None] = {}
+        self.arrivals = 0
         self._extents: dict[Blob, Extent] = {}
         self._copies: dict[Blob, Extent] = {}
         self.spare = Spare(self._price)
         self.partial: dict[Extent, Blob] = {}
-        self.copies = Spare(lambda copy: demand.estimate(self._blobs[copy]))
+        self.copies = Spare(lambda copy: demand.chance(self._blobs[copy]))
 
     def mark(self, blobs: Iterable[Blob]) -> None:
         """Something about these blobs may have changed."""
         for blob in blobs:
             self._marked[blob] = None
 
-    def refresh(self) -> None:
-        """File anew what was marked, and look at some prices again."""
+    def file(self) -> None:
+        """File anew what was marked."""
         for name in self._demand.turned():
             if name in self._models:
                 self.mark(self._models[name].blobs)
@@ -56,8 +55,6 @@ class Evictables:
             self._file_extent(blob)
             self._file_copy(blob)
         self._marked.clear()
-        self.spare.refresh(_REFRESHED)
-        self.copies.refresh(_REFRESHED)
 
     def blob_of(self, extent: Extent) -> Blob:
         """The blob of a filed extent."""
@@ -76,7 +73,7 @@ class Evictables:
 
     def _price(self, extent: Extent) -> float:
         blob = self._blobs[extent]
-        chance = self._demand.estimate(blob)
+        chance = self._demand.chance(blob)
         return chance * RELOAD_FROM_POOL if blob.has_copy else chance
 
     def _file_extent(self, blob: Blob) -> None:
@@ -90,15 +87,16 @@ class Evictables:
             self._drop(extent)
             return
         self._extents[blob], self._blobs[extent] = extent, blob
-        if not self._demand.awaits(blob):
-            self.partial.pop(extent, None)
-            self.spare.put(extent)
-            return
-        self.spare.discard(extent)
-        if self._is_awaited_by_ready(blob):
-            self.partial.pop(extent, None)
+        is_awaited = self._demand.awaits(blob)
+        is_missed = is_awaited and self._is_awaited_by_ready(blob)
+        was_spare, was_partial = extent in self.spare, self.partial.pop(extent, None) is not None
+        if is_awaited:
+            self.spare.discard(extent)
         else:
+            self.spare.put(extent)
+        if is_awaited and not is_missed:
             self.partial[extent] = blob
+        self.arrivals += not (is_missed or was_spare or (was_partial and is_awaited))
 
     def _is_awaited_by_ready(self, blob: Blob) -> bool:
         ready, awaited = self._ready, self._demand.awaited

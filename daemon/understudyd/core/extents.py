@@ -54,7 +54,7 @@ class Window:
 
 @dataclass(slots=True)
 class ArenaMap:
-    """Extents and gaps of `[0, size_bytes)`, both sorted by offset."""
+    """Extents and gaps of `[0, size_bytes)`, both sorted by offset. `releases` counts new gaps."""
 
     size_bytes: int
     align_bytes: int = ALIGN_BYTES
@@ -63,6 +63,7 @@ class ArenaMap:
     _gaps: dict[int, int] = field(default_factory=dict)
     _gap_offsets: list[int] = field(default_factory=list)
     _generation: int = 0
+    releases: int = 0
 
     def __post_init__(self) -> None:
         self.size_bytes -= self.size_bytes % self.align_bytes
@@ -119,6 +120,7 @@ class ArenaMap:
     def release(self, extent: Extent, now_s: float, why: str) -> None:
         """The extent's bytes become a gap, merged with its neighbours."""
         extent.life.to(ExtentState.FREE, now_s, why)
+        self.releases += 1
         del self._extents[extent.offset]
         del self._offsets[bisect_left(self._offsets, extent.offset)]
         start, end = extent.offset, extent.end
@@ -152,6 +154,7 @@ class ArenaMap:
     def end_slide(self, extent: Extent, size_bytes: int, now_s: float) -> None:
         """The extent is READY at its new place and `size_bytes` long again; the rest is a gap."""
         extent.life.to(ExtentState.READY, now_s, "moved")
+        self.releases += 1
         freed_bytes, extent.size_bytes = extent.size_bytes - size_bytes, size_bytes
         gap_bytes = freed_bytes
         if extent.end + freed_bytes in self._gaps:

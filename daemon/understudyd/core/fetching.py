@@ -24,6 +24,7 @@ class Fetching:
         self._queue = queue
         self._residency = residency
         self._no_room: object = None
+        self._settled: object = None
         self._nothing_likely: object = None
 
     def start(self, now_s: float) -> None:
@@ -31,8 +32,10 @@ class Fetching:
         settings = self._policy.settings
         if not self._residency.copies.pool.size_bytes or not settings.lookahead or not self._has_loader():
             return
-        if self._no_room != self._crowd() and not self._fetch(self._awaited(), float("inf"), now_s):
-            self._no_room = self._crowd()
+        if self._settled != self._state() and self._no_room != self._crowd():
+            if not self._fetch(self._awaited(), float("inf"), now_s):
+                self._no_room = self._crowd()
+            self._settled = self._state()
         if settings.prefetch and self._has_loader() and self._nothing_likely != self._history():
             self._fetch(self._likely(), 0.0, now_s)
             if self._has_loader():
@@ -65,6 +68,10 @@ class Fetching:
         for name in dict.fromkeys([*self._policy.forecast.ranked(), *models]):
             if not (models[name].retiring or models[name].is_unfit):
                 yield models[name]
+
+    def _state(self) -> object:
+        """While this stands, the same is awaited, and idle loaders have nothing more of it to fetch."""
+        return self._residency.version(), self._residency.copies.changes, self._queue.changes
 
     def _crowd(self) -> object:
         """While this stands, what is awaited finds no more room: nobody left whose copy could be replaced."""

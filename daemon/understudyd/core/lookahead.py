@@ -12,7 +12,7 @@ from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Load, Loader, Model
 from understudyd.core.extents import Extent, Priced
 from understudyd.core.fetching import Fetching
-from understudyd.core.policy import Needs, Policy
+from understudyd.core.policy import Needs, Policy, is_pressing
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState
@@ -28,13 +28,20 @@ class Lookahead:
         self._residency = residency
         self._fetching = Fetching(policy, queue, residency)
         self._no_room: object = None
+        self._settled: object = None
+        self._guessed_at: int | None = None
 
     def start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         """Use idle loaders and room as well as can be."""
+        if self._settled == self._state(on_stage, stage_is_busy):
+            if self._guessed_at not in (None, self._policy.forecast.requests):
+                self._prefetch(now_s)
+            return
         evictions = -1
         while evictions != self._residency.evictions:  # what was evicted may be missed: look again
             evictions = self._residency.evictions
             self._start_loads(on_stage, stage_is_busy, now_s)
+        self._settled = self._state(on_stage, stage_is_busy)
 
     def fetch(self, now_s: float) -> None:
         """Have loaders that are still idle fill the host pool."""
@@ -66,12 +73,24 @@ class Lookahead:
 
     # -- inside -------------------------------------------------------------------------------------
 
+    def _state(self, on_stage: str | None, stage_is_busy: bool) -> object:
+        """While this stands, whatever can be started has been."""
+        return (
+            self._residency.version(),
+            self._queue.changes,
+            self._queue.withdrawals,
+            on_stage,
+            stage_is_busy,
+            tuple(self._wanted),
+        )
+
     def _needs(self, on_stage: str | None) -> Needs:
         return Needs(self._policy.settings, self._queue, self._residency.ready, on_stage, self._wanted)
 
     def _start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         residency, settings = self._residency, self._policy.settings
         models = residency.models
+        self._guessed_at = None
 
         def needs() -> Needs:  # anew for every blob: evicting for one may change who is ready
             return self._needs(on_stage)
@@ -127,14 +146,13 @@ class Lookahead:
 
         Who joins the queue, or goes on deck and is leased, makes no room; nor does time, but for who presses.
         """
-        return (
-            blob.key,
-            model.name,
-            needs.rank(model.name),
-            self._residency.changes,
-            self._queue.withdrawals,
-            tuple(self._wanted),
-        )
+        rank, residency = needs.rank(model.name), self._residency
+        if is_pressing(rank):
+            room = residency.changes
+        else:
+            residency.evictables.file()
+            room = residency.evictables.arrivals + residency.arena.releases
+        return blob.key, model.name, rank, room, self._queue.withdrawals, tuple(self._wanted)
 
     def _load_wanted(self, needs: Callable[[], Needs], now_s: float) -> None:
         models, ready = self._residency.models, self._residency.ready
@@ -204,6 +222,7 @@ class Lookahead:
     def _prefetch(self, now_s: float) -> None:
         """Idle loaders fill free memory with what is likeliest to be asked for; nothing is evicted."""
         residency = self._residency
+        self._guessed_at = self._policy.forecast.requests
         if next(residency.idle_loaders(), None) is None or not residency.arena.largest_gap_bytes:
             return
         for name in self._policy.forecast.ranked():

@@ -47,6 +47,11 @@ LAST: Need = (_WISHED + 1, 0, False, 0.0, 0)
 _NEED = itemgetter(0)
 
 
+def is_pressing(need: Need) -> bool:
+    """What is ready may have to make room for it."""
+    return need[0] < _READY
+
+
 @dataclass(frozen=True, slots=True)
 class PolicySettings:
     """What an operator may choose.
@@ -174,12 +179,13 @@ class Policy:
         something later needs, the later the cheaper. What is needed sooner stays, or as soon: the requester's
         own blobs must not evict each other.
         """
-        residency.evictables.refresh()
+        residency.evictables.file()
+        residency.evictables.spare.refresh()
         yield from residency.evictables.spare
         limit = needs.rank(requester)
         partial = ((needs.soonest(blob), extent) for extent, blob in residency.evictables.partial.items())
         later = sorted((found for found in partial if found[0] > limit), key=_NEED, reverse=True)
-        missed = self._missed(residency, needs, limit) if limit[0] < _READY else iter(())
+        missed = self._missed(residency, needs, limit) if is_pressing(limit) else iter(())
         price, last = 0.0, None
         for need, extent in heapq.merge(later, missed, key=_NEED, reverse=True):
             if need != last:

@@ -161,6 +161,11 @@ class RequestQueue:
             if other.info.client != info.client and other.info.priority >= info.priority:
                 yield other
 
+    @property
+    def changes(self) -> tuple[int, int]:
+        """While it stands, so does who is first of each model, and who of them presses."""
+        return self._of_models.changes, self.pressing.ended.changes
+
     # -- deadlines ----------------------------------------------------------------------------------
 
     def expired(self, now_s: float) -> list[Request]:

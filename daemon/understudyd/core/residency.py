@@ -66,6 +66,7 @@ class Residency:
         self.loader_ready = self._book.loader_ready
         self.evictions = 0
         self.arrivals = 0
+        self.readiness = 0
         self.retries = Retries()
         self.leases = 0
         self.changes = 0
@@ -110,12 +111,19 @@ class Residency:
         for model in models:
             if model.is_ready and model.name not in self.ready:
                 self.ready[model.name] = model
+                self.readiness += 1
                 self.evictables.mark(model.blobs)
 
     def no_longer_ready(self, name: str) -> None:
         """The model cannot go on deck any more."""
         if (model := self.ready.pop(name, None)) is not None:
+            self.readiness += 1
             self.evictables.mark(model.blobs)
+
+    def version(self) -> object:
+        """While it is the same, nothing else can be loaded, and nothing else is ready."""
+        book, pauses = self._book.changes, self.retries.pauses
+        return (self.changes, self.arrivals, self.evictions, self.readiness, book, pauses, len(self.models))
 
     def required_bytes(self, model: Model) -> int:
         """Arena bytes that must exist for the model to run beside everything pinned."""

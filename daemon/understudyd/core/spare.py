@@ -6,6 +6,8 @@ from itertools import islice
 
 from understudyd.core.extents import Extent, Priced
 
+_REFRESHED = 8
+
 Entry = tuple[float, int, Extent]
 
 
@@ -37,7 +39,7 @@ class Spare:
         if entry is not None:
             del self._sorted[bisect_left(self._sorted, entry)]
 
-    def refresh(self, most: int) -> None:
-        """Look again at the `most` prices that are the oldest."""
-        for extent in list(islice(self._entries, most)):
+    def refresh(self) -> None:
+        """Look again at a few prices, those that are the oldest."""
+        for extent in list(islice(self._entries, _REFRESHED)):
             self.put(extent)
