@@ -7,7 +7,7 @@ one gap; `check` proves it.
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from understudyd.core.states import EXTENT_TABLE, ExtentState, Lifecycle
@@ -204,7 +204,7 @@ class ArenaMap:
         need = self.rounded(size_bytes)
         extents, offsets, prices = self._extents, self._offsets, dict[int, float]()
         best: tuple[float, int] = (limit, 0)
-        found: Sequence[int] = ()
+        offset, found = 0, tuple[Extent, ...]()
         for price, candidate in candidates:
             if price >= best[0]:
                 break
@@ -215,27 +215,25 @@ class ArenaMap:
                 first -= 1
             while after < len(offsets) and offsets[after] in prices:
                 after += 1
-            ends = [extents[offset].end for offset in offsets[max(0, first - 1) : after]]
-            begins = [*offsets[first : after + 1], *([self.size_bytes] if after == len(offsets) else [])]
-            if not first:
-                ends.insert(0, 0)
-            if begins[-1] - ends[0] < need:  # `ends` has the end before each of the run, `begins` theirs
+            start = extents[offsets[first - 1]].end if first else 0
+            end = offsets[after] if after < len(offsets) else self.size_bytes
+            if end - start < need:
                 continue
+            starts = [start, *(extents[offset].end for offset in offsets[first:after])]
+            run = [*offsets[first:after], end]
             cost, left = 0.0, 0
-            for right in range(after - first):
-                cost += prices[begins[right]]
-                while begins[right + 1] - ends[left + 1] >= need and left < right:
-                    cost -= prices[begins[left]]
+            for right in range(after - first):  # the gap before an extent ends where it begins
+                cost += prices[run[right]]
+                while left < right and run[right + 1] - starts[left + 1] >= need:
+                    cost -= prices[run[left]]
                     left += 1
-                length = begins[right + 1] - ends[left]
+                length = run[right + 1] - starts[left]
                 if length >= need and (cost, length) < best:
-                    best, found = (cost, length), begins[left : right + 1]
+                    best, found = (cost, length), tuple(extents[offset] for offset in run[left : right + 1])
+                    offset = starts[left]
         if not found:
             return None
-        before = bisect_left(offsets, found[0])
-        offset = extents[offsets[before - 1]].end if before else 0
-        victims = tuple(extents[offset] for offset in found)
-        return Window(offset, best[1], victims, tuple(prices[offset] for offset in found), best[0])
+        return Window(offset, best[1], found, tuple(prices[victim.offset] for victim in found), best[0])
 
     def would_fit(self, sizes_bytes: Iterable[int], kept: Callable[[Extent], bool]) -> bool:
         """Whether `allocate` would place all these, one after another, if only `kept` extents were left."""

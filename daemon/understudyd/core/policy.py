@@ -216,33 +216,36 @@ class Needs:
         on_stage: str | None,
         wanted: Iterable[str] = (),
     ) -> None:
-        self._settings, self._queue, self._ready = settings, queue, ready
-        self._on_stage = on_stage
+        self._queue, self._ready, self._on_stage = queue, ready, on_stage
+        self._is_strict = settings.order == "fcfs"
+        self._pressing = queue.pressing.ended.first
         self._wished = {name: i for i, name in enumerate(wanted)}
         self._ranks: dict[str, Need] = {}
         self.awaited: Set[str] = queue.models() | self._wished.keys() if self._wished else queue.models()
 
     def rank(self, name: str) -> Need:
         """The smaller the sooner; LAST when nobody waits for the model."""
-        if name not in self._ranks:
-            self._ranks[name] = self._find(name)
-        return self._ranks[name]
+        rank = self._ranks.get(name)
+        if rank is None:
+            rank = self._ranks[name] = self._find(name)
+        return rank
 
     def soonest(self, blob: Blob) -> Need:
         """When the first of its models is expected to run; LAST when nobody waits for any."""
         if len(blob.models) == 1:
-            return min(map(self.rank, blob.models))
+            (name,) = blob.models
+            return self.rank(name)
         return min(map(self.rank, self.awaited & blob.models), default=LAST)
 
     def _find(self, name: str) -> Need:
-        head = self._queue.head_of(name)
-        if head is None:
+        place = self._queue.first_place(name)
+        if place is None:
             return (_WISHED, 0, False, 0.0, self._wished[name]) if name in self._wished else LAST
-        priority = head.info.priority
-        if self._settings.order == "fcfs":
-            return (_STRICT, -priority, False, head.tag, head.seq)
-        if (pressing := self._queue.pressing.first_of(name)) is not None:
-            return (_PRESSING, 0, False, pressing.tag, pressing.seq)
+        urgency, tag, seq, _ = place
+        if self._is_strict:
+            return (_STRICT, urgency, False, tag, seq)
+        if (turn := self._pressing(name)) is not None:
+            return (_PRESSING, 0, False, turn[0], turn[1])
         if name in self._ready:
-            return (_READY, -priority, name != self._on_stage, head.tag, head.seq)
-        return (_REST, -priority, False, head.tag, head.seq)
+            return (_READY, urgency, name != self._on_stage, tag, seq)
+        return (_REST, urgency, False, tag, seq)

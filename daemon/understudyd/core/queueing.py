@@ -42,6 +42,7 @@ class RequestQueue:
         self._waiting: dict[str, Request] = {}
         self._turns: list[Turn] = []
         self._of_models: Grouped[Place] = Grouped()
+        self.first_place = self._of_models.first
         self._of_clients: Grouped[Turn] = Grouped()
         self._coming: list[tuple[int, int, Request]] = []
         self._deadlines: list[tuple[float, int, str]] = []
@@ -140,7 +141,7 @@ class RequestQueue:
 
     def head_of(self, model: str | None) -> Request | None:
         """The first waiting request of one model, by priority and in the fair order."""
-        place = self._of_models.first(model) if model is not None else None
+        place = self.first_place(model) if model is not None else None
         return None if place is None else place[3]
 
     def models(self) -> Set[str]:
