@@ -6,6 +6,7 @@ Nothing is in a hurry here: a load into the arena that finds no loader stops one
 from collections.abc import Iterator
 from itertools import islice
 
+from understudyd.core.demand import Demand
 from understudyd.core.entities import Model
 from understudyd.core.policy import Policy
 from understudyd.core.queueing import RequestQueue
@@ -19,8 +20,9 @@ HORIZON_MODELS = 32
 class Fetching:
     """Starts loads that end in the host pool."""
 
-    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency) -> None:
+    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency, demand: Demand) -> None:
         self._policy = policy
+        self._demand = demand
         self._queue = queue
         self._residency = residency
         self._no_room: object = None
@@ -58,9 +60,8 @@ class Fetching:
         return True
 
     def _awaited(self) -> Iterator[Model]:
-        ready, models = self._residency.ready, self._residency.models
-        expected = self._policy.expected_to_load(self._queue)
-        return islice((models[r.model] for r in expected if r.model not in ready), HORIZON_MODELS)
+        models = self._residency.models
+        return (models[name] for name in islice(self._demand.lacking(), HORIZON_MODELS))
 
     def _likely(self) -> Iterator[Model]:
         """Those that were ever asked for, likeliest first, then the others: free memory is of no use."""

@@ -26,17 +26,17 @@ class RequestQueue:
     Everything is kept sorted, so that nothing is sorted, and little is walked through, per event. Whom the
     limits `pressing` or `bound` concern is kept under these names. Unless the queue `is_fair`, all tags are
     equal and the fair order is that of arrival. `withdrawals` counts those who left without running,
-    `relieved` how often nobody waited for a model any more. `turned` collects the models that have begun or
-    ceased to be waited for, until somebody takes note.
+    `relieved` how often nobody waited for a model any more. `turned` collects the models whose place in any
+    order may have changed, until somebody takes note.
     """
 
     def __init__(self, max_waiting: int, pressing: Limits, bound: Limits, *, is_fair: bool = True) -> None:
         self.max_waiting = max_waiting
         self.requests: dict[str, Request] = {}
+        self.turned: dict[str, None] = {}
         self.withdrawals = 0
         self.relieved = 0
-        self.turned: dict[str, None] = {}
-        self.pressing = Patience(pressing)
+        self.pressing = Patience(pressing, self.turned)
         self.bound = Patience(bound)
         self._tags = FairTags(max_waiting) if is_fair else None
         self._waiting: dict[str, Request] = {}
@@ -198,9 +198,9 @@ class RequestQueue:
         del self._waiting[request.id]
         del self._turns[bisect_left(self._turns, request.turn)]
         self._of_clients.remove(request.info.client, request.turn)
+        self.turned[request.model] = None
         if not self._of_models.remove(request.model, request.place):
             self.relieved += 1
-            self.turned[request.model] = None
         for patience in (self.pressing, self.bound):
             patience.leave(request)
         self._left += 1

@@ -53,10 +53,10 @@ class Residency:
     ) -> None:
         self.arena = ArenaMap(arena_bytes)
         self.models: dict[str, Model] = {}
-        self.ready: dict[str, Model] = {}
+        self.ready = demand.ready
         self.pinned: dict[str, Model] = {}
         self.blobs: dict[str, Blob] = {}
-        self.evictables = Evictables(demand, self.models, self.ready, self.pinned)
+        self.evictables = Evictables(demand, self.models, self.pinned)
         self.copies = HostCopies(pool_bytes, quarantine_grace_s, demand, self.evictables)
         self._book = Loads(actions)
         self.loads = self._book.under_way
@@ -74,6 +74,7 @@ class Residency:
         self._actions = actions
         self._quarantine = Quarantine(quarantine_grace_s)
         self._decisions = decisions
+        self._demand = demand
 
     # -- models -------------------------------------------------------------------------------------
 
@@ -112,13 +113,13 @@ class Residency:
             if model.is_ready and model.name not in self.ready:
                 self.ready[model.name] = model
                 self.readiness += 1
-                self.evictables.mark(model.blobs)
+                self._demand.mark(model.name)
 
     def no_longer_ready(self, name: str) -> None:
         """The model cannot go on deck any more."""
-        if (model := self.ready.pop(name, None)) is not None:
+        if self.ready.pop(name, None) is not None:
             self.readiness += 1
-            self.evictables.mark(model.blobs)
+            self._demand.mark(name)
 
     def version(self) -> object:
         """While it is the same, nothing else can be loaded, and nothing else is ready."""
