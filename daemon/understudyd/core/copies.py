@@ -55,7 +55,7 @@ class HostCopies:
 
     def _replace(self, blob: Blob, limit: float, now_s: float) -> Extent | None:
         self._evictables.file()
-        self._evictables.copies.refresh()
+        self._evictables.copies.refresh(self._demand.looked_at)
         window = self.pool.cheapest_window(blob.info.size_bytes, self._evictables.copies, limit)
         if window is None:
             return None

@@ -13,6 +13,7 @@ Need = tuple[int, int, bool, float, int]
 
 _STRICT = _PRESSING = 0
 _READY, _REST, _WISHED = range(1, 4)
+LOOKED_AT = 8
 LAST: Need = (_WISHED + 1, 0, False, 0.0, 0)
 
 
@@ -25,14 +26,16 @@ class Demand:
     """`wanted` are the models that an operator wants resident, once; `ready` those that can go on deck.
 
     In a strict order nothing goes before what came earlier, ready or not. What somebody waits for and is not
-    ready is kept sorted: whatever may change a model's place is `marked`, here or by the queue.
+    ready is kept sorted: whatever may change a model's place is `marked`, here or by the queue. Chances
+    change with every request: those that things are sorted by are looked at again by turns, `looked_at` at once.
     """
 
     def __init__(self, queue: RequestQueue, forecast: Forecast, *, is_strict: bool) -> None:
         self.wanted: OrderedDict[str, None] = OrderedDict()
         self.ready: dict[str, Model] = {}
         self._queue = queue
-        self._forecast = forecast
+        self.forecast = forecast
+        self.looked_at = LOOKED_AT
         self._is_strict = is_strict
         self._was_wanted: list[str] = []
         self._marked = queue.turned
@@ -60,7 +63,7 @@ class Demand:
 
     def chance(self, blob: Blob) -> float:
         """The chance that the next request needs it."""
-        return self._forecast.chance(blob.key)
+        return self.forecast.chance(blob.key)
 
     # -- how soon -----------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ Nothing is in a hurry here: a load into the arena that finds no loader stops one
 """
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 
 from understudyd.core.demand import Demand
 from understudyd.core.entities import Model
@@ -28,6 +28,8 @@ class Fetching:
         self._no_room: object = None
         self._settled: object = None
         self._nothing_likely: object = None
+        self._too_small_bytes = 0
+        self._full: object = None
 
     def start(self, now_s: float) -> None:
         """Give every idle loader something to fetch, if there is anything."""
@@ -39,9 +41,17 @@ class Fetching:
                 self._no_room = self._crowd()
             self._settled = self._state()
         if settings.prefetch and self._has_loader() and self._nothing_likely != self._history():
-            self._fetch(self._likely(), 0.0, now_s)
-            if self._has_loader():
-                self._nothing_likely = self._history()
+            pool = self._residency.copies.pool
+            if pool.largest_gap_bytes > self._too_small_bytes or self._full != self._fullness():
+                self._guess(now_s)
+
+    def _guess(self, now_s: float) -> None:
+        pool = self._residency.copies.pool
+        self._too_small_bytes = 0
+        if not self._fetch(self._likely(), 0.0, now_s):
+            self._too_small_bytes, self._full = pool.largest_gap_bytes, self._fullness()
+        elif self._has_loader():
+            self._nothing_likely = self._history()
 
     def _has_loader(self) -> bool:
         return next(self._residency.idle_loaders(), None) is not None
@@ -65,8 +75,9 @@ class Fetching:
 
     def _likely(self) -> Iterator[Model]:
         """Those that were ever asked for, likeliest first, then the others: free memory is of no use."""
-        models = self._residency.models
-        for name in dict.fromkeys([*self._policy.forecast.ranked(), *models]):
+        models, forecast = self._residency.models, self._policy.forecast
+        unknown = (name for name in models if not forecast.knows(name))
+        for name in chain(forecast.ranked(), unknown):
             if not (models[name].retiring or models[name].is_unfit):
                 yield models[name]
 
@@ -79,6 +90,11 @@ class Fetching:
         residency = self._residency
         changes = (residency.copies.changes, residency.replacements, residency.arrivals)
         return (*changes, self._queue.relieved)
+
+    def _fullness(self) -> object:
+        """While this stands, a gap in the pool that was too small for what is likely still is."""
+        residency = self._residency
+        return residency.copies.pool.releases, residency.replacements, len(residency.models)
 
     def _history(self) -> object:
         """While this stands, nothing else is likely that has no copy yet, or there is no gap for it."""

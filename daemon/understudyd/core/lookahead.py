@@ -34,7 +34,7 @@ class Lookahead:
     def start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         """Use idle loaders and room as well as can be."""
         if self._settled == self._state(on_stage, stage_is_busy):
-            if self._guessed_at not in (None, self._policy.forecast.requests):
+            if self._guessed_at not in (None, self._queue.arrivals):
                 self._prefetch(now_s)
             return
         evictions = -1
@@ -215,7 +215,7 @@ class Lookahead:
     def _prefetch(self, now_s: float) -> None:
         """Idle loaders fill free memory with what is likeliest to be asked for; nothing is evicted."""
         residency = self._residency
-        self._guessed_at = self._policy.forecast.requests
+        self._guessed_at = self._queue.arrivals
         if next(residency.idle_loaders(), None) is None or not residency.arena.largest_gap_bytes:
             return
         for name in self._policy.forecast.ranked():

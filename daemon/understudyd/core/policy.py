@@ -160,7 +160,7 @@ class Policy:
         """
         evictables = residency.evictables
         evictables.file()
-        evictables.spare.refresh()
+        evictables.spare.refresh(demand.looked_at)
         yield from evictables.spare
         limit = demand.need(requester, on_stage)
         later: Iterator[tuple[Need, Extent]] = reversed(evictables.partial)

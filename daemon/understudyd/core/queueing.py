@@ -54,6 +54,11 @@ class RequestQueue:
         return len(self._waiting)
 
     @property
+    def arrivals(self) -> int:
+        """How many were ever admitted."""
+        return self._seq
+
+    @property
     def is_full(self) -> bool:
         """No further request may wait."""
         return len(self._waiting) >= self.max_waiting

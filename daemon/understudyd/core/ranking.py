@@ -7,8 +7,6 @@ from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 
-_REFRESHED = 8
-
 
 class Ranking(Generic[Item]):
     """Items by key. A key stands until the item is put again, or looked at by `refresh`, by turns."""
@@ -48,9 +46,9 @@ class Ranking(Generic[Item]):
         if entry is not None:
             del self._sorted[bisect_left(self._sorted, entry)]
 
-    def refresh(self) -> None:
-        """Look again at a few keys, those that are the oldest."""
-        for item in list(islice(self._entries, _REFRESHED)):
+    def refresh(self, most: int) -> None:
+        """Look again at the `most` keys that are the oldest."""
+        for item in list(islice(self._entries, most)):
             self.put(item)
 
     def check(self) -> None:

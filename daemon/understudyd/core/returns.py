@@ -58,6 +58,8 @@ class Returns:
         self._chances = [0.0] * _BUCKETS
         self._held: dict[str, dict[int, float]] = {}  # name -> bucket -> clients that would ask for it again
         self._all = [0.0] * _BUCKETS
+        self._everybody: float | None = None  # `_chances` times `_all`, until one of them changes
+        self._due_s = 0.0
 
     def saw(self, client: str, names: tuple[str, ...], now_s: float) -> None:
         """A request of this client. Time in seconds never goes back."""
@@ -72,6 +74,7 @@ class Returns:
         visit = self._clients[client] = _Visit(client, now_s, names, run, stays / (stays + leaves))
         self._reached[0] += 1.0
         self._away[0].append(visit)
+        self._due_s = min(self._due_s, now_s + _STARTS_S[1])
         self._hold(visit, 1.0)
         if len(self._clients) > _CLIENTS:
             self._drop(next(iter(self._clients)))
@@ -80,8 +83,11 @@ class Returns:
 
     def pass_time(self, now_s: float) -> None:
         """Clients that have not come back have been away longer."""
+        if now_s < self._due_s:
+            return
+        self._due_s = math.inf
         for bucket, away in enumerate(self._away[:-1]):
-            longest_s = _starts_at_s(bucket + 1)
+            longest_s = _STARTS_S[bucket + 1]
             while away and now_s - away[0].at_s >= longest_s:
                 visit = away.popleft()
                 if self._clients.get(visit.client) is visit:
@@ -90,14 +96,17 @@ class Returns:
                     self._hold(visit, 1.0)
                     self._reached[bucket + 1] += 1.0
                     self._away[bucket + 1].append(visit)
+            if away:
+                self._due_s = min(self._due_s, away[0].at_s + longest_s)
 
     def share(self, name: str) -> float:
         """Among the clients that are expected back, those that will ask for it."""
         held = self._held.get(name)
         if not held:
             return 0.0
-        chances = self._chances
-        everybody = sum(map(float.__mul__, chances, self._all))
+        chances, everybody = self._chances, self._everybody
+        if everybody is None:
+            everybody = self._everybody = sum(map(float.__mul__, chances, self._all))
         expected = sum(chances[bucket] * clients for bucket, clients in held.items())
         return expected / everybody if everybody > 0.0 else 0.0
 
@@ -206,6 +215,7 @@ class Returns:
         """Count the client among those that would ask for these names again, or no longer."""
         clients, bucket = sign * visit.stays, visit.bucket
         self._all[bucket] += clients
+        self._everybody = None
         for name in visit.names:
             held = self._held.setdefault(name, {})
             held[bucket] = held.get(bucket, 0.0) + clients
@@ -229,6 +239,7 @@ class Returns:
         for bucket in range(_BUCKETS):
             age_s = (_starts_at_s(bucket) + _starts_at_s(bucket + 1)) / 2.0
             self._chances[bucket] = 1.0 - at(age_s + self._gap_s) / at(age_s)
+        self._everybody = None
 
 
 def _starts_at_s(bucket: int) -> float:
