@@ -13,9 +13,7 @@ from core_pool_ledger import PoolLedger
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.machine import Machine
-from understudyd.core.policy import Needs
 from understudyd.core.states import BlobState
-from understudyd.core.timely import Timely
 from understudyd.core.types import ModelInfo, Outcome, RequestInfo
 
 PAGE = 4096
@@ -305,36 +303,32 @@ class Ledger:
             return  # who was ready before the move is not now, but will be again
         residency, queue, policy = self.machine.residency, self.machine.queue, self.machine.policy
         stage_is_busy = bool(self.running) or self.deck is not None
-        expected = policy.expected_order(queue, residency.ready, self.machine.on_stage)
+        expected = policy.expected_order(queue, self.machine.demand, self.machine.on_stage)
         lacking = [n for n in expected if not residency.models[n].is_ready]
         if policy.settings.lookahead or not stage_is_busy:
-            to_load = policy.to_load(queue, residency.ready, stage_is_busy)
+            to_load = policy.to_load(self.machine.demand, stage_is_busy)
             assert to_load == lacking[: max(1, policy.settings.lookahead)]
-            may_change = policy.settings.order != "fcfs"
-            timely = Timely(queue, residency, self.machine.outlook, may_change=may_change)
-            order = timely.order(to_load, now_s)
-            for name in order:
+            timely = self.machine.timely
+            for name in timely.names:
                 states = {b.state for b in residency.models[name].blobs}
                 if BlobState.FETCHING in states:
                     break  # there was no room for it, so that it goes to the host pool; the rest comes after
                 if BlobState.ABSENT in states:
-                    self._cannot_be_loaded(name, order, now_s)
+                    self._cannot_be_loaded(name, now_s)
                     break
-                if timely.keeps_others_waiting(residency.models[name], now_s):
+                if timely.stage_awaits_load and BlobState.LOADING in states:
                     break
 
-    def _cannot_be_loaded(self, name: str, order: list[str], now_s: float) -> None:
+    def _cannot_be_loaded(self, name: str, now_s: float) -> None:
         machine, residency = self.machine, self.machine.residency
-        needs = Needs(
-            machine.policy.settings, machine.queue, residency.ready, machine.on_stage, machine.wanted
-        )
-        needs.exchange(order)
         for absent in residency.models[name].blobs:
             if absent.state is BlobState.ABSENT and absent.retry_at_s <= now_s:
                 is_idle = next(residency.idle_loaders(), None) is not None
                 size = absent.info.size_bytes
                 fits = residency.arena.largest_gap_bytes >= residency.arena.rounded(size)
-                candidates = machine.policy.candidates(residency, needs, name)
+                prices = machine.policy.candidates(residency, machine.demand, name, machine.on_stage)
+                kept = machine.timely.loaded_before(name)
+                candidates = [found for found in prices if found[1].blob not in kept]
                 has_room = fits or residency.arena.cheapest_window(size, candidates) is not None
                 assert not (is_idle and has_room), f"{absent.key} could be loaded"
                 only_fetches = [load for load in self.loads.values() if load.offset is None]

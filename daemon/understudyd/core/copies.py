@@ -41,7 +41,7 @@ class HostCopies:
     def worth(self, blob: Blob) -> float:
         """The chance that a copy of the blob saves a read; infinite while somebody waits for it."""
         is_coming = blob.state is not BlobState.RESIDENT and self._demand.awaits(blob)
-        return math.inf if is_coming else self._demand.estimate(blob)
+        return math.inf if is_coming else self._demand.chance(blob)
 
     def make(self, blob: Blob, limit: float, now_s: float) -> Extent | None:
         """A copy to be filled: a gap, or a window of copies that are worth less than `limit` together."""
@@ -54,7 +54,8 @@ class HostCopies:
         return copy
 
     def _replace(self, blob: Blob, limit: float, now_s: float) -> Extent | None:
-        self._evictables.refresh()
+        self._evictables.file()
+        self._evictables.copies.refresh(self._demand.looked_at)
         window = self.pool.cheapest_window(blob.info.size_bytes, self._evictables.copies, limit)
         if window is None:
             return None

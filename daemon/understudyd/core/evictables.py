@@ -9,13 +9,11 @@ from collections.abc import Iterable, Mapping
 from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Model
 from understudyd.core.extents import Extent
-from understudyd.core.spare import Spare
+from understudyd.core.ranking import Ranking
 from understudyd.core.states import BlobState, ExtentState
 
 RELOAD_FROM_POOL = 0.2
 """A load from the host pool counts so much of one from disk."""
-
-_REFRESHED = 8
 
 
 class Evictables:
@@ -23,32 +21,32 @@ class Evictables:
 
     `spare` are those that nobody waits for, `partial` those that only models wait for which lack others
     still. What a ready model waits for is found by its model (`policy.py`). `copies` are copies in the host
-    pool that are not about to be read.
+    pool that are not about to be read. `arrivals` counts who joined `spare` or `partial`.
     """
 
     def __init__(
         self,
         demand: Demand,
         models: Mapping[str, Model],
-        ready: Mapping[str, Model],
         pinned: Mapping[str, Model],
     ) -> None:
-        self._demand, self._models, self._ready, self._pinned = demand, models, ready, pinned
+        self._demand, self._models, self._pinned = demand, models, pinned
         self._blobs: dict[Extent, Blob] = {}
         self._marked: dict[Blob, None] = {}
+        self.arrivals = 0
         self._extents: dict[Blob, Extent] = {}
         self._copies: dict[Blob, Extent] = {}
-        self.spare = Spare(self._price)
-        self.partial: dict[Extent, Blob] = {}
-        self.copies = Spare(lambda copy: demand.estimate(self._blobs[copy]))
+        self.spare: Ranking[Extent] = Ranking(self._price)
+        self.partial: Ranking[Extent] = Ranking(lambda extent: demand.soonest(self._blobs[extent]))
+        self.copies: Ranking[Extent] = Ranking(lambda copy: demand.chance(self._blobs[copy]))
 
     def mark(self, blobs: Iterable[Blob]) -> None:
         """Something about these blobs may have changed."""
         for blob in blobs:
             self._marked[blob] = None
 
-    def refresh(self) -> None:
-        """File anew what was marked, and look at some prices again."""
+    def file(self) -> None:
+        """File anew what was marked."""
         for name in self._demand.turned():
             if name in self._models:
                 self.mark(self._models[name].blobs)
@@ -56,8 +54,6 @@ class Evictables:
             self._file_extent(blob)
             self._file_copy(blob)
         self._marked.clear()
-        self.spare.refresh(_REFRESHED)
-        self.copies.refresh(_REFRESHED)
 
     def blob_of(self, extent: Extent) -> Blob:
         """The blob of a filed extent."""
@@ -76,7 +72,7 @@ class Evictables:
 
     def _price(self, extent: Extent) -> float:
         blob = self._blobs[extent]
-        chance = self._demand.estimate(blob)
+        chance = self._demand.chance(blob)
         return chance * RELOAD_FROM_POOL if blob.has_copy else chance
 
     def _file_extent(self, blob: Blob) -> None:
@@ -90,25 +86,19 @@ class Evictables:
             self._drop(extent)
             return
         self._extents[blob], self._blobs[extent] = extent, blob
-        if not self._demand.awaits(blob):
-            self.partial.pop(extent, None)
-            self.spare.put(extent)
-            return
+        was_spare, was_partial = extent in self.spare, extent in self.partial
         self.spare.discard(extent)
-        if self._is_awaited_by_ready(blob):
-            self.partial.pop(extent, None)
-        else:
-            self.partial[extent] = blob
-
-    def _is_awaited_by_ready(self, blob: Blob) -> bool:
-        ready, awaited = self._ready, self._demand.awaited
-        if len(blob.models) < len(ready):
-            return any(name in ready and name in awaited for name in blob.models)
-        return any(name in blob.models and name in awaited for name in ready)
+        self.partial.discard(extent)
+        if not self._demand.awaits(blob):
+            self.spare.put(extent)
+            self.arrivals += not was_spare
+        elif not self._demand.ready_awaits(blob):
+            self.partial.put(extent)
+            self.arrivals += not (was_spare or was_partial)
 
     def _drop(self, extent: Extent) -> None:
         self.spare.discard(extent)
-        self.partial.pop(extent, None)
+        self.partial.discard(extent)
         self._blobs.pop(extent, None)
 
     def _file_copy(self, blob: Blob) -> None:
@@ -126,3 +116,26 @@ class Evictables:
             return
         self._copies[blob], self._blobs[copy] = copy, blob
         self.copies.put(copy)
+
+    def check(self, blobs: Iterable[Blob]) -> None:
+        """What is not marked lies where it belongs, and nothing else is filed."""
+        stale = self._marked.keys() | {
+            blob
+            for name in self._demand.unseen()
+            if name in self._models
+            for blob in self._models[name].blobs
+        }
+        for blob in (blob for blob in blobs if blob not in stale):
+            is_awaited = self._demand.awaits(blob)
+            if (extent := blob.extent) is not None:
+                may_leave, missed = self.may_leave(blob), is_awaited and self._demand.ready_awaits(blob)
+                assert (extent in self.spare) == (may_leave and not is_awaited), f"{blob.key}: spare"
+                assert (extent in self.partial) == (may_leave and is_awaited and not missed), blob.key
+            if (copy := blob.copy) is not None:
+                is_coming = blob.state is not BlobState.RESIDENT and is_awaited
+                is_free = copy.life.state is ExtentState.READY and not is_coming
+                assert (copy in self.copies) == is_free, f"{blob.key}: copy"
+        filed = {blob.extent for blob in self._extents} | {blob.copy for blob in self._copies}
+        for ranking in (self.spare, self.partial, self.copies):
+            ranking.check()
+            assert all(extent in filed or self._blobs[extent] in stale for _, extent in ranking)

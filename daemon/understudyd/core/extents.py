@@ -7,7 +7,7 @@ one gap; `check` proves it.
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from understudyd.core.states import EXTENT_TABLE, ExtentState, Lifecycle
@@ -54,7 +54,7 @@ class Window:
 
 @dataclass(slots=True)
 class ArenaMap:
-    """Extents and gaps of `[0, size_bytes)`, both sorted by offset."""
+    """Extents and gaps of `[0, size_bytes)`, both sorted by offset. `releases` counts new gaps."""
 
     size_bytes: int
     align_bytes: int = ALIGN_BYTES
@@ -63,6 +63,7 @@ class ArenaMap:
     _gaps: dict[int, int] = field(default_factory=dict)
     _gap_offsets: list[int] = field(default_factory=list)
     _generation: int = 0
+    releases: int = 0
 
     def __post_init__(self) -> None:
         self.size_bytes -= self.size_bytes % self.align_bytes
@@ -119,6 +120,7 @@ class ArenaMap:
     def release(self, extent: Extent, now_s: float, why: str) -> None:
         """The extent's bytes become a gap, merged with its neighbours."""
         extent.life.to(ExtentState.FREE, now_s, why)
+        self.releases += 1
         del self._extents[extent.offset]
         del self._offsets[bisect_left(self._offsets, extent.offset)]
         start, end = extent.offset, extent.end
@@ -152,6 +154,7 @@ class ArenaMap:
     def end_slide(self, extent: Extent, size_bytes: int, now_s: float) -> None:
         """The extent is READY at its new place and `size_bytes` long again; the rest is a gap."""
         extent.life.to(ExtentState.READY, now_s, "moved")
+        self.releases += 1
         freed_bytes, extent.size_bytes = extent.size_bytes - size_bytes, size_bytes
         gap_bytes = freed_bytes
         if extent.end + freed_bytes in self._gaps:
@@ -201,7 +204,7 @@ class ArenaMap:
         need = self.rounded(size_bytes)
         extents, offsets, prices = self._extents, self._offsets, dict[int, float]()
         best: tuple[float, int] = (limit, 0)
-        found: Sequence[int] = ()
+        offset, found = 0, tuple[Extent, ...]()
         for price, candidate in candidates:
             if price >= best[0]:
                 break
@@ -212,27 +215,25 @@ class ArenaMap:
                 first -= 1
             while after < len(offsets) and offsets[after] in prices:
                 after += 1
-            ends = [extents[offset].end for offset in offsets[max(0, first - 1) : after]]
-            begins = [*offsets[first : after + 1], *([self.size_bytes] if after == len(offsets) else [])]
-            if not first:
-                ends.insert(0, 0)
-            if begins[-1] - ends[0] < need:  # `ends` has the end before each of the run, `begins` theirs
+            start = extents[offsets[first - 1]].end if first else 0
+            end = offsets[after] if after < len(offsets) else self.size_bytes
+            if end - start < need:
                 continue
+            starts = [start, *(extents[offset].end for offset in offsets[first:after])]
+            run = [*offsets[first:after], end]
             cost, left = 0.0, 0
-            for right in range(after - first):
-                cost += prices[begins[right]]
-                while begins[right + 1] - ends[left + 1] >= need and left < right:
-                    cost -= prices[begins[left]]
+            for right in range(after - first):  # the gap before an extent ends where it begins
+                cost += prices[run[right]]
+                while left < right and run[right + 1] - starts[left + 1] >= need:
+                    cost -= prices[run[left]]
                     left += 1
-                length = begins[right + 1] - ends[left]
+                length = run[right + 1] - starts[left]
                 if length >= need and (cost, length) < best:
-                    best, found = (cost, length), begins[left : right + 1]
+                    best, found = (cost, length), tuple(extents[offset] for offset in run[left : right + 1])
+                    offset = starts[left]
         if not found:
             return None
-        before = bisect_left(offsets, found[0])
-        offset = extents[offsets[before - 1]].end if before else 0
-        victims = tuple(extents[offset] for offset in found)
-        return Window(offset, best[1], victims, tuple(prices[offset] for offset in found), best[0])
+        return Window(offset, best[1], found, tuple(prices[victim.offset] for victim in found), best[0])
 
     def would_fit(self, sizes_bytes: Iterable[int], kept: Callable[[Extent], bool]) -> bool:
         """Whether `allocate` would place all these, one after another, if only `kept` extents were left."""

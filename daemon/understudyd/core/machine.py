@@ -57,16 +57,16 @@ class Machine:
         self.queue = self.policy.settings.queue(max_waiting)
         bounds = (self.policy.settings.max_wait_s, self.policy.settings.max_skips)
         self.decisions = Decisions(decisions, self.queue, self.forecast, *bounds) if decisions else None
-        demand = Demand(self.queue, self.forecast)
-        self.wanted = demand.wanted
+        self.demand = Demand(self.queue, self.forecast, is_strict=self.policy.settings.order == "fcfs")
+        self.wanted = self.demand.wanted
         self.residency = Residency(
-            arena_bytes, pool_bytes, quarantine_grace_s, self._actions, demand, self.decisions
+            arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self.demand, self.decisions
         )
         self.catalogue = Catalogue(self.residency, self.policy, self._actions)
         self.outlook = Outlook(self.queue, self.residency, self.catalogue, self._stage)
         may_change = self.policy.settings.order != "fcfs"
-        timely = Timely(self.queue, self.residency, self.outlook, may_change=may_change)
-        self._lookahead = Lookahead(self.policy, self.queue, self.residency, demand, timely)
+        self.timely = Timely(self.queue, self.residency, self.outlook, may_change=may_change)
+        self._lookahead = Lookahead(self.policy, self.queue, self.residency, self.demand, self.timely)
         self.on_deck: Request | None = None
         self.running: dict[str, Request] = {}
         self._staged: Model | None = None

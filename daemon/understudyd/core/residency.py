@@ -54,10 +54,10 @@ class Residency:
     ) -> None:
         self.arena = ArenaMap(arena_bytes)
         self.models: dict[str, Model] = {}
-        self.ready: dict[str, Model] = {}
+        self.ready = demand.ready
         self.pinned: dict[str, Model] = {}
         self.blobs: dict[str, Blob] = {}
-        self.evictables = Evictables(demand, self.models, self.ready, self.pinned)
+        self.evictables = Evictables(demand, self.models, self.pinned)
         self.copies = HostCopies(pool_bytes, quarantine_grace_s, demand, self.evictables)
         self._book = Loads(actions)
         self.loads = self._book.under_way
@@ -67,6 +67,7 @@ class Residency:
         self.loader_ready = self._book.loader_ready
         self.evictions = 0
         self.arrivals = 0
+        self.readiness = 0
         self.retries = Retries()
         self.leases = 0
         self.changes = 0
@@ -74,6 +75,7 @@ class Residency:
         self._actions = actions
         self._quarantine = Quarantine(quarantine_grace_s)
         self._decisions = decisions
+        self._demand = demand
 
     # -- models -------------------------------------------------------------------------------------
 
@@ -111,12 +113,19 @@ class Residency:
         for model in models:
             if model.is_ready and model.name not in self.ready:
                 self.ready[model.name] = model
-                self.evictables.mark(model.blobs)
+                self.readiness += 1
+                self._demand.mark(model.name)
 
     def no_longer_ready(self, name: str) -> None:
         """The model cannot go on deck any more."""
-        if (model := self.ready.pop(name, None)) is not None:
-            self.evictables.mark(model.blobs)
+        if self.ready.pop(name, None) is not None:
+            self.readiness += 1
+            self._demand.mark(name)
+
+    def version(self) -> object:
+        """While it is the same, nothing else can be loaded, and nothing else is ready."""
+        book, pauses = self._book.changes, self.retries.pauses
+        return (self.changes, self.arrivals, self.evictions, self.readiness, book, pauses, len(self.models))
 
     def required_bytes(self, model: Model) -> int:
         """Arena bytes that must exist for the model to run beside everything pinned."""

@@ -19,31 +19,45 @@ from understudyd.core.states import BlobState
 
 
 class Timely:
-    """Judgements over what shall be loaded, by what is expected. Unless it `may_change`, the order stands."""
+    """Judgements over what shall be loaded, by what is expected. Unless it `may_change`, the order stands.
+
+    `names` are the models to load, as they were last put in order. While `stage_awaits_load`, nothing else starts.
+    """
 
     def __init__(
         self, queue: RequestQueue, residency: Residency, outlook: Outlook, *, may_change: bool
     ) -> None:
-        self._may_change = may_change
+        self.names: Sequence[str] = ()
+        self.stage_awaits_load = False
         self._queue = queue
         self._models = residency.models
         self._outlook = outlook
+        self._may_change = may_change
+        self._is_changed = False
 
-    def order(self, names: Sequence[str], now_s: float) -> list[str]:
-        """Models to load, given in their expected order, in the order in which to load them."""
-        if len(names) < 2 or not self._may_change or self._presses(names[0]) or not self._is_late(names[0], now_s):
-            return list(names)
-        first = self._queue.head_of(names[0])
-        priority = first.info.priority if first is not None else 0
-        equals = [name for name in names if self._is_equal(name, priority)]
-        equals.sort(key=lambda name: self._outlook.ready_in_s(self._models[name], now_s))
-        return [*equals, *(name for name in names if name not in equals)]
+    def order(self, names: Sequence[str], now_s: float) -> Sequence[str]:
+        """Models to load, given as they are expected to run, in the order in which to load them."""
+        self.names, self._is_changed = names, False
+        if len(names) > 1 and self._may_change and not self._presses(names[0]):
+            if self._is_late(names[0], now_s):
+                equals = self._equals(names)
+                equals.sort(key=lambda name: self._outlook.ready_in_s(self._models[name], now_s))
+                self.names = [*equals, *names[len(equals) :]]
+                self._is_changed = self.names != names
+        return self.names
+
+    def loaded_before(self, name: str) -> frozenset[str]:
+        """The blobs of those that come before it in an order that was changed."""
+        if not self._is_changed or name not in self.names:
+            return frozenset()
+        before = self.names[: self.names.index(name)]
+        return frozenset(blob.key for other in before for blob in self._models[other].blobs)
 
     def keeps_others_waiting(self, model: Model, now_s: float) -> bool:
         """It is on its way, and the stage will wait for it: nothing else should slow it down."""
-        if all(blob.state is not BlobState.LOADING for blob in model.blobs):
-            return False
-        return self._is_late(model.name, now_s)
+        is_coming = any(blob.state is BlobState.LOADING for blob in model.blobs)
+        self.stage_awaits_load = is_coming and self._is_late(model.name, now_s)
+        return self.stage_awaits_load
 
     def _is_late(self, name: str, now_s: float) -> bool:
         """It cannot be ready when the stage is free."""
@@ -52,7 +66,8 @@ class Timely:
     def _presses(self, name: str) -> bool:
         return self._queue.pressing.first_of(name) is not None
 
-    def _is_equal(self, name: str, priority: int) -> bool:
-        """It may change places with others of this priority."""
-        head = self._queue.head_of(name)
-        return head is not None and head.info.priority == priority and not self._presses(name)
+    def _equals(self, names: Sequence[str]) -> list[str]:
+        """Those in front that may change places: of one priority, the highest."""
+        heads = [self._queue.head_of(name) for name in names]
+        priorities = [head.info.priority if head is not None else 0 for head in heads]
+        return [name for name, priority in zip(names, priorities) if priority == priorities[0]]

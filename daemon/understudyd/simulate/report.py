@@ -68,7 +68,7 @@ class Scenario:
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a simulation found; misses are of `slots.compare`, the rest of the queue.
 
-    `decision_us_*` are wall-clock microseconds of one `Machine.handle`; null without a machine, as misses are
+    `decision_us_*` are microseconds of CPU time of one `Machine.handle`; null without a machine, misses
     without slots.
     """
 
