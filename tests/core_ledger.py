@@ -309,7 +309,8 @@ class Ledger:
             to_load = policy.to_load(self.machine.demand, stage_is_busy)
             assert to_load == lacking[: max(1, policy.settings.lookahead)]
             timely = self.machine.timely
-            for name in timely.names:
+            known = [name for name in timely.names if name in to_load]
+            for name in known + [name for name in to_load if name not in known]:
                 states = {b.state for b in residency.models[name].blobs}
                 if BlobState.FETCHING in states:
                     break  # there was no room for it, so that it goes to the host pool; the rest comes after

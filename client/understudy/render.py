@@ -160,7 +160,7 @@ def queue_table(requests: Sequence[Document]) -> RenderableType:
     """What runs and what waits, in order."""
     if not requests:
         return Text("no requests are waiting")
-    columns = ["id", "model", "state", ">steps", ">waited", "tier", ">priority", "client"]
+    columns = ["id", "model", "state", ">steps", ">waited", ">starts in", "tier", ">priority", "client"]
     rows: list[Row] = [
         [
             _text(wish.get("id")),
@@ -168,6 +168,7 @@ def queue_table(requests: Sequence[Document]) -> RenderableType:
             _state(wish.get("state")),
             _steps(wish),
             duration(wish.get("waited_s")),
+            duration(wish.get("starts_in_s")),
             _tier(wish),
             _text(wish.get("priority")),
             _text(wish.get("client")),

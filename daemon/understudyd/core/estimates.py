@@ -1,13 +1,14 @@
 """How long loads, views, preparations and runs take, learned from those that took place.
 
-A load takes a fixed time and a time a byte: a line through the last few loads, by the weighted median of the slopes
-between any two of them (Theil, 1950; Sen, 1968; weights by distance: Sievers, 1978), which up to a quarter of wild
-values do not move. Loads from disk and from the host pool are kept apart, and those that had company from those that
-had none: who shares a disk is slower.
+A load takes a fixed time and a time a byte: a line through the last few loads, by the weighted median of the
+slopes between any two of them (Theil, 1950; Sen, 1968; weights by distance: Sievers, 1978), which up to a
+quarter of wild values do not move. Loads from disk and from the host pool are kept apart, and those that had
+company from those that had none: who shares a disk is slower.
 
-Anything else is a level that follows the logarithm of what it sees, so that it stands for what is usual; each value
-moves it by at most a factor of four (after Gelper, Fried and Croux, 2010, robust exponential smoothing). The first
-ones are averaged, later ones count for a sixteenth: hardware that becomes slower is believed within a few loads.
+Anything else is a level that follows the logarithm of what it sees, so that it stands for what is usual;
+each value moves it by at most a factor of four (after Gelper, Fried and Croux, 2010, robust exponential
+smoothing). The first ones are averaged, later ones count for a sixteenth: hardware that becomes slower is
+believed within a few loads.
 
 What was learned outlives the machine as a document in JSON's types. Nothing here is tuned to a machine.
 """

@@ -1,4 +1,4 @@
-"""When things will be: the stage free, a model ready, a request on stage. From estimates and the state of things.
+"""When the stage will be free, a model ready, a request on stage: by estimates and the state of things.
 
 It learns, too: each event that ends something says how long that took.
 """
@@ -16,7 +16,7 @@ from understudyd.core.states import BlobState, PartsState, RequestState
 from understudyd.core.types import Outcome
 
 _SAMPLED = 16
-"""So many of those ahead of a request are looked at, where it is more than twice as many: a bounded effort."""
+"""Of more than twice as many ahead of a request only some are looked at: a bounded effort."""
 
 
 Stage = tuple[Collection[Request], Request | None]
@@ -81,8 +81,10 @@ class Outlook:
         return max(0.0, self.run_s(request) - (now_s - (request.life.since_s or now_s)))
 
     def wait_s(self, request: Request, now_s: float) -> float:
-        """When a request that has just come should be on stage: after all that is ahead of it in the fair order,
-        and later by as much as others lately were, whom some that came after them have overtaken.
+        """When a request that has just come should be on stage.
+
+        After all that is ahead of it in the fair order, and later by as much as others lately were, before whom
+        some went that came after them.
         """
         free_s = self.stage_free_in_s(now_s)
         ahead, some = self._queue.ahead_of(request, _SAMPLED)
@@ -94,7 +96,7 @@ class Outlook:
     # -- models -------------------------------------------------------------------------------------
 
     def ready_in_s(self, model: Model, now_s: float) -> float:
-        """When the model could go on deck if a loader began now with what it lacks, one blob after another."""
+        """When the model could go on deck if a loader began now with what it lacks, blob after blob."""
         load_s = sum(self._blob_s(blob, now_s) for blob in dict.fromkeys(model.blobs))
         estimates = self.estimates
         match model.parts.state:

@@ -1,8 +1,8 @@
 """Where a blob goes in the arena: beside what its model still lacks, if that costs no more.
 
 A model whose blobs lie side by side leaves one gap when it goes, large enough for the next model. Blobs that
-each go where it is cheapest for them alone end up scattered, and while they are leased what is free between them
-may be too short for the largest blob of another model: room for two models then holds one.
+each go where it is cheapest for them alone end up scattered, and while they are leased what is free between
+them may be too short for the largest blob of another model: room for two models then holds one.
 """
 
 import math
@@ -23,8 +23,8 @@ def cheapest(
 ) -> tuple[Window | None, int]:
     """What to clear for a blob that no gap has room for, and how many bytes shall be free behind it.
 
-    `beside` are the sizes of the other blobs that the model lacks. Where one run of neighbours for all of them
-    is dearer than one for each, the blob gets one for itself. None: there is no room.
+    `beside` are the sizes of the other blobs that the model lacks. Where one run of neighbours for all of
+    them is dearer than one for each, the blob gets one for itself. None: there is no room.
     """
     if beside:
         room_bytes = sum(map(arena.rounded, beside))

@@ -145,7 +145,7 @@ class RequestQueue:
             begin = bisect_left(heads, (priority + 1,), end)
 
     def ahead_of(self, request: Request, most: int) -> tuple[int, list[Request]]:
-        """How many are ahead of it in the fair order, and evenly chosen ones of these, fewer than twice `most`."""
+        """How many are ahead of it in the fair order, and some of these: fewer than twice `most`."""
         ahead = bisect_left(self._turns, request.turn)
         step = max(1, ahead // most)
         return ahead, [turn[2] for turn in self._turns[:ahead:step]]

@@ -19,7 +19,7 @@ from understudyd.core.decisions import Decisions
 from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Load, Loader, Model
 from understudyd.core.evictables import Evictables
-from understudyd.core.extents import ArenaMap, Extent, Priced
+from understudyd.core.extents import ArenaMap, Extent
 from understudyd.core.loads import Loads
 from understudyd.core.placement import Candidates, cheapest
 from understudyd.core.quarantine import Quarantine

@@ -84,7 +84,10 @@ class BlobView:
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """One request that is not answered yet; waiting ones in expected order."""
+    """One request that is not answered yet; waiting ones in expected order.
+
+    `starts_in_s`: when it should be on stage if they run in that order; 0 for those that are.
+    """
 
     id: str
     client: str
@@ -94,6 +97,7 @@ class RequestView:
     priority: int
     skips: int
     tier: Tier
+    starts_in_s: float
 
 
 def arena(machine: Machine) -> ArenaView:
@@ -199,16 +203,31 @@ def requests(machine: Machine, now_s: float) -> list[RequestView]:
         return (rank.get(request.state, 3), place.get(request.model, 0), request.tag, request.seq)
 
     open_requests = (r for r in machine.queue.requests.values() if r.state is not RequestState.ANSWERED)
-    return [
-        RequestView(
-            id=r.id,
-            client=r.info.client,
-            model=r.model,
-            state=r.state.value,
-            waited_s=now_s - r.received_at_s,
-            priority=r.info.priority,
-            skips=r.skips,
-            tier=r.tier,
-        )
-        for r in sorted(open_requests, key=key)
-    ]
+    starts_in_s, outlook = 0.0, machine.outlook
+    free_s = outlook.stage_free_in_s(now_s) - (outlook.run_s(machine.on_deck) if machine.on_deck else 0.0)
+    views = []
+    for request in sorted(open_requests, key=key):
+        match request.state:
+            case RequestState.ON_DECK:
+                starts_in_s = free_s
+            case RequestState.WAITING:
+                model = machine.residency.models[request.model]
+                starts_in_s = max(starts_in_s, free_s, outlook.ready_in_s(model, now_s))
+        views.append(_request(request, now_s, starts_in_s))
+        if request.state in (RequestState.ON_DECK, RequestState.WAITING):
+            starts_in_s += outlook.run_s(request)
+    return views
+
+
+def _request(request: Request, now_s: float, starts_in_s: float) -> RequestView:
+    return RequestView(
+        id=request.id,
+        client=request.info.client,
+        model=request.model,
+        state=request.state.value,
+        waited_s=now_s - request.received_at_s,
+        priority=request.info.priority,
+        skips=request.skips,
+        tier=request.tier,
+        starts_in_s=starts_in_s,
+    )

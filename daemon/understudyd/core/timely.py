@@ -1,10 +1,10 @@
 """Loads in time: what should be on its way first, and what had better wait, so that the stage is not idle.
 
-As long as each model can be ready when the stage is free, they are loaded in the order in which they will run. Where
-the first one cannot, the stage would wait for it: then the model that is ready soonest comes first, be it because
-it lies in the host pool or because it is nearly there (shortest job first; who presses keeps his place, which
-bounds what that costs the others). And whoever the stage waits for has disk and bus to himself: two loads at a
-time each take twice as long, and only the first one's end is awaited.
+As long as each model can be ready when the stage is free, they are loaded in the order in which they will
+run. Where the first one cannot, the stage would wait for it: then the model that is ready soonest comes
+first, be it because it lies in the host pool or because it is nearly there (shortest job first; who presses
+keeps his place, which bounds what that costs the others). And whoever the stage waits for has disk and bus
+to himself: two loads at a time each take twice as long, and only the first one's end is awaited.
 
 Nothing is put off but while such a load is under way, and its end is an event: no clock has to wake anybody.
 """
@@ -21,7 +21,8 @@ from understudyd.core.states import BlobState
 class Timely:
     """Judgements over what shall be loaded, by what is expected. Unless it `may_change`, the order stands.
 
-    `names` are the models to load, as they were last put in order. While `stage_awaits_load`, nothing else starts.
+    `names` are the models to load, as they were last put in order. While `stage_awaits_load`, nothing else
+    starts.
     """
 
     def __init__(
@@ -38,12 +39,12 @@ class Timely:
     def order(self, names: Sequence[str], now_s: float) -> Sequence[str]:
         """Models to load, given as they are expected to run, in the order in which to load them."""
         self.names, self._is_changed = names, False
-        if len(names) > 1 and self._may_change and not self._presses(names[0]):
-            if self._is_late(names[0], now_s):
-                equals = self._equals(names)
-                equals.sort(key=lambda name: self._outlook.ready_in_s(self._models[name], now_s))
-                self.names = [*equals, *names[len(equals) :]]
-                self._is_changed = self.names != names
+        may_change = self._may_change and len(names) > 1 and not self._presses(names[0])
+        if may_change and self._is_late(names[0], now_s):
+            equals = self._equals(names)
+            equals.sort(key=lambda name: self._outlook.ready_in_s(self._models[name], now_s))
+            self.names = [*equals, *names[len(equals) :]]
+            self._is_changed = self.names != names
         return self.names
 
     def loaded_before(self, name: str) -> frozenset[str]:

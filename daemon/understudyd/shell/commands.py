@@ -227,6 +227,7 @@ class Commands:
         row = dataclasses.asdict(view)
         row["tier"] = view.tier.value
         row["waited_s"] = round(view.waited_s, 3)
+        row["starts_in_s"] = round(view.starts_in_s, 3)
         row["step"], row["steps"] = (pending.step, pending.steps) if pending is not None else (0, 0)
         return row
 
