@@ -83,8 +83,8 @@ class Outlook:
     def wait_s(self, request: Request, now_s: float) -> float:
         """When a request that has just come should be on stage.
 
-        After all that is ahead of it in the fair order, and later by as much as others lately were, before whom
-        some went that came after them.
+        After all that is ahead of it in the fair order, and later by as much as others lately were, whom some
+        that came after them went before.
         """
         free_s = self.stage_free_in_s(now_s)
         ahead, some = self._queue.ahead_of(request, _SAMPLED)
