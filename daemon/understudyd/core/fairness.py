@@ -66,9 +66,10 @@ class FairTags:
         self._is_at_least(least_tag)
         self._leave(info, 0.0)
 
-    def withdraw(self, info: RequestInfo) -> None:
-        """The request will not run: its client gets its turn back."""
+    def withdraw(self, info: RequestInfo, least_tag: float | None) -> None:
+        """The request will not run: its client gets its turn back. `least_tag` is the least that waits now."""
         self._leave(info, info.cost)
+        self._is_at_least(least_tag)
 
     def _is_at_least(self, least_tag: float | None) -> None:
         if least_tag is not None and least_tag > self.virtual_time:

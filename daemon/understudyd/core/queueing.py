@@ -111,7 +111,7 @@ class RequestQueue:
             self.withdrawals += 1
             self._leave(request)
             if self._tags is not None:
-                self._tags.withdraw(request.info)
+                self._tags.withdraw(request.info, self._least_tag())
             self._call_up(now_s)
         self.forget_if_done(request)
 
