@@ -67,7 +67,7 @@ class FairTags:
         self._leave(info, 0.0)
 
     def withdraw(self, info: RequestInfo, least_tag: float | None) -> None:
-        """The request will not run: its client gets its turn back. `least_tag` is the least that waits now."""
+        """The request will not run: its client gets its turn back. `least_tag` as above."""
         self._leave(info, info.cost)
         self._is_at_least(least_tag)
 
