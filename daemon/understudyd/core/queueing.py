@@ -73,8 +73,8 @@ class RequestQueue:
         self._waiting[request.id] = request
         ahead = bisect_left(self._turns, request.turn)
         self._turns.insert(ahead, request.turn)
-        self._of_models.add(request.model, request.place)
-        self.turned[request.model] = None
+        if self._of_models.add(request.model, request.place):
+            self.turned[request.model] = None
         self._of_clients.add(info.client, request.turn)
         for patience in (self.pressing, self.bound):
             if patience.limits.skips <= 0:
@@ -203,9 +203,11 @@ class RequestQueue:
         del self._waiting[request.id]
         del self._turns[bisect_left(self._turns, request.turn)]
         self._of_clients.remove(request.info.client, request.turn)
-        self.turned[request.model] = None
+        heads = self._of_models.changes
         if not self._of_models.remove(request.model, request.place):
             self.relieved += 1
+        if self._of_models.changes != heads:
+            self.turned[request.model] = None
         for patience in (self.pressing, self.bound):
             patience.leave(request)
         self._left += 1
