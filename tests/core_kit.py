@@ -117,8 +117,7 @@ class ScriptedStage:
             self.ran += self._running
             for request_id in self._running:
                 world.later(0.0, ev.RunStarted(request_id), request_id)
-                code = self.faults.get(request_id)
-                outcome = Outcome.FAILED if code else Outcome.FINISHED
+                outcome = Outcome.FAILED if (code := self.faults.get(request_id)) else Outcome.FINISHED
                 world.later(self.run_s, ev.RunEnded(request_id, outcome, code), request_id)
 
     def cancel(self, world: "World", request_id: str) -> None:

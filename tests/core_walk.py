@@ -34,7 +34,7 @@ def family(choose: Choose[int]) -> dict[str, ModelInfo]:
     for name in NAMES:
         which = choose(range(4))
         own = [choose(pages) for _ in range(choose(range(1, 3)))]
-        infos[name] = model(name, *shared[which : which + 1], *own, max_batch=choose([1, 1, 2, 4]))
+        infos[name] = model(name, *shared[which : which + 1], *own, max_batch=choose([1, 2, 4, 4]))
     return infos
 
 
@@ -79,15 +79,19 @@ class Walk:
     # -- kinds of steps -------------------------------------------------------------------------------
 
     def ask(self, choose: Choose) -> None:
-        self.world.ask(
-            choose([*self.usable(), *self.usable(), choose(NAMES)]),
-            client=choose(CLIENTS),
-            priority=choose([0, 0, 0, 0, 1, 5]),
-            deadline_in_s=choose([None, None, None, None, None, None, 40.0, 0.5, -1.0]),
-            cost=choose([1.0, 1.0, 0.25, 4.0]),
-            batch_key=choose(["", "k", "k", "k", "l"]),
-            images=choose([1, 1, 1, 2]),
-        )
+        """One request, or a few that could share a run."""
+        name, key = choose([*self.usable(), *self.usable(), choose(NAMES)]), choose(["", "k", "k", "l"])
+        priority = choose([0, 0, 0, 0, 1, 5])
+        for _ in range(choose([1, 1, 1, 4])):
+            self.world.ask(
+                name,
+                client=choose(CLIENTS),
+                priority=priority,
+                deadline_in_s=choose([None, None, None, None, None, None, 40.0, 0.5, -1.0]),
+                cost=choose([1.0, 1.0, 0.25, 4.0]),
+                batch_key=key,
+                images=choose([1, 1, 1, 2]),
+            )
 
     def take_back(self, choose: Choose) -> None:
         if choose(range(4)) == 3:
