@@ -200,9 +200,11 @@ class Walk:
         yield from (ev.LoaderLost(i, "again") for i in self.ledger.lost if i in known)
         yield from (ev.LoaderReaped(i) for i in self.ledger.loaders)
         yield from (ev.ViewsBuilt(h.blob, h.generation) for h in self.ledger.held if h.kind != "viewing")
-        yield from (ev.ViewsFailed(h.blob, h.generation + 1, "?") for h in self.ledger.held)
+        live = {(h.blob, h.generation) for h in self.ledger.held}
+        unknown = sorted({(h.blob, h.generation + 1) for h in self.ledger.held} - live)
+        yield from (ev.ViewsFailed(*extent, "?") for extent in unknown)
         yield from (ev.ExtentMoved(h.blob, h.generation) for h in self.ledger.held if h.kind != "moving")
-        yield from (ev.MoveFailed(h.blob, h.generation + 1, "?") for h in self.ledger.held)
+        yield from (ev.MoveFailed(*extent, "?") for extent in unknown)
         yield from self._illegal_about_models()
         yield from self._illegal_about_requests()
 
