@@ -13,7 +13,6 @@ from core_pool_ledger import PoolLedger
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.machine import Machine
-from understudyd.core.policy import Needs
 from understudyd.core.states import BlobState
 from understudyd.core.types import ModelInfo, Outcome, RequestInfo
 
@@ -332,10 +331,10 @@ class Ledger:
             return  # who was ready before the move is not now, but will be again
         residency, queue, policy = self.machine.residency, self.machine.queue, self.machine.policy
         stage_is_busy = bool(self.running or self.deck)
-        expected = policy.expected_order(queue, residency.models, self.machine.on_stage)
+        expected = policy.expected_order(queue, self.machine.demand, self.machine.on_stage)
         lacking = [n for n in expected if not residency.models[n].is_ready]
         if policy.settings.lookahead or not stage_is_busy:
-            to_load = policy.to_load(queue, residency.ready, stage_is_busy)
+            to_load = policy.to_load(self.machine.demand, stage_is_busy)
             assert to_load == lacking[: max(1, policy.settings.lookahead)]
             for name in to_load:
                 states = {b.state for b in residency.models[name].blobs}
@@ -347,16 +346,13 @@ class Ledger:
 
     def _cannot_be_loaded(self, name: str, now_s: float) -> None:
         machine, residency = self.machine, self.machine.residency
-        needs = Needs(
-            machine.policy.settings, machine.queue, residency.models, machine.on_stage, machine.wanted
-        )
-        *_, prices = machine.policy.prices(residency, needs, name)
         for absent in residency.models[name].blobs:
             if absent.state is BlobState.ABSENT and absent.retry_at_s <= now_s:
                 is_idle = next(residency.idle_loaders(), None) is not None
                 size = absent.info.size_bytes
                 fits = residency.arena.largest_gap_bytes >= residency.arena.rounded(size)
-                has_room = fits or residency.arena.cheapest_window(size, prices) is not None
+                candidates = machine.policy.candidates(residency, machine.demand, name, machine.on_stage)
+                has_room = fits or residency.arena.cheapest_window(size, candidates) is not None
                 assert not (is_idle and has_room), f"{absent.key} could be loaded"
                 only_fetches = [load for load in self.loads.values() if load.offset is None]
                 mine = {b.key for b in residency.models[name].blobs}

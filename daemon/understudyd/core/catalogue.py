@@ -83,6 +83,7 @@ class Catalogue:
 
     def _take_blobs(self, model: Model, now_s: float) -> None:
         model.blobs = tuple(self._residency.blob(blob) for blob in model.info.blobs)
+        self._residency.evictables.mark(model.blobs)
         for blob in model.blobs:
             blob.models.add(model.name)
             if blob.state is BlobState.DAMAGED:
@@ -93,7 +94,7 @@ class Catalogue:
         residency, name = self._residency, model.name
         old = residency.models[name]
         residency.models[name] = model
-        residency.ready.pop(name, None)
+        residency.no_longer_ready(name)
         if name in residency.pinned:
             residency.pinned[name] = model
         self._take_blobs(model, now_s)
@@ -101,6 +102,7 @@ class Catalogue:
             residency.retries.start_anew(blob)
         self._actions.append(AdoptEdition(name, model.key))
         self._policy.replaced(model)
+        residency.evictables.mark(old.blobs)
         for blob in (blob for blob in old.blobs if blob not in model.blobs):
             blob.models.discard(name)
             if not blob.models:
@@ -176,7 +178,8 @@ class Catalogue:
 
     def _retire_name(self, model: Model, now_s: float) -> None:
         del self._residency.models[model.name]
-        self._residency.ready.pop(model.name, None)
+        self._residency.no_longer_ready(model.name)
+        self._residency.evictables.mark(model.blobs)
         for blob in model.blobs:
             blob.models.discard(model.name)
             if not blob.models:

@@ -10,6 +10,8 @@ def check(machine: Machine) -> None:
     """Raise AssertionError when the machine contradicts itself."""
     machine.residency.arena.check()
     machine.queue.check()
+    machine.demand.check()
+    machine.residency.evictables.check(machine.residency.blobs.values())
     _check_editions(machine)
     _check_blobs(machine)
     _check_copies(machine)

@@ -12,6 +12,7 @@ from understudyd.core.actions import AcceptRequest, Action, AnswerRequest, Cance
 from understudyd.core.catalogue import Catalogue
 from understudyd.core.decisions import Decisions
 from understudyd.core.deck import Deck
+from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
 from understudyd.core.lookahead import Lookahead
@@ -52,12 +53,13 @@ class Machine:
         self.queue = self.policy.settings.queue(max_waiting)
         bounds = (self.policy.settings.max_wait_s, self.policy.settings.max_skips)
         self.decisions = Decisions(decisions, self.queue, self.forecast, *bounds) if decisions else None
+        self.demand = Demand(self.queue, self.forecast, is_strict=self.policy.settings.order == "fcfs")
+        self.wanted = self.demand.wanted
         self.residency = Residency(
-            arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self._copy_worth, self.decisions
+            arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self.demand, self.decisions
         )
         self.catalogue = Catalogue(self.residency, self.policy, self._actions)
-        self._lookahead = Lookahead(self.policy, self.queue, self.residency)
-        self.wanted = self._lookahead.wanted
+        self._lookahead = Lookahead(self.policy, self.queue, self.residency, self.demand)
         self._deck = Deck(
             self.policy,
             self.queue,
@@ -283,9 +285,6 @@ class Machine:
         """A load went wrong: try again later, or give up and fail who waits for it."""
         if blob.models and self.residency.retries.failed(blob, code, now_s):
             self._give_up(sorted(blob.models), code, message, now_s)
-
-    def _copy_worth(self, blob: Blob) -> float:
-        return self.policy.copy_worth(self.queue, blob)
 
     # -- settling -----------------------------------------------------------------------------------
 

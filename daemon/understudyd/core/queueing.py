@@ -27,20 +27,23 @@ class RequestQueue:
     Everything is kept sorted, so that nothing is sorted, and little is walked through, per event. Whom the
     limits `pressing` or `bound` concern is kept under these names. Unless the queue `is_fair`, all tags are
     equal and the fair order is that of arrival. `withdrawals` counts those who left without running,
-    `relieved` how often nobody waited for a model any more.
+    `relieved` how often nobody waited for a model any more. `turned` collects the models whose place in any
+    order may have changed, until somebody takes note.
     """
 
     def __init__(self, max_waiting: int, pressing: Limits, bound: Limits, *, is_fair: bool = True) -> None:
         self.max_waiting = max_waiting
         self.requests: dict[str, Request] = {}
+        self.turned: dict[str, None] = {}
         self.withdrawals = 0
         self.relieved = 0
-        self.pressing = Patience(pressing)
+        self.pressing = Patience(pressing, self.turned)
         self.bound = Patience(bound)
         self._tags = FairTags(max_waiting) if is_fair else None
         self._waiting: dict[str, Request] = {}
         self._turns: list[Turn] = []
         self._of_models: Grouped[Place] = Grouped()
+        self.first_place = self._of_models.first
         self._of_clients: Grouped[Turn] = Grouped()
         self._coming: list[tuple[int, int, Request]] = []
         self._deadlines: list[tuple[float, int, str]] = []
@@ -50,6 +53,11 @@ class RequestQueue:
     def __len__(self) -> int:
         """How many wait."""
         return len(self._waiting)
+
+    @property
+    def arrivals(self) -> int:
+        """How many were ever admitted."""
+        return self._seq
 
     @property
     def is_full(self) -> bool:
@@ -67,6 +75,7 @@ class RequestQueue:
         ahead = bisect_left(self._turns, request.turn)
         self._turns.insert(ahead, request.turn)
         self._of_models.add(request.model, request.place)
+        self.turned[request.model] = None
         self._of_clients.add(info.client, request.turn)
         for patience in (self.pressing, self.bound):
             if patience.limits.skips <= 0:
@@ -138,7 +147,7 @@ class RequestQueue:
 
     def head_of(self, model: str | None) -> Request | None:
         """The first waiting request of one model, by priority and in the fair order."""
-        place = self._of_models.first(model) if model is not None else None
+        place = self.first_place(model) if model is not None else None
         return None if place is None else place[3]
 
     def models(self) -> Set[str]:
@@ -174,6 +183,11 @@ class RequestQueue:
             if other.info.client != info.client and other.info.priority >= info.priority:
                 yield other
 
+    @property
+    def changes(self) -> tuple[int, int]:
+        """While it stands, so does who is first of each model, and who of them presses."""
+        return self._of_models.changes, self.pressing.ended.changes
+
     # -- deadlines ----------------------------------------------------------------------------------
 
     def expired(self, now_s: float) -> list[Request]:
@@ -205,6 +219,7 @@ class RequestQueue:
         del self._waiting[request.id]
         del self._turns[bisect_left(self._turns, request.turn)]
         self._of_clients.remove(request.info.client, request.turn)
+        self.turned[request.model] = None
         if not self._of_models.remove(request.model, request.place):
             self.relieved += 1
         for patience in (self.pressing, self.bound):

@@ -195,7 +195,7 @@ def _blob(blob: Blob) -> BlobView:
 
 def requests(machine: Machine, now_s: float) -> list[RequestView]:
     """Running, then on deck, then waiting ones by expected order of their models."""
-    order = machine.policy.expected_order(machine.queue, machine.residency.models, machine.on_stage)
+    order = machine.policy.expected_order(machine.queue, machine.demand, machine.on_stage)
     place = {name: i for i, name in enumerate(order)}
     rank = {RequestState.ENCODING: 0, RequestState.RUNNING: 1, RequestState.ON_DECK: 2}
 

@@ -70,7 +70,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a simulation found; misses are of `slots.compare`, the rest of the queue.
 
     `runs` counts runs on the stage: fewer than requests where `max_batch` lets several share one.
-    `decision_us_*` are wall-clock microseconds of one `Machine.handle`; null without a machine, as misses are
+    `decision_us_*` are microseconds of CPU time of one `Machine.handle`; null without a machine, misses
     without slots.
     """
 
