@@ -124,6 +124,7 @@ def test_events_and_timings_of_a_batch(rig: Rig) -> None:
         assert rig.of(name) == [RunStarted(name), finished, LeaseEnded(name), ImagesEncoded(name)]
         assert [(step, steps) for who, step, steps in rig.progress if who == name] == [(1, 2), (2, 2)]
     assert len({r.timings.first_op_at_s for r in results_of.values()}) == 1
+    assert [bool(r.components_bound) for r in results_of.values()] == [True, False, False], "one switch"
     encoded = [r.timings.encoded_at_s for r in results_of.values()]
     assert encoded == sorted(encoded) and len(set(encoded)) == 3
 

@@ -314,6 +314,7 @@ class Performer:
             timings=run.timings(encoded_at_s),
             components_bound=run.components_bound,
         )
+        run.components_bound = ()  # one switch is told once, by the first of those that share it
         keep(member.request_id, result)
         self._announcer.announce(ImagesEncoded(member.request_id))
 

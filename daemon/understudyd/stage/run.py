@@ -59,7 +59,11 @@ class RunTimings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """A finished run. `components_bound` names the components whose weights had to be switched."""
+    """What a finished run made for one request.
+
+    `components_bound` names the components whose weights had to be switched; of several requests in one run
+    the first has them.
+    """
 
     images: tuple[bytes, ...]
     infos: tuple[ImageInfo, ...]
