@@ -11,12 +11,13 @@ order, it would be next. Until then it would wait in any case, and its time does
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterator, Set
+from itertools import islice
 
 from understudyd.core.fairness import MAX_LEAD, FairTags
 from understudyd.core.grouping import Grouped
 from understudyd.core.patience import Limits, Patience
 from understudyd.core.request import Place, Request, Turn
-from understudyd.core.states import REQUEST_TABLE, Lifecycle, RequestState
+from understudyd.core.states import REQUEST_TABLE, IllegalEvent, Lifecycle, RequestState
 from understudyd.core.types import RequestInfo, Tier
 
 
@@ -111,7 +112,7 @@ class RequestQueue:
             self.withdrawals += 1
             self._leave(request)
             if self._tags is not None:
-                self._tags.withdraw(request.info)
+                self._tags.withdraw(request.info, self._least_tag())
             self._call_up(now_s)
         self.forget_if_done(request)
 
@@ -156,6 +157,21 @@ class RequestQueue:
     def waiting_for(self, model: str) -> list[Request]:
         """Waiting requests of one model, first to run first."""
         return [place[3] for place in self._of_models.groups.get(model, ())]
+
+    def find(self, request_id: str, *states: RequestState) -> Request:
+        """The request, in one of these states. Raises `IllegalEvent`."""
+        request = self.requests.get(request_id)
+        if request is None:
+            raise IllegalEvent(f"no request {request_id}")
+        request.life.require(*states)
+        return request
+
+    def alike(self, request: Request, most: int) -> list[Request]:
+        """The first `most` that wait and fit into one run with it, as urgent as it, in the fair order."""
+        info = request.info
+        group = self._of_models.groups.get(info.model, ())
+        others = (place[3] for place in group if place[0] == -info.priority)
+        return list(islice((r for r in others if r.info.batch_key == info.batch_key), most))
 
     def wronged_by(self, request: Request) -> Iterator[Request]:
         """The first of every client that it is more than `MAX_LEAD` such requests ahead of, if as urgent."""

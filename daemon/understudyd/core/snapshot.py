@@ -67,6 +67,8 @@ class ModelView:
     waiting: int
     leases: int
     chance: float
+    max_batch: int
+    can_batch: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,8 @@ def model(machine: Machine, name: str) -> ModelView:
         waiting=len(machine.queue.waiting_for(name)),
         leases=entity.leases,
         chance=machine.forecast.chance(name),
+        max_batch=entity.max_batch,
+        can_batch=entity.can_batch,
     )
 
 
