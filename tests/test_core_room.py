@@ -117,7 +117,7 @@ def test_a_models_own_blobs_may_block_each_other_and_are_moved() -> None:
     assert loading(world) == ["a"] and world.loaded.count("a.0") == 1
     world.tell(ev.LoadFinished(min(world.ledger.loads)))
     world.tell(ev.ViewsBuilt(*min(world.ledger.views)))
-    assert world.ledger.deck is not None
+    assert world.ledger.deck
 
 
 def test_what_pins_keep_out_for_good_is_refused() -> None:

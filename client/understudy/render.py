@@ -65,6 +65,8 @@ def status(document: Document) -> RenderableType:
     ]
     if document.get("hand_over") == "threads":
         rows.append(("hand-over", Text(f"by threads: {_text(document.get('hand_over_reason'))}", "yellow")))
+    if batches := document.get("max_batch"):
+        rows.append(("batches", Text(", ".join(f"{name} up to {most}" for name, most in batches.items()))))
     if error := document.get("last_error"):
         rows.append(("last error", Text(_text(error), "red")))
     facts_table = Table.grid(padding=(0, 2))
@@ -345,7 +347,9 @@ def _requests(document: Document) -> str:
 def _running(wish: Document | None) -> str:
     if not wish:
         return "nothing"
-    return f"{_text(wish.get('model'))}, step {_steps(wish)} ({_text(wish.get('id'))})"
+    others = int(wish.get("batch") or 1) - 1
+    more = f" and {others} more in the same run" if others else ""
+    return f"{_text(wish.get('model'))}, step {_steps(wish)} ({_text(wish.get('id'))}{more})"
 
 
 def _switch(switch: Document) -> str:

@@ -114,11 +114,13 @@ class PutOnDeck:
     """Run this request, with the edition `model`, when the stage is free. Its blobs are leased from now on.
 
     Ends in `RunStarted` then `RunEnded`, or in `RunEnded` alone; then `LeaseEnded`; and after a
-    finished run in `ImagesEncoded` or `EncodingFailed`.
+    finished run in `ImagesEncoded` or `EncodingFailed`. `companions` are requests for the same run; each has
+    events of its own.
     """
 
     request_id: str
     model: str
+    companions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

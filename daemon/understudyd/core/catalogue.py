@@ -78,7 +78,7 @@ class Catalogue:
     def _edition(self, info: ModelInfo) -> Model:
         """An edition without blobs: they count as the name's only once it has taken over."""
         parts = Lifecycle(f"parts of {info.key}", PartsState.UNPREPARED, PARTS_TABLE)
-        model = self.editions[info.key] = Model(info, (), parts)
+        model = self.editions[info.key] = Model(info, (), parts, max_batch=info.max_batch)
         return model
 
     def _take_blobs(self, model: Model, now_s: float) -> None:
@@ -113,6 +113,12 @@ class Catalogue:
         old.retiring = True
         self.retire_if_unused(old, now_s)
 
+    def set_max_batch(self, name: str, max_batch: int) -> None:
+        """For the edition that serves and for one that is coming. Raises `IllegalEvent`."""
+        for model in (self.served(name), self.coming.get(name)):
+            if model is not None:
+                model.max_batch = max_batch
+
     # -- preparing ----------------------------------------------------------------------------------
 
     def preparing(self, key: str) -> Model:
@@ -123,8 +129,9 @@ class Catalogue:
         model.parts.require(PartsState.PREPARING)
         return model
 
-    def prepared(self, model: Model, now_s: float) -> None:
+    def prepared(self, model: Model, can_batch: bool, now_s: float) -> None:
         """The edition's small parts are at hand: one that was coming takes over."""
+        model.can_batch = can_batch
         model.parts.to(PartsState.PREPARED, now_s)
         model.was_out_of_reach = False
         if self.coming.get(model.name) is model:

@@ -26,8 +26,8 @@ class Demand:
     """`wanted` are the models that an operator wants resident, once; `ready` those that can go on deck.
 
     In a strict order nothing goes before what came earlier, ready or not. What somebody waits for and is not
-    ready is kept sorted: whatever may change a model's place is `marked`, here or by the queue. Chances change
-    with every request, so those that things are sorted by are looked at again by turns, `looked_at` at once.
+    ready is kept sorted: whatever may change a model's place is marked, here or by the queue. Chances change
+    with every request: those that things are sorted by are looked at again by turns, `looked_at` at once.
     """
 
     def __init__(self, queue: RequestQueue, forecast: Forecast, *, is_strict: bool) -> None:

@@ -66,6 +66,14 @@ class PinChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class MaxBatchChanged:
+    """From now on one run may make so many images for several requests; 1: each request runs alone."""
+
+    name: str
+    max_batch: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadWanted:
     """An operator wants the model resident, once, as soon as no waiting request needs the loaders."""
 
@@ -173,9 +181,13 @@ class MoveFailed:
 
 @dataclass(frozen=True, slots=True)
 class ModelPrepared:
-    """Skeletons, tokenizers and small parts of this edition of a model are at hand."""
+    """Skeletons, tokenizers and small parts of this edition of a model are at hand.
+
+    `can_batch`: one call of its pipeline can serve several requests.
+    """
 
     key: str
+    can_batch: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +205,17 @@ class ModelPreparationFailed:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """The request on deck holds the baton; the deck is free."""
+    """A request on deck holds the baton; the deck is free when all on it do."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class RunEnded:
-    """The request gave the baton away, or never got it (cancelled or failed on deck)."""
+    """The request gave the baton away, or never got it (cancelled or failed on deck).
+
+    One that is cancelled in a batch ends at once; its lease lasts as long as the others' run.
+    """
 
     request_id: str
     outcome: Outcome
@@ -246,6 +261,7 @@ Event = (
     | ModelReplaced
     | ModelRemoved
     | PinChanged
+    | MaxBatchChanged
     | LoadWanted
     | EvictWanted
     | AdmissionChanged

@@ -32,18 +32,20 @@ class Grouped(Generic[Entry]):
         index = bisect_left(group, entry)
         return index < len(group) and group[index] == entry
 
-    def add(self, name: str, entry: Entry) -> None:
-        """One more."""
+    def add(self, name: str, entry: Entry) -> bool:
+        """One more; whether it is the first of its group."""
         group = self.groups.get(name)
         if group is None:
             self.groups[name] = [entry]
             insort(self.heads, entry)
             self.changes += 1
-            return
+            return True
         head = group[0]
         insort(group, entry)
         if entry < head:
             self._replace(head, entry)
+            return True
+        return False
 
     def remove(self, name: str, entry: Entry) -> bool:
         """One fewer; whether any is left in its group."""

@@ -3,7 +3,7 @@
 It learns, too: each event that ends something says how long that took.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Mapping
 
 from understudyd.core import events as ev
 from understudyd.core.catalogue import Catalogue
@@ -19,21 +19,24 @@ _SAMPLED = 16
 """Of more than twice as many ahead of a request only some are looked at: a bounded effort."""
 
 
-Stage = tuple[Collection[Request], Request | None]
-"""Who runs, and who is on deck."""
-
-
 class Outlook:
     """What is expected, by what was learned; seconds from now."""
 
     def __init__(
-        self, queue: RequestQueue, residency: Residency, catalogue: Catalogue, stage: Callable[[], Stage]
+        self,
+        queue: RequestQueue,
+        residency: Residency,
+        catalogue: Catalogue,
+        running: Mapping[str, Request],
+        on_deck: Mapping[str, Request],
     ) -> None:
         self.estimates = Estimates()
-        self._stage = stage
         self._queue = queue
         self._residency = residency
         self._catalogue = catalogue
+        self._running = running
+        self._on_deck = on_deck
+        self._last_run_s: float | None = None
 
     def learn(self, event: ev.Event, now_s: float) -> None:
         """An event that is about to be handled; from one that cannot be nothing is learned."""
@@ -58,12 +61,18 @@ class Outlook:
                 if request is not None and request.state is RequestState.ON_DECK:
                     self.estimates.waited(request.expected_wait_s, now_s - request.received_at_s)
             case ev.RunEnded(request_id=request_id, outcome=Outcome.FINISHED):
-                request = self._queue.requests.get(request_id)
-                if request is not None and request.state is RequestState.RUNNING:
-                    info = request.info
-                    self.estimates.ran(info.model, info.cost, now_s - (request.life.since_s or now_s))
+                if (request := self._running.get(request_id)) is not None:
+                    self._ran(request, now_s)
             case _:
                 pass
+
+    def _ran(self, request: Request, now_s: float) -> None:
+        """The first of a batch to end tells of all: they ran together."""
+        if (began_s := request.life.since_s) is None or began_s == self._last_run_s:
+            return
+        self._last_run_s = began_s
+        cost = sum(other.info.cost for other in self._running.values() if other.life.since_s == began_s)
+        self.estimates.ran(request.model, cost, now_s - began_s)
 
     # -- the stage ----------------------------------------------------------------------------------
 
@@ -73,12 +82,14 @@ class Outlook:
 
     def stage_free_in_s(self, now_s: float) -> float:
         """When what runs and what is on deck will have run."""
-        running, on_deck = self._stage()
-        rest_s = max((self._rest_s(request, now_s) for request in running), default=0.0)
-        return rest_s + (self.run_s(on_deck) if on_deck is not None else 0.0)
+        return self.rest_s(now_s) + sum(map(self.run_s, self._on_deck.values()))
 
-    def _rest_s(self, request: Request, now_s: float) -> float:
-        return max(0.0, self.run_s(request) - (now_s - (request.life.since_s or now_s)))
+    def rest_s(self, now_s: float) -> float:
+        """When what runs will have run."""
+        if not self._running:
+            return 0.0
+        began_s = min(request.life.since_s or now_s for request in self._running.values())
+        return max(0.0, sum(map(self.run_s, self._running.values())) - (now_s - began_s))
 
     def wait_s(self, request: Request, now_s: float) -> float:
         """When a request that has just come should be on stage.

@@ -21,7 +21,7 @@ class Limits:
 class Patience:
     """Requests that have reached the limits, in the fair order. Time never goes back.
 
-    `turned` is told the models of those that have.
+    `turned` is told the models of those that have, or who then left.
     """
 
     def __init__(self, limits: Limits, turned: dict[str, None] | None = None) -> None:
@@ -54,6 +54,7 @@ class Patience:
         """It waits no more."""
         if self.ended.has(request.model, request.turn):
             self.ended.remove(request.model, request.turn)
+            self._turned[request.model] = None
 
     def pass_time(self, now_s: float) -> None:
         """It is `now_s`."""

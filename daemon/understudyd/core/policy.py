@@ -133,6 +133,19 @@ class Policy:
             return best
         return next((r for r in queue.wronged_by(staged) if r.model in ready), staged)
 
+    def may_come_along(
+        self, queue: RequestQueue, residency: Residency, request: Request, now_s: float
+    ) -> bool:
+        """The request may go on deck with one that just did, for the same run: it passes nobody who is at the
+        bound, nor anybody ready whom its client would wrong. In order of arrival it must be the very next.
+        """
+        if self.settings.order == "fcfs":
+            return next(queue.heads(), None) is request
+        for bound in queue.bound.heads():
+            if bound.turn < request.turn and not residency.is_held_up(residency.models[bound.model], now_s):
+                return False
+        return not any(r.model in residency.ready for r in queue.wronged_by(request))
+
     # -- what is loaded next ------------------------------------------------------------------------
 
     def expected_order(self, queue: RequestQueue, demand: Demand, on_stage: str | None) -> list[str]:

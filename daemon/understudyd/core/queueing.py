@@ -11,12 +11,13 @@ order, it would be next. Until then it would wait in any case, and its time does
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterator, Set
+from itertools import islice
 
 from understudyd.core.fairness import MAX_LEAD, FairTags
 from understudyd.core.grouping import Grouped
 from understudyd.core.patience import Limits, Patience
 from understudyd.core.request import Place, Request, Turn
-from understudyd.core.states import REQUEST_TABLE, Lifecycle, RequestState
+from understudyd.core.states import REQUEST_TABLE, IllegalEvent, Lifecycle, RequestState
 from understudyd.core.types import RequestInfo, Tier
 
 
@@ -73,8 +74,8 @@ class RequestQueue:
         self._waiting[request.id] = request
         ahead = bisect_left(self._turns, request.turn)
         self._turns.insert(ahead, request.turn)
-        self._of_models.add(request.model, request.place)
-        self.turned[request.model] = None
+        if self._of_models.add(request.model, request.place):
+            self.turned[request.model] = None
         self._of_clients.add(info.client, request.turn)
         for patience in (self.pressing, self.bound):
             if patience.limits.skips <= 0:
@@ -163,6 +164,21 @@ class RequestQueue:
         """Waiting requests of one model, first to run first."""
         return [place[3] for place in self._of_models.groups.get(model, ())]
 
+    def find(self, request_id: str, *states: RequestState) -> Request:
+        """The request, in one of these states. Raises `IllegalEvent`."""
+        request = self.requests.get(request_id)
+        if request is None:
+            raise IllegalEvent(f"no request {request_id}")
+        request.life.require(*states)
+        return request
+
+    def alike(self, request: Request, most: int) -> list[Request]:
+        """The first `most` that wait and fit into one run with it, as urgent as it, in the fair order."""
+        info = request.info
+        group = self._of_models.groups.get(info.model, ())
+        others = (place[3] for place in group if place[0] == -info.priority)
+        return list(islice((r for r in others if r.info.batch_key == info.batch_key), most))
+
     def wronged_by(self, request: Request) -> Iterator[Request]:
         """The first of every client that it is more than `MAX_LEAD` such requests ahead of, if as urgent."""
         info = request.info
@@ -209,9 +225,11 @@ class RequestQueue:
         del self._waiting[request.id]
         del self._turns[bisect_left(self._turns, request.turn)]
         self._of_clients.remove(request.info.client, request.turn)
-        self.turned[request.model] = None
+        heads = self._of_models.changes
         if not self._of_models.remove(request.model, request.place):
             self.relieved += 1
+        if self._of_models.changes != heads:
+            self.turned[request.model] = None
         for patience in (self.pressing, self.bound):
             patience.leave(request)
         self._left += 1

@@ -1,5 +1,6 @@
 """Who is expected back: most requests come in sessions, from clients that were here a minute ago."""
 
+import heapq
 import math
 from bisect import bisect_right
 from collections import deque
@@ -60,7 +61,7 @@ class Returns:
         self._holders: dict[str, int] = {}
         self._all = [0.0] * _BUCKETS
         self._everybody: float | None = None  # `_chances` times `_all`, until one of them changes
-        self._due_s = 0.0
+        self._due: list[tuple[float, int]] = []  # when the first of each bucket has been there long enough
 
     def saw(self, client: str, names: tuple[str, ...], now_s: float) -> None:
         """A request of this client. Time in seconds never goes back."""
@@ -74,8 +75,7 @@ class Returns:
         stays, leaves = self._stayed[run]
         visit = self._clients[client] = _Visit(client, now_s, names, run, stays / (stays + leaves))
         self._reached[0] += 1.0
-        self._away[0].append(visit)
-        self._due_s = min(self._due_s, now_s + _STARTS_S[1])
+        self._line_up(visit)
         self._hold(visit)
         if len(self._clients) > _CLIENTS:
             self._drop(next(iter(self._clients)))
@@ -84,19 +84,18 @@ class Returns:
 
     def pass_time(self, now_s: float) -> None:
         """Clients that have not come back have been away longer."""
-        if now_s < self._due_s:
-            return
-        self._due_s = math.inf
-        for bucket, away in enumerate(self._away[:-1]):
-            longest_s = _STARTS_S[bucket + 1]
-            while away and now_s - away[0].at_s >= longest_s:
+        due = self._due
+        while due and due[0][0] <= now_s:
+            _, bucket = heapq.heappop(due)
+            away, longest_s = self._away[bucket], _STARTS_S[bucket + 1]
+            while away and away[0].at_s + longest_s <= now_s:
                 visit = away.popleft()
                 if self._clients.get(visit.client) is visit:
                     self._age(visit)
                     self._reached[bucket + 1] += 1.0
-                    self._away[bucket + 1].append(visit)
+                    self._line_up(visit)
             if away:
-                self._due_s = min(self._due_s, away[0].at_s + longest_s)
+                heapq.heappush(due, (away[0].at_s + longest_s, bucket))
 
     def share(self, name: str) -> float:
         """Among the clients that are expected back, those that will ask for it."""
@@ -188,9 +187,8 @@ class Returns:
             raise DamagedDocument("a client comes twice, or there are too many")
         visit.bucket = min(_BUCKETS - 1, bisect_right(_STARTS_S, self._last_s - visit.at_s) - 1)
         self._clients[visit.client] = visit
-        self._away[visit.bucket].append(visit)
+        self._line_up(visit)
         self._hold(visit)
-        self._due_s = -math.inf
 
     def _welcome_back(self, client: str, names: tuple[str, ...]) -> int:
         """Learn from a client that came back; how often in a row it has asked for the same, up to a few."""
@@ -210,6 +208,13 @@ class Returns:
         self._let_go(visit)
         visit.names = names
         self._hold(visit)
+
+    def _line_up(self, visit: _Visit) -> None:
+        """The client is the last in its bucket."""
+        bucket = visit.bucket
+        if not self._away[bucket] and bucket + 1 < _BUCKETS:
+            heapq.heappush(self._due, (visit.at_s + _STARTS_S[bucket + 1], bucket))
+        self._away[bucket].append(visit)
 
     def _hold(self, visit: _Visit) -> None:
         """Count the client among those that would ask for these names again."""

@@ -67,6 +67,8 @@ class ModelView:
     waiting: int
     leases: int
     chance: float
+    max_batch: int
+    can_batch: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,8 @@ def model(machine: Machine, name: str) -> ModelView:
         waiting=len(machine.queue.waiting_for(name)),
         leases=entity.leases,
         chance=machine.forecast.chance(name),
+        max_batch=entity.max_batch,
+        can_batch=entity.can_batch,
     )
 
 
@@ -204,17 +208,17 @@ def requests(machine: Machine, now_s: float) -> list[RequestView]:
 
     open_requests = (r for r in machine.queue.requests.values() if r.state is not RequestState.ANSWERED)
     starts_in_s, outlook = 0.0, machine.outlook
-    free_s = outlook.stage_free_in_s(now_s) - (outlook.run_s(machine.on_deck) if machine.on_deck else 0.0)
+    free_s = outlook.stage_free_in_s(now_s)
     views = []
     for request in sorted(open_requests, key=key):
         match request.state:
             case RequestState.ON_DECK:
-                starts_in_s = free_s
+                starts_in_s = outlook.rest_s(now_s)
             case RequestState.WAITING:
                 model = machine.residency.models[request.model]
                 starts_in_s = max(starts_in_s, free_s, outlook.ready_in_s(model, now_s))
         views.append(_request(request, now_s, starts_in_s))
-        if request.state in (RequestState.ON_DECK, RequestState.WAITING):
+        if request.state is RequestState.WAITING:
             starts_in_s += outlook.run_s(request)
     return views
 

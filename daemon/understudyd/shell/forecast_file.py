@@ -7,8 +7,6 @@ by another version, is ignored with a warning: the forecast then learns anew, as
 import asyncio
 import contextlib
 import logging
-import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ import msgspec
 
 from understudyd.core.machine import Machine
 from understudyd.core.remembered import DamagedDocument, field, number
+from understudyd.shell.small_file import replace_file
 from understudyd.shell.threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ class ForecastFile:
                 "forecast": copy.document(),
                 "estimates": estimates,
             }
-            _replace(self._path, msgspec.json.encode(document))
+            replace_file(self._path, msgspec.json.encode(document))
 
         try:
             await in_daemon_thread(write)
@@ -121,17 +120,3 @@ def _read(path: Path) -> Any:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, RecursionError) as error:
         raise DamagedDocument(str(error)) from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, whenever the machine loses power. Raises `OSError`."""
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
