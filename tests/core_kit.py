@@ -27,11 +27,11 @@ def blob(key: str, pages: int) -> BlobInfo:
     return BlobInfo(key, pages * PAGE)
 
 
-def model(name: str, *blobs: BlobInfo | int, edition: int = 0) -> ModelInfo:
+def model(name: str, *blobs: BlobInfo | int, edition: int = 0, max_batch: int = 1) -> ModelInfo:
     """A model; a bare number is a blob of its own with so many pages, which no other edition has."""
     key = ModelInfo(name, (), edition).key
     own = (blob(f"{key}.{i}", b) if isinstance(b, int) else b for i, b in enumerate(blobs))
-    return ModelInfo(name, tuple(own), edition)
+    return ModelInfo(name, tuple(own), edition, max_batch)
 
 
 class VirtualClock:
@@ -104,39 +104,36 @@ class ScriptedStage:
     ran: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._deck: str | None = None
-        self._running: str | None = None
+        self._deck: list[str] = []
+        self._running: list[str] = []
 
-    def put_on_deck(self, world: "World", request_id: str) -> None:
-        self._deck = request_id
+    def put_on_deck(self, world: "World", request_ids: Iterable[str]) -> None:
+        self._deck = list(request_ids)
         self._go(world)
 
     def _go(self, world: "World") -> None:
-        if self._running is None and self._deck is not None:
-            self._running, self._deck = self._deck, None
-            self.ran.append(self._running)
-            world.later(0.0, ev.RunStarted(self._running), self._running)
-            code = self.faults.get(self._running)
-            self._end_later(world, self.run_s, Outcome.FAILED if code else Outcome.FINISHED, code)
-
-    def _end_later(self, world: "World", after_s: float, outcome: Outcome, code: ErrorCode | None) -> None:
-        assert self._running is not None
-        world.later(after_s, ev.RunEnded(self._running, outcome, code), self._running)
+        if not self._running and self._deck:
+            self._running, self._deck = self._deck, []
+            self.ran += self._running
+            for request_id in self._running:
+                world.later(0.0, ev.RunStarted(request_id), request_id)
+                outcome = Outcome.FAILED if (code := self.faults.get(request_id)) else Outcome.FINISHED
+                world.later(self.run_s, ev.RunEnded(request_id, outcome, code), request_id)
 
     def cancel(self, world: "World", request_id: str) -> None:
-        if self._deck == request_id:
-            self._deck = None
+        if request_id in self._deck:
+            self._deck.remove(request_id)
             world.later(0.0, ev.RunEnded(request_id, Outcome.CANCELLED))
-        elif self._running == request_id and request_id in world.ledger.running:
+        elif request_id in self._running and request_id in world.ledger.running:
             world.forget(request_id)
-            self._end_later(world, 0.1, Outcome.CANCELLED, None)
+            world.later(0.1, ev.RunEnded(request_id, Outcome.CANCELLED), request_id)
 
     def ended(self, world: "World", event: ev.RunEnded) -> None:
         world.later(self.lease_lag_s, ev.LeaseEnded(event.request_id))
         if event.outcome is Outcome.FINISHED:
             world.later(self.encode_s, ev.ImagesEncoded(event.request_id))
-        if self._running == event.request_id:
-            self._running = None
+        if event.request_id in self._running:
+            self._running.remove(event.request_id)
             self._go(world)
 
 
@@ -212,11 +209,14 @@ class World:
         priority: int = 0,
         deadline_in_s: float | None = None,
         cost: float = 1.0,
+        batch_key: str = "",
+        images: int = 1,
     ) -> str:
         """A request for a model; returns its id."""
         request_id = id or f"r{next(self._request_ids)}"
-        deadline = None if deadline_in_s is None else self.now_s + deadline_in_s
-        self.tell(ev.RequestReceived(RequestInfo(request_id, client, name, priority, deadline, cost)))
+        at_s = None if deadline_in_s is None else self.now_s + deadline_in_s
+        asked = RequestInfo(request_id, client, name, priority, at_s, cost, batch_key, images)
+        self.tell(ev.RequestReceived(asked))
         return request_id
 
     def answer(self, request_id: str) -> ErrorCode | str | None:
@@ -307,8 +307,8 @@ class World:
                     self.later(self.stage.prepare_s, ev.ModelPreparationFailed(key, "as told"))
                 case ac.PrepareModel(key=key):
                     self.later(self.stage.prepare_s, ev.ModelPrepared(key))
-                case ac.PutOnDeck(request_id=request_id):
-                    self.stage.put_on_deck(self, request_id)
+                case ac.PutOnDeck(request_id=request_id, companions=companions):
+                    self.stage.put_on_deck(self, [request_id, *companions])
                 case ac.CancelRun(request_id=request_id):
                     self.stage.cancel(self, request_id)
 

@@ -13,7 +13,6 @@ from core_pool_ledger import PoolLedger
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.machine import Machine
-from understudyd.core.policy import Needs
 from understudyd.core.states import BlobState
 from understudyd.core.types import ModelInfo, Outcome, RequestInfo
 
@@ -62,7 +61,9 @@ class Ledger:
     coming: dict[str, ModelInfo] = field(default_factory=dict)
     leaving: dict[str, ModelInfo] = field(default_factory=dict)
     can_serve: dict[str, bool] = field(default_factory=dict)  # by its successor's key
-    deck: str | None = None
+    deck: set[str] = field(default_factory=set)
+    max_batch: dict[str, int] = field(default_factory=dict)  # by edition
+    cannot_batch: set[str] = field(default_factory=set)
     running: set[str] = field(default_factory=set)
     unreleased: set[str] = field(default_factory=set)
     encoding: set[str] = field(default_factory=set)
@@ -85,10 +86,16 @@ class Ledger:
                 self.waiting[info.request_id] = info
             case ev.ModelAdded(model=info):
                 self.models[info.name] = info
+                self.max_batch[info.key] = info.max_batch
+            case ev.MaxBatchChanged(name=name, max_batch=max_batch):
+                keys = [self.models[name].key]
+                keys += [info.key for info in self.coming.values() if info.name == name]
+                self.max_batch |= dict.fromkeys(keys, max_batch)
             case ev.ModelReplaced(model=info):
                 old = self.machine.residency.models[info.name]
                 self.can_serve[info.key] = old.key in self.prepared and not old.is_unfit
                 self.coming[info.key] = info
+                self.max_batch[info.key] = info.max_batch
             case ev.ModelRemoved(name=name):
                 self.retiring.add(name)
             case ev.LoaderReady(loader_id=loader_id):
@@ -128,18 +135,18 @@ class Ledger:
                 self._holder(key, generation).kind = "resident"
             case ev.ViewsFailed(blob=key, generation=generation):
                 del self.views[key, generation]
-            case ev.ModelPrepared(key=key):
+            case ev.ModelPrepared(key=key, can_batch=can_batch):
+                if not can_batch:
+                    self.cannot_batch.add(key)
                 self.preparing.remove(key)
                 self.prepared.add(key)
             case ev.ModelPreparationFailed(key=key):
                 self.preparing.remove(key)
             case ev.RunStarted(request_id=request_id):
-                assert self.deck == request_id
-                self.deck = None
+                self.deck.remove(request_id)
                 self.running.add(request_id)
             case ev.RunEnded(request_id=request_id, outcome=outcome):
-                if self.deck == request_id:
-                    self.deck = None
+                self.deck.discard(request_id)
                 self.running.discard(request_id)
                 self.unreleased.add(request_id)
                 if outcome is Outcome.FINISHED:
@@ -215,11 +222,12 @@ class Ledger:
             case ac.PrepareModel(key=key):
                 assert key in self._alive() and key not in self.preparing | self.prepared
                 self.preparing.add(key)
-            case ac.PutOnDeck(request_id=request_id, model=key):
-                self._put_on_deck(request_id, key, now_s)
+            case ac.PutOnDeck():
+                self._put_on_deck(action, now_s)
             case ac.CancelRun(request_id=request_id):
-                assert request_id == self.deck or request_id in self.running
+                assert request_id in self.deck | self.running
             case ac.ForgetModel(key=key):
+                self.cannot_batch.discard(key)
                 assert key not in self.preparing and key not in {x.key for x in self.leases.values()}
                 self.prepared.discard(key)
             case ac.RetireModel(name=name):
@@ -277,15 +285,34 @@ class Ledger:
         self.held.append(Held(move.to_offset, end, move.blob, move.generation, "moving"))
         self.moves[move.blob, move.generation] = move
 
-    def _put_on_deck(self, request_id: str, key: str, now_s: float) -> None:
-        assert self.deck is None, "one on deck at a time"
-        chosen = self.waiting.pop(request_id)
-        info = self.models[chosen.model]
+    def _put_on_deck(self, action: ac.PutOnDeck, now_s: float) -> None:
+        assert not self.deck, "one batch on deck at a time"
+        key, batch = action.model, (action.request_id, *action.companions)
+        first = self.waiting[action.request_id]
+        info = self.models[first.model]
         assert info.key == key and key in self.prepared, "only what its name stands for now"
         resident = {h.blob for h in self.held if h.kind == "resident"}
         assert {b.key for b in info.blobs} <= resident, f"{key} is not all there"
-        self.deck, self.leases[request_id] = request_id, info
-        self.fair.on_deck(request_id, now_s)
+        self._check_batch(first, [self.waiting[name] for name in action.companions], key)
+        for request_id in batch:
+            del self.waiting[request_id]
+            self.leases[request_id] = info
+            self.fair.on_deck(request_id, now_s)
+        self.deck = set(batch)
+
+    def _check_batch(self, first: RequestInfo, companions: list[RequestInfo], key: str) -> None:
+        """They fit together, the model allows so many, and the first in the fair order go."""
+        if not companions:
+            return
+        assert first.batch_key and key not in self.cannot_batch
+        assert sum(info.images for info in (first, *companions)) <= self.max_batch[key]
+
+        def kind(info: RequestInfo) -> tuple[str, int, str]:
+            return (info.model, info.priority, info.batch_key)
+
+        fitting = [i for i in self.waiting.values() if kind(i) == kind(first) and i is not first]
+        fitting.sort(key=lambda info: self.fair.waiting[info.request_id].turn)
+        assert companions == fitting[: len(companions)]
 
     def leased_blobs(self) -> set[str]:
         return {b.key for info in self.leases.values() for b in info.blobs}
@@ -303,32 +330,35 @@ class Ledger:
         if self.moves:
             return  # who was ready before the move is not now, but will be again
         residency, queue, policy = self.machine.residency, self.machine.queue, self.machine.policy
-        stage_is_busy = bool(self.running) or self.deck is not None
-        expected = policy.expected_order(queue, residency.models, self.machine.on_stage)
+        stage_is_busy = bool(self.running or self.deck)
+        expected = policy.expected_order(queue, self.machine.demand, self.machine.on_stage)
         lacking = [n for n in expected if not residency.models[n].is_ready]
         if policy.settings.lookahead or not stage_is_busy:
-            to_load = policy.to_load(queue, residency.ready, stage_is_busy)
+            to_load = policy.to_load(self.machine.demand, stage_is_busy)
             assert to_load == lacking[: max(1, policy.settings.lookahead)]
-            for name in to_load:
+            timely = self.machine.timely
+            known = [name for name in timely.names if name in to_load]
+            for name in known + [name for name in to_load if name not in known]:
                 states = {b.state for b in residency.models[name].blobs}
                 if BlobState.FETCHING in states:
                     break  # there was no room for it, so that it goes to the host pool; the rest comes after
                 if BlobState.ABSENT in states:
                     self._cannot_be_loaded(name, now_s)
                     break
+                if timely.stage_awaits_load and BlobState.LOADING in states:
+                    break
 
     def _cannot_be_loaded(self, name: str, now_s: float) -> None:
         machine, residency = self.machine, self.machine.residency
-        needs = Needs(
-            machine.policy.settings, machine.queue, residency.models, machine.on_stage, machine.wanted
-        )
-        *_, prices = machine.policy.prices(residency, needs, name)
         for absent in residency.models[name].blobs:
             if absent.state is BlobState.ABSENT and absent.retry_at_s <= now_s:
                 is_idle = next(residency.idle_loaders(), None) is not None
                 size = absent.info.size_bytes
                 fits = residency.arena.largest_gap_bytes >= residency.arena.rounded(size)
-                has_room = fits or residency.arena.cheapest_window(size, prices) is not None
+                prices = machine.policy.candidates(residency, machine.demand, name, machine.on_stage)
+                kept = machine.timely.loaded_before(name)
+                candidates = [found for found in prices if found[1].blob not in kept]
+                has_room = fits or residency.arena.cheapest_window(size, candidates) is not None
                 assert not (is_idle and has_room), f"{absent.key} could be loaded"
                 only_fetches = [load for load in self.loads.values() if load.offset is None]
                 mine = {b.key for b in residency.models[name].blobs}

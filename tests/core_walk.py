@@ -34,7 +34,7 @@ def family(choose: Choose[int]) -> dict[str, ModelInfo]:
     for name in NAMES:
         which = choose(range(4))
         own = [choose(pages) for _ in range(choose(range(1, 3)))]
-        infos[name] = model(name, *shared[which : which + 1], *own)
+        infos[name] = model(name, *shared[which : which + 1], *own, max_batch=choose([1, 2, 4, 4]))
     return infos
 
 
@@ -74,18 +74,24 @@ class Walk:
         edition, old = self._next_edition(), self.ledger.models[name]
         new = model(name, choose(range(1, 6)), edition=edition).blobs
         kept = choose([old.blobs, old.blobs[:1] + new, new, self.infos[choose(NAMES)].blobs[:1] + new])
-        return ModelInfo(name, kept, edition)
+        return ModelInfo(name, kept, edition, choose([1, 3]))
 
     # -- kinds of steps -------------------------------------------------------------------------------
 
     def ask(self, choose: Choose) -> None:
-        self.world.ask(
-            choose([*self.usable(), *self.usable(), choose(NAMES)]),
-            client=choose(CLIENTS),
-            priority=choose([0, 0, 0, 0, 1, 5]),
-            deadline_in_s=choose([None, None, None, None, None, None, 40.0, 0.5, -1.0]),
-            cost=choose([1.0, 1.0, 0.25, 4.0]),
-        )
+        """One request, or a few that could share a run."""
+        name, key = choose([*self.usable(), *self.usable(), choose(NAMES)]), choose(["", "k", "k", "l"])
+        priority = choose([0, 0, 0, 0, 1, 5])
+        for _ in range(choose([1, 1, 1, 4])):
+            self.world.ask(
+                name,
+                client=choose(CLIENTS),
+                priority=priority,
+                deadline_in_s=choose([None, None, None, None, None, None, 40.0, 0.5, -1.0]),
+                cost=choose([1.0, 1.0, 0.25, 4.0]),
+                batch_key=key,
+                images=choose([1, 1, 1, 2]),
+            )
 
     def take_back(self, choose: Choose) -> None:
         if choose(range(4)) == 3:
@@ -96,7 +102,7 @@ class Walk:
 
     def administer(self, choose: Choose) -> None:
         kinds = ["add", "add", "pin", "unpin", "unpin", "load", "evict", "remove", "open", "open", "close"]
-        what = choose([*kinds, "replace", "replace"])
+        what = choose([*kinds, "replace", "replace", "batch"])
         absent = [n for n in NAMES if n not in self.ledger.models]
         if what in ("open", "close"):
             self.world.tell(ev.AdmissionChanged(what == "open"))
@@ -109,6 +115,8 @@ class Walk:
                     self.world.tell(ev.ModelRemoved(name))
                 case "pin" | "unpin":
                     self.world.tell(ev.PinChanged(name, what == "pin"))
+                case "batch":
+                    self.world.tell(ev.MaxBatchChanged(name, choose([1, 2, 3])))
                 case "replace":
                     self.world.tell(ev.ModelReplaced(self._successor(name, choose)))
                 case "load":
@@ -123,9 +131,9 @@ class Walk:
         ends += [ev.LoadCancelled(i) for i in sorted(ledger.told_to_stop & ledger.loads.keys())]
         ends += [ev.ViewsBuilt(*view) for view in sorted(ledger.views)]
         ends += [ev.ExtentMoved(*move) for move in sorted(ledger.moves)]
-        ends += [ev.ModelPrepared(key) for key in sorted(ledger.preparing)]
-        if ledger.deck is not None and len(ledger.running) < MAX_RUNNING:
-            ends.append(ev.RunStarted(ledger.deck))
+        ends += [ev.ModelPrepared(key, choose([True, True, False])) for key in sorted(ledger.preparing)]
+        if len(ledger.running) < MAX_RUNNING:
+            ends += [ev.RunStarted(i) for i in sorted(ledger.deck)]
         ends += [ev.RunEnded(i, Outcome.FINISHED) for i in sorted(ledger.running)]
         ends += [ev.ImagesEncoded(i) for i in sorted(ledger.encoding)]
         ends += [ev.LeaseEnded(i) for i in sorted(ledger.unreleased)]
@@ -144,7 +152,7 @@ class Walk:
             for key in sorted(ledger.preparing)[:1]
             for b in (True, False)
         ]
-        on_stage = sorted(ledger.running | ({ledger.deck} if ledger.deck is not None else set()))
+        on_stage = sorted(ledger.running | ledger.deck)
         ends += [ev.RunEnded(i, o) for i in on_stage for o in (Outcome.FAILED, Outcome.CANCELLED)]
         ends += [ev.EncodingFailed(i, "?") for i in sorted(ledger.encoding)]
         if ends:
@@ -192,9 +200,11 @@ class Walk:
         yield from (ev.LoaderLost(i, "again") for i in self.ledger.lost if i in known)
         yield from (ev.LoaderReaped(i) for i in self.ledger.loaders)
         yield from (ev.ViewsBuilt(h.blob, h.generation) for h in self.ledger.held if h.kind != "viewing")
-        yield from (ev.ViewsFailed(h.blob, h.generation + 1, "?") for h in self.ledger.held)
+        live = {(h.blob, h.generation) for h in self.ledger.held}
+        unknown = sorted({(h.blob, h.generation + 1) for h in self.ledger.held} - live)
+        yield from (ev.ViewsFailed(*extent, "?") for extent in unknown)
         yield from (ev.ExtentMoved(h.blob, h.generation) for h in self.ledger.held if h.kind != "moving")
-        yield from (ev.MoveFailed(h.blob, h.generation + 1, "?") for h in self.ledger.held)
+        yield from (ev.MoveFailed(*extent, "?") for extent in unknown)
         yield from self._illegal_about_models()
         yield from self._illegal_about_requests()
 
@@ -217,6 +227,7 @@ class Walk:
                 yield ev.ModelRemoved(name)
                 yield ev.PinChanged(name, True)
                 yield ev.LoadWanted(name)
+                yield ev.MaxBatchChanged(name, 2)
                 yield ev.EvictWanted(name)
         for name, info in ledger.models.items():
             yield ev.ModelAdded(info)
@@ -230,7 +241,7 @@ class Walk:
         for request_id in [*self.world.machine.queue.requests, "unheard of"]:
             if request_id in self.world.machine.queue.requests:
                 yield ev.RequestReceived(RequestInfo(request_id, "ann", "a"))
-            if request_id == ledger.deck:
+            if request_id in ledger.deck:
                 yield ev.RunEnded(request_id, Outcome.FINISHED)
             else:
                 yield ev.RunStarted(request_id)
@@ -265,10 +276,10 @@ class Walk:
         world, ledger = self.world, self.ledger
         if not ledger.loaders:
             self._new_loader()
-        elif ledger.running and ledger.deck is None:
+        elif ledger.running and not ledger.deck:
             world.tell(ev.RunEnded(min(ledger.running), Outcome.FINISHED))
-        elif ledger.deck is not None and not ledger.running:
-            world.tell(ev.RunStarted(ledger.deck))
+        elif ledger.deck and not ledger.running:
+            world.tell(ev.RunStarted(min(ledger.deck)))
         elif not ledger.is_nothing_under_way:
             self.goes_well(lambda options: options[0])
         elif (at_s := world.machine.next_deadline_s(world.now_s)) is not None:

@@ -85,9 +85,12 @@ class Rig:
         """Prepare the models and put all their blobs into the arena."""
         for name in names:
             self.stage.prepare_model(name)
-            self.wait_for(ModelPrepared(name))
+            self.wait_until(lambda name=name: self.is_prepared(name), f"{name} prepared")
             for component in self.store.model(name).components:
                 self.load(component.blob)
+
+    def is_prepared(self, name: str) -> bool:
+        return any(isinstance(e, ModelPrepared) and e.key == name for e in self.events)
 
     def load(self, blob: BlobRecord, generation: int = 1) -> None:
         if blob.sha256 in self.offsets:

@@ -106,7 +106,7 @@ def test_bash_completes_with_the_script_it_was_given(served: Served, tmp_path: P
 
 
 def test_operators_complete_names_from_the_admin_socket(admin_socket: Path, tmp_path: Path) -> None:
-    for command in ("show", "remove", "load", "evict", "pin", "unpin"):
+    for command in ("show", "remove", "load", "evict", "pin", "unpin", "set"):
         words = f"understudyctl --socket {admin_socket} {command} anim"
         assert completed("", words) == (["anime", "anime-2"], "")
     assert completed("", f"understudyctl --socket {tmp_path}/none evict a") == ([], "")

@@ -224,6 +224,7 @@ def test_commands_say_what_was_meant(daemon: FakeDaemon, tmp_path: Path) -> None
         "evict m",
         "pin m",
         "unpin m",
+        "set m --max-batch 4",
         "cancel r9",
         "shutdown --drain 3",
     ):
@@ -236,6 +237,7 @@ def test_commands_say_what_was_meant(daemon: FakeDaemon, tmp_path: Path) -> None
         admin.Evict(name="m"),
         admin.Pin(name="m"),
         admin.Unpin(name="m"),
+        admin.Set(name="m", max_batch=4),
         admin.CancelRequest(id="r9"),
         admin.Shutdown(drain_s=3.0),
     ]

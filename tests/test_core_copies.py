@@ -7,7 +7,7 @@ from core_ledger import PAGE
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core import snapshot
-from understudyd.core.policy import Needs, PolicySettings
+from understudyd.core.policy import PolicySettings
 from understudyd.core.types import ErrorCode, Outcome, Tier
 
 
@@ -186,9 +186,8 @@ def test_what_can_be_reloaded_from_the_pool_is_evicted_sooner() -> None:
             world.ask(name)
             world.run()
         machine = world.machine
-        needs = Needs(machine.policy.settings, machine.queue, machine.residency.models, None)
-        *_, prices = machine.policy.prices(machine.residency, needs, "new")
-        by_blob = {extent.blob: price for extent, price in prices.items()}
+        candidates = machine.policy.candidates(machine.residency, machine.demand, "new", None)
+        by_blob = {extent.blob: price for price, extent in candidates}
         assert machine.forecast.chance("copied") > machine.forecast.chance("bare")
         assert by_blob["copied.0"] < by_blob["bare.0"]
 

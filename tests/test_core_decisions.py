@@ -46,12 +46,12 @@ def test_whoever_is_overtaken_is_told_by_what_and_how_often() -> None:
 
 def test_a_load_says_for_whom() -> None:
     world = by_hand(20, ("a", 5), ("b", 5), ("c", 5), loaders=3)
-    world.ask("a")
-    world.ask("a")
     world.tell(ev.LoadWanted("b"))
     world.tell(ev.PinChanged("c", True))
+    world.ask("a")
+    world.ask("a")
     assert [(x.models, x.why, x.waiting) for x in made(world, Loading)] == [
-        (("a",), "awaited", 1), (("b",), "wanted", 0), (("c",), "pinned", 0),
+        (("b",), "wanted", 0), (("c",), "pinned", 0), (("a",), "awaited", 1),
     ]  # fmt: skip
     first = made(world, Loading, "a")[0]
     assert first.chance > 0.8 and first.size_bytes == 5 * core_kit.PAGE

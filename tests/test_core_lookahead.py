@@ -112,11 +112,10 @@ def test_nobody_evicts_what_an_earlier_request_needs() -> None:
     for name in "abc":
         world.ask(name)
     assert not world.ledger.evictions and not world.ledger.loads
-    deck = world.machine.on_deck
-    assert deck is not None
+    (deck,) = world.machine.on_deck
     world.tell(ev.RunEnded("r1", Outcome.FINISHED))
     world.tell(ev.LeaseEnded("r1"))
-    world.tell(ev.RunStarted(deck.id))  # `a` is on deck: leased; `b` is earlier than `c`
+    world.tell(ev.RunStarted(deck))  # `a` is on deck: leased; `b` is earlier than `c`
     assert not world.ledger.evictions
 
 

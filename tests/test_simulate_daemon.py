@@ -7,7 +7,7 @@ as long as the simulator's costs say. Those are written anew here, after the por
 import asyncio
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
 from understudyd.core.types import Outcome
 from understudyd.recorded import TraceRequest
+from understudyd.shell.model_settings import ModelSetting
 from understudyd.shell.ports import LoadRunner, StageDoor
 from understudyd.shell.runtime import Runtime
 from understudyd.simulate import synthetic
@@ -102,12 +103,12 @@ class OneLoader:
 
 @dataclass
 class TimedStage:
-    """`StageDoor` with one request on stage and one on deck."""
+    """`StageDoor` with one run on stage and one on deck."""
 
     loop: VirtualLoop
     decisions: list[str]
     emit: Callable[[ev.Event], None] = print
-    deck: tuple[str, str, Generate] | None = None
+    deck: tuple[str, dict[str, Generate]] | None = None
     is_busy: bool = False
     last: str = ""
     images: dict[str, int] = field(default_factory=dict)
@@ -122,28 +123,48 @@ class TimedStage:
     def drop_views(self, blob: str, generation: int) -> None:
         self.decisions.append(f"evict {blob}")
 
-    def put_on_deck(self, request_id: str, model: str, request: Generate, payload: Sequence[bytes]) -> None:
-        self.decisions.append(f"deck {request.id} {model}")
-        self.deck = (request_id, model, request)
+    def put_on_deck(
+        self,
+        request_id: str,
+        model: str,
+        request: Generate,
+        payload: Sequence[bytes],
+        companions: Mapping[str, Generate],
+    ) -> None:
+        batch = {request_id: request, **companions}
+        self.decisions.append(f"deck {'+'.join(r.id for r in batch.values())} {model}")
+        self.deck = (model, batch)
         self._change_over()
 
     def _change_over(self) -> None:
         if self.is_busy or self.deck is None:
             return
-        (request_id, model, request), self.deck, self.is_busy = self.deck, None, True
+        (model, batch), self.deck, self.is_busy = self.deck, None, True
         bind_s = 0.0 if model == self.last else COSTS.bind_s.value
         self.last = model
-        run_s = COSTS.request_s.value + request.images * (
-            request.steps * COSTS.step_s.value + COSTS.image_s.value
+        images = sum(request.images for request in batch.values())
+        all_images_s = sum(
+            request.images * (request.steps * COSTS.step_s.value + COSTS.image_s.value)
+            for request in batch.values()
         )
-        self.loop.call_later(bind_s, self.emit, ev.RunStarted(request_id))
-        self.loop.call_later(bind_s + run_s, self._end, request_id, request.images)
+        if len(batch) > 1:
+            fixed = COSTS.batch_fixed_share.value
+            all_images_s *= fixed / images + 1.0 - fixed
+        for request_id in batch:
+            self.loop.call_later(bind_s, self.emit, ev.RunStarted(request_id))
+        self.loop.call_later(bind_s + COSTS.request_s.value + all_images_s, self._end, batch)
 
-    def _end(self, request_id: str, images: int) -> None:
+    def _end(self, batch: dict[str, Generate]) -> None:
+        *others, last = batch
+        for request_id in others:
+            self.emit(ev.RunEnded(request_id, Outcome.FINISHED))
         self.is_busy = False
-        self.emit(ev.RunEnded(request_id, Outcome.FINISHED))
-        self.loop.call_later(0.0, self.emit, ev.LeaseEnded(request_id))
-        self.loop.call_later(COSTS.encode_s.value * images, self.emit, ev.ImagesEncoded(request_id))
+        self.emit(ev.RunEnded(last, Outcome.FINISHED))
+        encoded_s = 0.0
+        for request_id, request in batch.items():
+            encoded_s += COSTS.encode_s.value * request.images
+            self.loop.call_later(0.0, self.emit, ev.LeaseEnded(request_id))
+            self.loop.call_later(encoded_s, self.emit, ev.ImagesEncoded(request_id))
         self._change_over()
 
     def take_result(self, request_id: str, received_at_s: float) -> "NoImages":
@@ -183,7 +204,7 @@ def machine(room: int, in_host: int) -> Machine:
     return Machine(COSTS.bytes_of(room), pool_bytes=pool_bytes, policy=settings, max_waiting=10_000)
 
 
-def by_the_daemon(requests: list[TraceRequest], room: int, in_host: int) -> list[str]:
+async def by_the_daemon(requests: list[TraceRequest], room: int, in_host: int, max_batch: int) -> list[str]:
     """Through the runtime."""
     loop, decisions = VirtualLoop(), list[str]()
     files = NoFiles()
@@ -199,6 +220,7 @@ def by_the_daemon(requests: list[TraceRequest], room: int, in_host: int) -> list
     runtime.attach_stage(cast(StageDoor, stage))
     runtime.emit(ev.LoaderReady(0))
     for name in dict.fromkeys(r.model for r in requests):
+        await runtime.keeper.settings.put(name, ModelSetting(max_batch=max_batch))
         runtime.keeper.add(FoundModel(record(name), cast(Store, files)))
     for i, r in enumerate(requests, 1):
         ask = Generate(id=f"r{i}", model=r.model, prompt="", seed=i, images=r.images, steps=r.steps)
@@ -208,7 +230,7 @@ def by_the_daemon(requests: list[TraceRequest], room: int, in_host: int) -> list
     return decisions
 
 
-def by_the_simulator(requests: list[TraceRequest], room: int, in_host: int) -> list[str]:
+def by_the_simulator(requests: list[TraceRequest], room: int, in_host: int, max_batch: int) -> list[str]:
     decisions: list[str] = []
 
     def watch(at_s: float, action: ac.Action) -> None:
@@ -218,22 +240,24 @@ def by_the_simulator(requests: list[TraceRequest], room: int, in_host: int) -> l
                 decisions.append(f"load {blob} to {place}{' from host' if from_pool else ''}")
             case ac.DropViews(blob=blob):
                 decisions.append(f"evict {blob}")
-            case ac.PutOnDeck(request_id=request_id, model=model):
-                decisions.append(f"deck {request_id} {model}")
+            case ac.PutOnDeck(request_id=request_id, model=model, companions=companions):
+                decisions.append(f"deck {'+'.join((request_id, *companions))} {model}")
             case ac.CancelLoad():
                 decisions.append("cancel a load")
             case ac.PrepareModel(which):
                 decisions.append(f"prepare {which}")
 
-    world = World(machine(room, in_host), COSTS, loaders=1, watch=watch)
+    world = World(machine(room, in_host), COSTS, loaders=1, max_batch=max_batch, watch=watch)
     world.add_models(dict.fromkeys(r.model for r in requests))
     world.settle(START_S)
     world.play(requests)
     return decisions
 
 
-@pytest.mark.parametrize(("room", "in_host"), [(3, 0), (4, 8), (2, 30)])
-def test_the_daemon_takes_the_same_decisions_in_the_same_order(room: int, in_host: int) -> None:
+@pytest.mark.parametrize(("room", "in_host", "max_batch"), [(3, 0, 1), (4, 8, 1), (2, 30, 1), (4, 8, 8)])
+def test_the_daemon_takes_the_same_decisions_in_the_same_order(
+    room: int, in_host: int, max_batch: int
+) -> None:
     """400 requests at about 85 % of what the stage can do; the bounds on overtaking are reached."""
     made = list(synthetic.generate(400, synthetic.Shape(models=30, seed=7)))
     work_s = sum(COSTS.run_s(request) for request in made)
@@ -241,7 +265,9 @@ def test_the_daemon_takes_the_same_decisions_in_the_same_order(room: int, in_hos
     requests = [
         TraceRequest(r.arrival_s / compress, r.model, r.client, images=r.images, steps=r.steps) for r in made
     ]
-    simulated, real = by_the_simulator(requests, room, in_host), by_the_daemon(requests, room, in_host)
+    simulated = by_the_simulator(requests, room, in_host, max_batch)
+    assert simulated == asyncio.run(by_the_daemon(requests, room, in_host, max_batch))
     assert sum(d.startswith("evict") for d in simulated) > 30
-    assert sum(d.startswith("deck") for d in simulated) == 400
-    assert simulated == real
+    runs = [d.split()[1].split("+") for d in simulated if d.startswith("deck")]
+    assert sum(map(len, runs)) == 400
+    assert (len(runs) < 390) is (max_batch > 1)

@@ -198,3 +198,42 @@ def test_the_machine_told_to_load_on_demand_idles_as_long(gaps: list[tuple[float
     assert made.meter.busy_s == pytest.approx(meter.busy_s)
     assert made.meter.idle_s == pytest.approx(meter.idle_s, abs=1e-6)
     assert made.meter.wait_s.at(1.0) == pytest.approx(meter.wait_s.at(1.0), rel=0.011, abs=1e-6)
+
+
+# -- batches ----------------------------------------------------------------------------------------------
+
+
+def test_eight_images_in_one_run_take_as_long_as_was_published() -> None:
+    costs = profile(request_s=0.5, image_s=0.25)
+    one_s = costs.run_s(TraceRequest(0.0, "a", steps=3))
+    assert costs.shared_run_s([one_s], 1) == one_s == 0.5 + 3.25
+    assert costs.shared_run_s([one_s] * 8, 8) == pytest.approx(0.5 + 3.25 * 6.4)
+    assert costs.shared_run_s([one_s, one_s - 0.5 + one_s], 3) == pytest.approx(
+        costs.shared_run_s([one_s] * 3, 3)
+    )
+
+
+@pytest.mark.parametrize(("max_batch", "runs", "last_s"), [(1, 6, 6.0), (4, 3, 2 + 4 - 3 * 1.6 / 7)])
+def test_what_waits_shares_a_run_where_models_allow_it(max_batch: int, runs: int, last_s: float) -> None:
+    """One runs, the second is on deck alone by then, and four wait for both."""
+    costs = profile()
+    machine = Machine(costs.bytes_of(1), policy=PolicySettings(prefetch=False))
+    made = World(machine, costs, max_batch=max_batch)
+    made.add_models("a")
+    made.play(asks((0.0, "a")))
+    began_s, before = made.now_s, made.runs
+    made.play(asks(*[(0.0, "a")] * 6))
+    assert made.runs - before == runs
+    assert made.now_s - began_s == pytest.approx(last_s)
+    assert made.meter.served == 7 and made.meter.wait_s.count == 7
+    assert made.meter.busy_s == pytest.approx(1.0 + last_s)
+
+
+def test_other_steps_run_apart() -> None:
+    costs = profile()
+    machine = Machine(costs.bytes_of(1), policy=PolicySettings(prefetch=False))
+    made = World(machine, costs, max_batch=8)
+    made.add_models("a")
+    mixed = [TraceRequest(0.0, "a", "client", steps=1 + i % 2) for i in range(8)]
+    made.play(mixed)
+    assert made.runs == 2  # nothing was resident: all eight wait for the load

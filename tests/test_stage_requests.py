@@ -269,7 +269,7 @@ def test_an_argument_the_pipeline_does_not_know(rig: Rig, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
     rig.stage.prepare_model("a")
-    rig.wait_until(lambda: rig.events.count(ModelPrepared("a")) == 2)
+    rig.wait_for(ModelPrepared("a", can_batch=False))
     ended = rig.fail("a", negative_prompt="ugly")
     assert ended.code is ErrorCode.BAD_REQUEST
     assert "negative prompt" in ended.message

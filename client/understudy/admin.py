@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
+MAX_BATCH = 64
 
 
 class AdminRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="cmd", forbid_unknown_fields=True):
@@ -114,6 +115,16 @@ class Unpin(AdminRequest, frozen=True, kw_only=True, tag="unpin"):
     name: str
 
 
+class Set(AdminRequest, frozen=True, kw_only=True, tag="set"):
+    """Change what is set for a model; it outlives the daemon.
+
+    One run may make up to `max_batch` images for several requests with the same settings; 1: none shares one.
+    """
+
+    name: str
+    max_batch: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
+
+
 class Queue(AdminRequest, frozen=True, kw_only=True, tag="queue"):
     """Waiting and running requests in the order they will run."""
 
@@ -151,7 +162,7 @@ class Shutdown(AdminRequest, frozen=True, kw_only=True, tag="shutdown"):
 
 Command = (
     Status | Models | Show | Add | Scan | Rescan | Remove | Load | Evict | Pin | Unpin
-    | Queue | CancelRequest | Decisions | Loaders | Trace | Shutdown
+    | Set | Queue | CancelRequest | Decisions | Loaders | Trace | Shutdown
 )  # fmt: skip
 
 

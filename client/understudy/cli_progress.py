@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from understudy.errors import UnderstudyError
+from understudy.render import duration
 from understudy.request import Request, parts_of
 from understudy.results import Hint, Result
 from understudy.sync import Client
@@ -57,14 +58,16 @@ def _watch(events: Iterable[Hint | Result], model: str) -> Result:
             if isinstance(event, Result):
                 return event
             if isinstance(event, Accepted):
-                bars.update(bar, description=f"{model}: {_place(event.position)}, model on {event.tier}")
+                bars.update(bar, description=f"{model}: {_place(event)}, model on {event.tier}")
             else:
                 bars.update(bar, description=f"{model}: steps", completed=event.step, total=event.steps)
     raise AssertionError("a stream ends with a result or an error")
 
 
-def _place(position: int) -> str:
-    return "next" if position == 0 else f"{position} before it"
+def _place(event: Accepted) -> str:
+    place = "next" if event.position == 0 else f"{event.position} before it"
+    wait_s = event.estimated_wait_s
+    return place if wait_s is None or wait_s < 1.0 else f"{place}, in about {duration(wait_s)}"
 
 
 def _last(events: Iterable[Hint | Result]) -> Result:

@@ -251,6 +251,24 @@ def unpin(socket_path: Path, name: str, output: str) -> None:
     _show(_ask(socket_path, Unpin(name=name)), output, "facts")
 
 
+@main.command("set")
+@model_argument
+@click.option(
+    "--max-batch",
+    type=click.IntRange(1, 64),
+    required=True,
+    metavar="IMAGES",
+    help="What one run may make for several requests with the same settings; 1: no request shares.",
+)
+@output_option
+@click.pass_obj
+def set_(socket_path: Path, name: str, max_batch: int, output: str) -> None:
+    """Change what is set for a model, for good."""
+    from understudy.admin import Set
+
+    _show(_ask(socket_path, Set(name=name, max_batch=max_batch)), output, "facts")
+
+
 @main.command()
 @click.argument("request_id", metavar="ID")
 @output_option

@@ -65,6 +65,8 @@ def status(document: Document) -> RenderableType:
     ]
     if document.get("hand_over") == "threads":
         rows.append(("hand-over", Text(f"by threads: {_text(document.get('hand_over_reason'))}", "yellow")))
+    if batches := document.get("max_batch"):
+        rows.append(("batches", Text(", ".join(f"{name} up to {most}" for name, most in batches.items()))))
     if error := document.get("last_error"):
         rows.append(("last error", Text(_text(error), "red")))
     facts_table = Table.grid(padding=(0, 2))
@@ -160,7 +162,7 @@ def queue_table(requests: Sequence[Document]) -> RenderableType:
     """What runs and what waits, in order."""
     if not requests:
         return Text("no requests are waiting")
-    columns = ["id", "model", "state", ">steps", ">waited", "tier", ">priority", "client"]
+    columns = ["id", "model", "state", ">steps", ">waited", ">starts in", "tier", ">priority", "client"]
     rows: list[Row] = [
         [
             _text(wish.get("id")),
@@ -168,6 +170,7 @@ def queue_table(requests: Sequence[Document]) -> RenderableType:
             _state(wish.get("state")),
             _steps(wish),
             duration(wish.get("waited_s")),
+            duration(wish.get("starts_in_s")),
             _tier(wish),
             _text(wish.get("priority")),
             _text(wish.get("client")),
@@ -344,7 +347,9 @@ def _requests(document: Document) -> str:
 def _running(wish: Document | None) -> str:
     if not wish:
         return "nothing"
-    return f"{_text(wish.get('model'))}, step {_steps(wish)} ({_text(wish.get('id'))})"
+    others = int(wish.get("batch") or 1) - 1
+    more = f" and {others} more in the same run" if others else ""
+    return f"{_text(wish.get('model'))}, step {_steps(wish)} ({_text(wish.get('id'))}{more})"
 
 
 def _switch(switch: Document) -> str:

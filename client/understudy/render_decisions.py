@@ -35,6 +35,8 @@ def sentence(decision: Document) -> str:
 def _chosen(made: Document) -> str:
     who = f"{_models(made)} goes on stage for {made['client']} ({made['request']})"
     facts = [f"waited {duration(made['waited_s'])}"]
+    if made.get("along_with"):
+        facts.append(f"in one run with {made['along_with']}")
     if made["priority"]:
         facts.append(f"priority {made['priority']}")
     if made["skips"]:

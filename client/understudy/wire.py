@@ -115,11 +115,15 @@ Request = Generate | Cancel | ListModels | Ping
 
 
 class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):
-    """The request waits. `position` counts requests before it, `tier` says where its model is."""
+    """The request waits. `position` counts requests before it, `tier` says where its model is.
+
+    `estimated_wait_s`: when it should be on stage, seconds from now; None where the daemon does not say.
+    """
 
     id: str
     position: int
     tier: str
+    estimated_wait_s: float | None = None
 
 
 class Progress(Message, frozen=True, kw_only=True, tag="progress"):

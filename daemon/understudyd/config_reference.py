@@ -22,6 +22,10 @@ environment overrides a key, for example `UNDERSTUDY__DEVICE__ARENA=60GiB`. Unkn
 `understudyctl config check FILE` names all mistakes without starting anything.
 
 A size is written with a unit, `"60GiB"` or `"512MB"`; a rate likewise, `"200MiB/s"`.
+
+What belongs to one model is no key here: `understudyctl set MODEL --max-batch 4` lets one run make up to 4
+images for several waiting requests with the same settings ([batches](policy.md#batches)). It takes effect at
+once and is kept in `settings.json` in the store; 1, the default, turns it off.
 """
 
 _WORDS: dict[Any, str] = {

@@ -2,6 +2,8 @@
 
 import msgspec
 
+USUAL_STEPS = 30
+
 
 class TraceRequest(msgspec.Struct, frozen=True, gc=False):
     """One request as somebody made it. A line of the request log is this as a JSON object.
@@ -16,9 +18,17 @@ class TraceRequest(msgspec.Struct, frozen=True, gc=False):
     loras: str = ""
     task: str = ""
     images: int = 1
-    steps: int = 30
+    steps: int = USUAL_STEPS
     duration_s: float = 0.0
     priority: int = 0
+
+
+def work_of(images: int, steps: int | None) -> float:
+    """How much work a request is: its steps, over all images; what says no number of steps counts as thirty.
+
+    Pixels are left out: a request that says nothing gets the size of its model, which the core does not know.
+    """
+    return float(max(1, images) * max(1, USUAL_STEPS if steps is None else steps))
 
 
 def log_line(request: TraceRequest) -> bytes:

@@ -10,11 +10,12 @@ from understudyd.core.types import ErrorCode, Tier
 
 @dataclass(frozen=True, slots=True)
 class AcceptRequest:
-    """Tell the client its place: `position` 0 is next on stage."""
+    """Tell the client its place: `position` 0 is next on stage, which should be in `estimated_wait_s`."""
 
     request_id: str
     position: int
     tier: Tier
+    estimated_wait_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,29 @@ class CancelLoad:
     """Stop a load between two chunks. The load still ends in one of its own events."""
 
     load_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Make an overlay in `[offset, offset + size_bytes)` of the arena out of resident blobs, all leased for it.
+
+    `sources` are their keys and offsets: the base component's, then the adapters', in order. Ends in
+    `FoldFinished`, `FoldFailed` or `FoldCancelled`. At most one is under way.
+    """
+
+    overlay: str
+    offset: int
+    size_bytes: int
+    generation: int
+    sources: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CancelFold:
+    """Stop a fold between two steps. It still ends in one of its own events."""
+
+    overlay: str
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +137,13 @@ class PutOnDeck:
     """Run this request, with the edition `model`, when the stage is free. Its blobs are leased from now on.
 
     Ends in `RunStarted` then `RunEnded`, or in `RunEnded` alone; then `LeaseEnded`; and after a
-    finished run in `ImagesEncoded` or `EncodingFailed`.
+    finished run in `ImagesEncoded` or `EncodingFailed`. `companions` are requests for the same run; each has
+    events of its own.
     """
 
     request_id: str
     model: str
+    companions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +191,8 @@ Action = (
     | AnswerRequest
     | StartLoad
     | CancelLoad
+    | Fold
+    | CancelFold
     | PauseLoads
     | MoveExtent
     | BuildViews

@@ -78,11 +78,12 @@ class Catalogue:
     def _edition(self, info: ModelInfo) -> Model:
         """An edition without blobs: they count as the name's only once it has taken over."""
         parts = Lifecycle(f"parts of {info.key}", PartsState.UNPREPARED, PARTS_TABLE)
-        model = self.editions[info.key] = Model(info, (), parts)
+        model = self.editions[info.key] = Model(info, (), parts, max_batch=info.max_batch)
         return model
 
     def _take_blobs(self, model: Model, now_s: float) -> None:
         model.blobs = tuple(self._residency.blob(blob) for blob in model.info.blobs)
+        self._residency.evictables.mark(model.blobs)
         for blob in model.blobs:
             blob.models.add(model.name)
             if blob.state is BlobState.DAMAGED:
@@ -93,7 +94,7 @@ class Catalogue:
         residency, name = self._residency, model.name
         old = residency.models[name]
         residency.models[name] = model
-        residency.ready.pop(name, None)
+        residency.no_longer_ready(name)
         if name in residency.pinned:
             residency.pinned[name] = model
         self._take_blobs(model, now_s)
@@ -101,6 +102,7 @@ class Catalogue:
             residency.retries.start_anew(blob)
         self._actions.append(AdoptEdition(name, model.key))
         self._policy.replaced(model)
+        residency.evictables.mark(old.blobs)
         for blob in (blob for blob in old.blobs if blob not in model.blobs):
             blob.models.discard(name)
             if not blob.models:
@@ -110,6 +112,12 @@ class Catalogue:
         residency.note_ready([model])
         old.retiring = True
         self.retire_if_unused(old, now_s)
+
+    def set_max_batch(self, name: str, max_batch: int) -> None:
+        """For the edition that serves and for one that is coming. Raises `IllegalEvent`."""
+        for model in (self.served(name), self.coming.get(name)):
+            if model is not None:
+                model.max_batch = max_batch
 
     # -- preparing ----------------------------------------------------------------------------------
 
@@ -121,8 +129,9 @@ class Catalogue:
         model.parts.require(PartsState.PREPARING)
         return model
 
-    def prepared(self, model: Model, now_s: float) -> None:
+    def prepared(self, model: Model, can_batch: bool, now_s: float) -> None:
         """The edition's small parts are at hand: one that was coming takes over."""
+        model.can_batch = can_batch
         model.parts.to(PartsState.PREPARED, now_s)
         model.was_out_of_reach = False
         if self.coming.get(model.name) is model:
@@ -169,7 +178,8 @@ class Catalogue:
 
     def _retire_name(self, model: Model, now_s: float) -> None:
         del self._residency.models[model.name]
-        self._residency.ready.pop(model.name, None)
+        self._residency.no_longer_ready(model.name)
+        self._residency.evictables.mark(model.blobs)
         for blob in model.blobs:
             blob.models.discard(model.name)
             if not blob.models:

@@ -4,23 +4,25 @@ A copy is made while its blob is loaded, or ahead of time when a loader has noth
 when the blob leaves the arena, until something worth more needs its place.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator
 
+from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Load
+from understudyd.core.evictables import Evictables
 from understudyd.core.extents import ArenaMap, Extent
 from understudyd.core.quarantine import Quarantine
-from understudyd.core.states import ExtentState
-
-Worth = Callable[[Blob], float]
-"""What a blob's copy is worth: the chance that it saves a read; infinite while somebody counts on it."""
+from understudyd.core.states import BlobState, ExtentState
 
 
 class HostCopies:
     """The host pool's map. `changes` counts what may make a difference to what can be copied."""
 
-    def __init__(self, pool_bytes: int, quarantine_grace_s: float, worth: Worth) -> None:
+    def __init__(
+        self, pool_bytes: int, quarantine_grace_s: float, demand: Demand, evictables: Evictables
+    ) -> None:
         self.pool = ArenaMap(pool_bytes)
-        self.worth = worth
+        self._demand, self._evictables = demand, evictables
         self.evictions = 0
         self.changes = 0
         self._quarantine = Quarantine(quarantine_grace_s)
@@ -33,27 +35,32 @@ class HostCopies:
         copy.leases += 1
         if copy.leases == 1:
             copy.life.to(ExtentState.LEASED, now_s, "read by a load")
+            self._evictables.mark([blob])
         return copy
 
-    def make(self, blob: Blob, blobs: Mapping[str, Blob], limit: float, now_s: float) -> Extent | None:
+    def worth(self, blob: Blob) -> float:
+        """The chance that a copy of the blob saves a read; infinite while somebody waits for it."""
+        is_coming = blob.state is not BlobState.RESIDENT and self._demand.awaits(blob)
+        return math.inf if is_coming else self._demand.chance(blob)
+
+    def make(self, blob: Blob, limit: float, now_s: float) -> Extent | None:
         """A copy to be filled: a gap, or a window of copies that are worth less than `limit` together."""
         if not self.pool.size_bytes:
             return None
         copy = self.pool.allocate(blob.info.size_bytes, blob.key)
         if copy is None and limit > 0.0:
-            copy = self._replace(blob, blobs, limit, now_s)
+            copy = self._replace(blob, limit, now_s)
         blob.copy = copy
         return copy
 
-    def _replace(self, blob: Blob, blobs: Mapping[str, Blob], limit: float, now_s: float) -> Extent | None:
-        ready = [extent for extent in self.pool if extent.state is ExtentState.READY]
-        worths = {extent: self.worth(blobs[extent.blob]) for extent in ready}
-        prices = {extent: price for extent, price in worths.items() if price != float("inf")}
-        window = self.pool.cheapest_window(blob.info.size_bytes, prices)
-        if window is None or window.cost >= limit:
+    def _replace(self, blob: Blob, limit: float, now_s: float) -> Extent | None:
+        self._evictables.file()
+        self._evictables.copies.refresh(self._demand.looked_at)
+        window = self.pool.cheapest_window(blob.info.size_bytes, self._evictables.copies, limit)
+        if window is None:
             return None
         for victim in window.victims:
-            self.drop(blobs[victim.blob], now_s, f"room for {blob.key[:12]}")
+            self.drop(self._evictables.blob_of(victim), now_s, f"room for {blob.key[:12]}")
             self.evictions += 1
         return self.pool.allocate(blob.info.size_bytes, blob.key)
 
@@ -63,28 +70,30 @@ class HostCopies:
             self.pool.release(blob.copy, now_s, why)
             blob.copy = None
             self.changes += 1
+            self._evictables.mark([blob])
 
     def load_finished(self, load: Load, now_s: float) -> None:
         """The copy is complete, or no longer read."""
         if load.copy is None:
             return
         if load.from_pool:
-            self._give_back(load.copy, now_s)
+            self._give_back(load.blob, load.copy, now_s)
         else:
             load.copy.life.to(ExtentState.READY, now_s, f"load {load.id}")
             self.changes += 1
+            self._evictables.mark([load.blob])
 
     def load_ended_empty(self, load: Load, now_s: float, why: str) -> None:
         """A copy that was being made is of no use."""
         if load.copy is not None and load.from_pool:
-            self._give_back(load.copy, now_s)
+            self._give_back(load.blob, load.copy, now_s)
         elif load.copy is not None:
             self.drop(load.blob, now_s, why)
 
     def loader_lost(self, load: Load, now_s: float, why: str) -> None:
         """A copy that was being made may still be written to; one that was read is as good as before."""
         if load.copy is not None and load.from_pool:
-            self._give_back(load.copy, now_s)
+            self._give_back(load.blob, load.copy, now_s)
         elif load.copy is not None:
             load.copy.life.to(ExtentState.QUARANTINED, now_s, why)
             self._quarantine.hold(load.copy, load.loader_id)
@@ -104,7 +113,8 @@ class HostCopies:
         """When quarantines end."""
         return self._quarantine.deadlines()
 
-    def _give_back(self, copy: Extent, now_s: float) -> None:
+    def _give_back(self, blob: Blob, copy: Extent, now_s: float) -> None:
         copy.leases -= 1
         if copy.leases == 0:
             copy.life.to(ExtentState.READY, now_s, "the load has ended")
+            self._evictables.mark([blob])

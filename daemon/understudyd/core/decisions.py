@@ -27,7 +27,7 @@ class Chosen:
 
     Of these, one has waited `longest_wait_s` since its turn came, and one has been overtaken `most_skips`
     times by now; the bounds are `max_wait_s` and `max_skips`. `waited_s`, since it was received, and `skips`
-    are the chosen one's own.
+    are the chosen one's own. It goes `along_with` another request, in one batch; "" for none.
     """
 
     at_s: float
@@ -43,6 +43,7 @@ class Chosen:
     most_skips: int
     max_wait_s: float
     max_skips: int
+    along_with: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class Decisions:
 
     # -- what is decided ----------------------------------------------------------------------------
 
-    def chose(self, request_id: str, on_stage: str | None) -> None:
+    def chose(self, request_id: str, on_stage: str | None, along_with: str = "") -> None:
         """The request has been taken from the queue, to go on deck."""
         chosen = self._queue.requests[request_id]
         waiting = [r for r in self._queue.requests.values() if r.state is RequestState.WAITING]
@@ -170,6 +171,7 @@ class Decisions:
             most_skips=max((r.skips for r in overtaken), default=0),
             max_wait_s=self._max_wait_s,
             max_skips=self._max_skips,
+            along_with=along_with,
         )
         self._kept.append(decision)
 

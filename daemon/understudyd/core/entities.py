@@ -48,6 +48,7 @@ class Model:
 
     A retiring one, removed or replaced, takes no requests any more. `was_out_of_reach`: the last attempt to
     prepare it failed for a reason that may pass; only somebody who asks for it has it tried again.
+    `max_batch` is what an operator allows, `can_batch` whether its pipeline can; the stage tells.
     """
 
     info: ModelInfo
@@ -56,6 +57,8 @@ class Model:
     retiring: bool = False
     leases: int = 0
     was_out_of_reach: bool = False
+    max_batch: int = 1
+    can_batch: bool = True
 
     @property
     def name(self) -> str:
@@ -100,7 +103,7 @@ class Model:
 class Load:
     """A blob under way to the arena (`extent`), the host pool (`copy`) or both.
 
-    `from_pool`: the copy was there before and is read.
+    `from_pool`: the copy was there before and is read. `had_company`: another load was under way meanwhile.
     """
 
     id: int
@@ -111,6 +114,7 @@ class Load:
     from_pool: bool
     started_at_s: float
     is_cancelling: bool = False
+    had_company: bool = False
 
 
 @dataclass(eq=False, slots=True)

@@ -66,6 +66,14 @@ class PinChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class MaxBatchChanged:
+    """From now on one run may make so many images for several requests; 1: each request runs alone."""
+
+    name: str
+    max_batch: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadWanted:
     """An operator wants the model resident, once, as soon as no waiting request needs the loaders."""
 
@@ -155,6 +163,32 @@ class ViewsFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class FoldFinished:
+    """Every byte of the overlay is in place and visible to the stage."""
+
+    overlay: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class FoldFailed:
+    """The overlay could not be made: nothing writes to its extent any more. BAD_REQUEST: it never can be."""
+
+    overlay: str
+    generation: int
+    code: ErrorCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class FoldCancelled:
+    """The fold was stopped; nothing writes to its extent any more."""
+
+    overlay: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExtentMoved:
     """Every byte of the blob is at its new place and visible to the stage."""
 
@@ -173,9 +207,13 @@ class MoveFailed:
 
 @dataclass(frozen=True, slots=True)
 class ModelPrepared:
-    """Skeletons, tokenizers and small parts of this edition of a model are at hand."""
+    """Skeletons, tokenizers and small parts of this edition of a model are at hand.
+
+    `can_batch`: one call of its pipeline can serve several requests.
+    """
 
     key: str
+    can_batch: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +231,17 @@ class ModelPreparationFailed:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """The request on deck holds the baton; the deck is free."""
+    """A request on deck holds the baton; the deck is free when all on it do."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class RunEnded:
-    """The request gave the baton away, or never got it (cancelled or failed on deck)."""
+    """The request gave the baton away, or never got it (cancelled or failed on deck).
+
+    One that is cancelled in a batch ends at once; its lease lasts as long as the others' run.
+    """
 
     request_id: str
     outcome: Outcome
@@ -246,6 +287,7 @@ Event = (
     | ModelReplaced
     | ModelRemoved
     | PinChanged
+    | MaxBatchChanged
     | LoadWanted
     | EvictWanted
     | AdmissionChanged
@@ -257,6 +299,9 @@ Event = (
     | LoadCancelled
     | ViewsBuilt
     | ViewsFailed
+    | FoldFinished
+    | FoldFailed
+    | FoldCancelled
     | ExtentMoved
     | MoveFailed
     | ModelPrepared

@@ -5,8 +5,9 @@ neighbouring extents and gaps whose eviction loses least. Every byte belongs to 
 one gap; `check` proves it.
 """
 
+import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from understudyd.core.states import EXTENT_TABLE, ExtentState, Lifecycle
@@ -36,8 +37,8 @@ class Extent:
         return self.life.state
 
 
-Prices = Mapping[Extent, float]
-"""What evicting an extent loses; those that are not in it must stay."""
+Priced = tuple[float, Extent]
+"""What evicting an extent loses, and the extent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,13 @@ class Window:
     offset: int
     size_bytes: int
     victims: tuple[Extent, ...]
+    prices: tuple[float, ...]
     cost: float
 
 
 @dataclass(slots=True)
 class ArenaMap:
-    """Extents and gaps of `[0, size_bytes)`, both sorted by offset."""
+    """Extents and gaps of `[0, size_bytes)`, both sorted by offset. `releases` counts new gaps."""
 
     size_bytes: int
     align_bytes: int = ALIGN_BYTES
@@ -61,6 +63,7 @@ class ArenaMap:
     _gaps: dict[int, int] = field(default_factory=dict)
     _gap_offsets: list[int] = field(default_factory=list)
     _generation: int = 0
+    releases: int = 0
 
     def __post_init__(self) -> None:
         self.size_bytes -= self.size_bytes % self.align_bytes
@@ -97,10 +100,10 @@ class ArenaMap:
 
     # -- changing -----------------------------------------------------------------------------------
 
-    def allocate(self, size_bytes: int, blob: str) -> Extent | None:
-        """A FILLING extent in the smallest gap that fits, or None."""
+    def allocate(self, size_bytes: int, blob: str, room_bytes: int = 0) -> Extent | None:
+        """A FILLING extent in the smallest gap that fits and has so much room behind it, or None."""
         need = self.rounded(size_bytes)
-        fitting = [(size, offset) for offset, size in self._gaps.items() if size >= need]
+        fitting = [(size, offset) for offset, size in self._gaps.items() if size >= need + room_bytes]
         if not fitting:
             return None
         size, offset = min(fitting)
@@ -117,6 +120,7 @@ class ArenaMap:
     def release(self, extent: Extent, now_s: float, why: str) -> None:
         """The extent's bytes become a gap, merged with its neighbours."""
         extent.life.to(ExtentState.FREE, now_s, why)
+        self.releases += 1
         del self._extents[extent.offset]
         del self._offsets[bisect_left(self._offsets, extent.offset)]
         start, end = extent.offset, extent.end
@@ -150,6 +154,7 @@ class ArenaMap:
     def end_slide(self, extent: Extent, size_bytes: int, now_s: float) -> None:
         """The extent is READY at its new place and `size_bytes` long again; the rest is a gap."""
         extent.life.to(ExtentState.READY, now_s, "moved")
+        self.releases += 1
         freed_bytes, extent.size_bytes = extent.size_bytes - size_bytes, size_bytes
         gap_bytes = freed_bytes
         if extent.end + freed_bytes in self._gaps:
@@ -188,49 +193,47 @@ class ArenaMap:
         offset = self._gap_offsets[i - 1]
         return offset if offset + self._gaps[offset] == extent.offset else None
 
-    def cheapest_window(self, size_bytes: int, prices: Prices) -> Window | None:
-        """The run of neighbours that is cheapest to clear for `size_bytes`; None when there is none.
+    def cheapest_window(
+        self, size_bytes: int, candidates: Iterable[Priced], limit: float = math.inf
+    ) -> Window | None:
+        """The run of neighbours that is cheapest to clear for `size_bytes`; None below `limit` when none is.
 
-        One pass with two pointers: for every last piece the shortest run that is long enough.
+        `candidates` are what may be cleared, the cheapest first, and are drawn only until no further one can
+        be part of anything cheaper than what was found. Meant for when no gap alone is large enough.
         """
         need = self.rounded(size_bytes)
-        if self.free_bytes + sum([extent.size_bytes for extent in prices]) < need:
+        extents, offsets, prices = self._extents, self._offsets, dict[int, float]()
+        best: tuple[float, int] = (limit, 0)
+        offset, found = 0, tuple[Extent, ...]()
+        for price, candidate in candidates:
+            if price >= best[0]:
+                break
+            prices[candidate.offset] = price
+            first = bisect_left(offsets, candidate.offset)
+            after = first + 1
+            while first and offsets[first - 1] in prices:
+                first -= 1
+            while after < len(offsets) and offsets[after] in prices:
+                after += 1
+            start = extents[offsets[first - 1]].end if first else 0
+            end = offsets[after] if after < len(offsets) else self.size_bytes
+            if end - start < need:
+                continue
+            starts = [start, *(extents[offset].end for offset in offsets[first:after])]
+            run = [*offsets[first:after], end]
+            cost, left = 0.0, 0
+            for right in range(after - first):  # the gap before an extent ends where it begins
+                cost += prices[run[right]]
+                while left < right and run[right + 1] - starts[left + 1] >= need:
+                    cost -= prices[run[left]]
+                    left += 1
+                length = run[right + 1] - starts[left]
+                if length >= need and (cost, length) < best:
+                    best, found = (cost, length), tuple(extents[offset] for offset in run[left : right + 1])
+                    offset = starts[left]
+        if not found:
             return None
-        extents, gaps, price_of = self._extents, self._gaps, prices.get
-        best: tuple[float, int] | None = None
-        found = (0, 0)
-        offsets: list[int] = []
-        sizes: list[int] = []
-        costs: list[float] = []
-        offset, end, first, length, total = 0, self.size_bytes, 0, 0, 0.0
-        while offset < end:  # hundreds of pieces at every load: nothing is called but two look-ups
-            extent = extents.get(offset)
-            if extent is None:
-                size, price = gaps[offset], 0.0
-            else:
-                size, known = extent.size_bytes, price_of(extent)
-                if known is None:
-                    offset += size
-                    first, length, total = len(offsets), 0, 0.0
-                    continue
-                price = known
-            offsets.append(offset)
-            sizes.append(size)
-            costs.append(price)
-            offset += size
-            length += size
-            total += price
-            while length - sizes[first] >= need:
-                length -= sizes[first]
-                total -= costs[first]
-                first += 1
-            if length >= need and (best is None or (total, length) < best):
-                best, found = (total, length), (first, len(offsets))
-        if best is None:
-            return None
-        window = offsets[slice(*found)]
-        victims = tuple(extents[offset] for offset in window if offset in extents)
-        return Window(window[0], best[1], victims, best[0])
+        return Window(offset, best[1], found, tuple(prices[victim.offset] for victim in found), best[0])
 
     def would_fit(self, sizes_bytes: Iterable[int], kept: Callable[[Extent], bool]) -> bool:
         """Whether `allocate` would place all these, one after another, if only `kept` extents were left."""

@@ -66,8 +66,9 @@ class FairTags:
         self._is_at_least(least_tag)
         self._leave(info, 0.0)
 
-    def withdraw(self, info: RequestInfo) -> None:
+    def withdraw(self, info: RequestInfo, least_tag: float | None) -> None:
         """The request will not run: its client gets its turn back."""
+        self._is_at_least(least_tag)
         self._leave(info, info.cost)
 
     def _is_at_least(self, least_tag: float | None) -> None:

@@ -4,8 +4,9 @@ Nothing is in a hurry here: a load into the arena that finds no loader stops one
 """
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 
+from understudyd.core.demand import Demand
 from understudyd.core.entities import Model
 from understudyd.core.policy import Policy
 from understudyd.core.queueing import RequestQueue
@@ -19,24 +20,38 @@ HORIZON_MODELS = 32
 class Fetching:
     """Starts loads that end in the host pool."""
 
-    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency) -> None:
+    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency, demand: Demand) -> None:
         self._policy = policy
+        self._demand = demand
         self._queue = queue
         self._residency = residency
         self._no_room: object = None
+        self._settled: object = None
         self._nothing_likely: object = None
+        self._too_small_bytes = 0
+        self._full: object = None
 
     def start(self, now_s: float) -> None:
         """Give every idle loader something to fetch, if there is anything."""
         settings = self._policy.settings
         if not self._residency.copies.pool.size_bytes or not settings.lookahead or not self._has_loader():
             return
-        if self._no_room != self._crowd() and not self._fetch(self._awaited(), float("inf"), now_s):
-            self._no_room = self._crowd()
+        if self._settled != self._state() and self._no_room != self._crowd():
+            if not self._fetch(self._awaited(), float("inf"), now_s):
+                self._no_room = self._crowd()
+            self._settled = self._state()
         if settings.prefetch and self._has_loader() and self._nothing_likely != self._history():
-            self._fetch(self._likely(), 0.0, now_s)
-            if self._has_loader():
-                self._nothing_likely = self._history()
+            pool = self._residency.copies.pool
+            if pool.largest_gap_bytes > self._too_small_bytes or self._full != self._fullness():
+                self._guess(now_s)
+
+    def _guess(self, now_s: float) -> None:
+        pool = self._residency.copies.pool
+        self._too_small_bytes = 0
+        if not self._fetch(self._likely(), 0.0, now_s):
+            self._too_small_bytes, self._full = pool.largest_gap_bytes, self._fullness()
+        elif self._has_loader():
+            self._nothing_likely = self._history()
 
     def _has_loader(self) -> bool:
         return next(self._residency.idle_loaders(), None) is not None
@@ -55,22 +70,31 @@ class Fetching:
         return True
 
     def _awaited(self) -> Iterator[Model]:
-        ready, models = self._residency.ready, self._residency.models
-        expected = self._policy.expected_to_load(self._queue)
-        return islice((models[r.model] for r in expected if r.model not in ready), HORIZON_MODELS)
+        models = self._residency.models
+        return (models[name] for name in islice(self._demand.lacking(), HORIZON_MODELS))
 
     def _likely(self) -> Iterator[Model]:
         """Those that were ever asked for, likeliest first, then the others: free memory is of no use."""
-        models = self._residency.models
-        for name in dict.fromkeys([*self._policy.forecast.ranked(), *models]):
+        models, forecast = self._residency.models, self._policy.forecast
+        unknown = (name for name in models if not forecast.knows(name))
+        for name in chain(forecast.ranked(), unknown):
             if not (models[name].retiring or models[name].is_unfit):
                 yield models[name]
+
+    def _state(self) -> object:
+        """While this stands, the same is awaited, and idle loaders have nothing more of it to fetch."""
+        return self._residency.version(), self._residency.copies.changes, self._queue.changes
 
     def _crowd(self) -> object:
         """While this stands, what is awaited finds no more room: nobody left whose copy could be replaced."""
         residency = self._residency
         changes = (residency.copies.changes, residency.replacements, residency.arrivals)
         return (*changes, self._queue.relieved)
+
+    def _fullness(self) -> object:
+        """While this stands, a gap in the pool that was too small for what is likely still is."""
+        residency = self._residency
+        return residency.copies.pool.releases, residency.replacements, len(residency.models)
 
     def _history(self) -> object:
         """While this stands, nothing else is likely that has no copy yet, or there is no gap for it."""

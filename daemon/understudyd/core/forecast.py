@@ -8,11 +8,12 @@ expert; the floor lets any of them come back). Nothing in it is tuned to a trace
 What was learned outlives the machine as a document in JSON's types: `document` and `restore`.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from heapq import nlargest
 from typing import Any
 
 from understudyd.core.predictors import Popularity, Predictor, Succession
+from understudyd.core.ranking import Ranking
 from understudyd.core.remembered import DIGITS, DamagedDocument, field, numbers, rows, text, whole
 from understudyd.core.returns import Returns
 
@@ -24,7 +25,7 @@ HALF_LIVES_S = (60.0, 300.0, 1800.0)
 _STEP = 0.01
 _FLOOR = 1e-3
 _SURPRISE = 1e-6
-_ESTIMATE_REQUESTS = 16
+_LOOKED_AT = 8
 
 
 class Forecast:
@@ -46,10 +47,10 @@ class Forecast:
         self._weights = [1.0 / len(self._predictors)] * len(self._predictors)
         self._names: set[str] = set()
         self._models: dict[str, None] = {}
-        self._estimates: dict[str, tuple[float, int]] = {}
-        self._turn = 0
-        self._ranked: list[str] = []
+        self._chances: dict[str, float] = {}
+        self._ranking: Ranking[str] = Ranking(lambda name: (-self.chance(name), name))
         self._ranked_at = -1
+        self._asked: dict[str, None] = {}
 
     def saw(self, *names: str, client: str = "", now_s: float = 0.0) -> None:
         """One request came, for all these names: the model first, then what else it needs."""
@@ -65,59 +66,54 @@ class Forecast:
         self._succession.saw(names)
         self._returns.saw(client, names, now_s)
         self._names.update(names)
-        self._models[names[0]] = None
-        for name in names:
-            self._estimates.pop(name, None)
+        self._models[names[0]] = self._asked[names[0]] = None
+        self._chances.clear()
 
     def forget(self, name: str) -> None:
         """Nobody can, or should, count on this name any more."""
         if name in self._names:
             self._names.discard(name)
             self._models.pop(name, None)
-            self._estimates.pop(name, None)
-            self._ranked_at = -1
+            self._chances.clear()
+            self._asked.pop(name, None)
+            self._ranking.discard(name)
             for predictor in self._predictors:
                 predictor.forget(name)
 
     def chance(self, name: str) -> float:
         """About the probability (0 to 1) that the next request asks for `name`."""
-        if name not in self._names:
-            return 0.0
-        shares = [predictor.share(name) for predictor in self._predictors]
-        return sum(map(float.__mul__, self._weights, shares))
+        chance = self._chances.get(name)
+        if chance is None:
+            if name not in self._names:
+                return 0.0
+            shares = [predictor.share(name) for predictor in self._predictors]
+            chance = self._chances[name] = sum(map(float.__mul__, self._weights, shares))
+        return chance
 
     def inherit(self, name: str, source: str) -> None:
         """`name` is new and takes its part in whatever `source` was asked for."""
         if name not in self._names and source in self._names:
             self._names.add(name)
+            self._chances.clear()
             for predictor in self._predictors:
                 predictor.inherit(name, source)
 
-    def estimate(self, name: str) -> float:
-        """`chance` as it was at most a few dozen requests ago: for going over hundreds at every load.
-
-        Names fall due one after the other, so that no request pays for all; who is asked for is at once.
-        """
-        known = self._estimates.get(name)
-        if known is not None and self.requests < known[1]:
-            return known[0]
-        chance = self.chance(name)
-        self._turn = (self._turn + 1) % _ESTIMATE_REQUESTS
-        self._estimates[name] = (chance, self.requests + _ESTIMATE_REQUESTS + self._turn)
-        return chance
-
-    def ranked(self) -> list[str]:
+    def ranked(self) -> Iterator[str]:
         """Models that were ever asked for, likeliest first.
 
-        Ranking a thousand models takes milliseconds, so the answer may be as many requests old as a
-        sixteenth of the models; with fewer than 32 it is always fresh.
+        Looking at a thousand takes milliseconds, so a few are looked at each time, and who was asked for.
         """
-        age = self.requests - self._ranked_at
-        if self._ranked_at < 0 or age >= max(1, len(self._models) // 16):
-            chances = {name: self.chance(name) for name in self._models}
-            self._ranked = sorted(chances, key=lambda name: (-chances[name], name))
+        for name in self._asked:
+            self._ranking.put(name)
+        self._asked.clear()
+        if self._ranked_at != self.requests:
             self._ranked_at = self.requests
-        return self._ranked
+            self._ranking.refresh(_LOOKED_AT)
+        return (name for _, name in self._ranking)
+
+    def knows(self, name: str) -> bool:
+        """The model was asked for."""
+        return name in self._models
 
     # -- outliving the machine ----------------------------------------------------------------------
 
@@ -179,7 +175,9 @@ class Forecast:
             now = float(made.requests) if predictor in made._by_requests else last_s
             predictor.restore(part, names, now)
         made._models = {name: None for name in names[:model_count] if name}
+        made._asked = dict(made._models)
         made._names = {name for name in names if name}
+        made._ranking = Ranking(lambda name: (-self.chance(name), name))
         vars(self).update(vars(made))  # whole or not at all
 
     # -- inside -------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ def check(machine: Machine) -> None:
     """Raise AssertionError when the machine contradicts itself."""
     machine.residency.arena.check()
     machine.queue.check()
+    machine.demand.check()
+    machine.residency.evictables.check(machine.residency.blobs.values())
     _check_editions(machine)
     _check_blobs(machine)
     _check_copies(machine)
@@ -109,8 +111,9 @@ def _check_loaders(machine: Machine) -> None:
 
 def _check_stage(machine: Machine) -> None:
     """The deck and the running set are what the requests' states say."""
-    on_deck = [r for r in machine.queue.requests.values() if r.state is RequestState.ON_DECK]
-    assert on_deck == ([machine.on_deck] if machine.on_deck is not None else [])
+    on_deck = {r.id: r for r in machine.queue.requests.values() if r.state is RequestState.ON_DECK}
+    assert on_deck == machine.on_deck
+    assert len({(r.lease, r.info.batch_key, r.info.priority) for r in on_deck.values()}) <= 1
     running = {r.id for r in machine.queue.requests.values() if r.state is RequestState.RUNNING}
     assert running == set(machine.running)
     assert set(machine.wanted) <= set(machine.residency.models)

@@ -9,13 +9,14 @@ from understudyd.core.states import LOADER_TABLE, IllegalEvent, Lifecycle, Loade
 
 
 class Loads:
-    """Loads by id and loaders by id. A lost loader is known until it is reaped."""
+    """Loads by id and loaders by id. A lost loader is known until it is reaped. `changes` counts them."""
 
     def __init__(self, actions: list[Action]) -> None:
         self.under_way: dict[int, Load] = {}
         self.loaders: dict[int, Loader] = {}
         self._actions = actions
         self._next_id = 0
+        self.changes = 0
 
     def find(self, load_id: int) -> Load:
         """The load of that id. Raises `IllegalEvent` when there is none."""
@@ -34,10 +35,14 @@ class Loads:
     ) -> Load:
         """Give an idle loader a load, to the extent, by way of the copy, from it, or to the copy only."""
         self._next_id += 1
+        self.changes += 1
         load = Load(self._next_id, blob, loader.id, extent, copy, from_pool, now_s)
         loader.life.to(LoaderState.BUSY, now_s, f"load {load.id}")
         blob.load_id = loader.load_id = load.id
         self.under_way[load.id] = load
+        if len(self.under_way) > 1:
+            for one in self.under_way.values():
+                one.had_company = True
         self._actions.append(
             StartLoad(
                 load_id=load.id,
@@ -60,6 +65,7 @@ class Loads:
 
     def end(self, load: Load, now_s: float) -> None:
         """The loader has done with it, one way or another, and takes the next."""
+        self.changes += 1
         del self.under_way[load.id]
         load.blob.load_id = None
         loader = self.loaders[load.loader_id]
@@ -78,6 +84,7 @@ class Loads:
         """A new loader takes loads."""
         if loader_id in self.loaders:
             raise IllegalEvent(f"loader {loader_id} is known already: {self.loaders[loader_id].life.story()}")
+        self.changes += 1
         life = Lifecycle(f"loader {loader_id}", LoaderState.IDLE, LOADER_TABLE)
         self.loaders[loader_id] = Loader(loader_id, life)
 
@@ -90,6 +97,7 @@ class Loads:
         if loader is None:
             return None
         loader.life.to(LoaderState.LOST, now_s, why)
+        self.changes += 1
         if loader.load_id is None:
             return None
         load = self.under_way.pop(loader.load_id)

@@ -6,54 +6,63 @@ finds no loader or no room, nothing behind it is started; but loaders that are i
 waits, and then what is likely, as far as the host pool (`fetching.py`).
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 
+from understudyd.core.demand import Demand, is_pressing
 from understudyd.core.entities import Blob, Load, Loader, Model
-from understudyd.core.extents import Prices
+from understudyd.core.extents import Extent, Priced
 from understudyd.core.fetching import Fetching
-from understudyd.core.policy import Needs, Policy
+from understudyd.core.policy import Policy
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState
+from understudyd.core.timely import Timely
 
 
 class Lookahead:
-    """Starts and stops loads. `wanted` are the models that an operator wants resident, once."""
+    """Starts and stops loads."""
 
-    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency) -> None:
-        self.wanted: OrderedDict[str, None] = OrderedDict()
+    def __init__(
+        self, policy: Policy, queue: RequestQueue, residency: Residency, demand: Demand, timely: Timely
+    ) -> None:
+        self._timely = timely
+        self._demand, self._wanted = demand, demand.wanted
         self._policy = policy
         self._queue = queue
         self._residency = residency
-        self._fetching = Fetching(policy, queue, residency)
+        self._fetching = Fetching(policy, queue, residency, demand)
         self._no_room: object = None
+        self._settled: object = None
+        self._guessed_at: int | None = None
 
     def start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         """Use idle loaders and room as well as can be."""
+        if self._settled == self._state(on_stage, stage_is_busy):
+            if self._guessed_at not in (None, self._queue.arrivals):
+                self._prefetch(now_s)
+            return
         evictions = -1
         while evictions != self._residency.evictions:  # what was evicted may be missed: look again
             evictions = self._residency.evictions
             self._start_loads(on_stage, stage_is_busy, now_s)
+        self._settled = self._state(on_stage, stage_is_busy)
 
     def fetch(self, now_s: float) -> None:
         """Have loaders that are still idle fill the host pool."""
-        self._fetching.start(now_s)
+        if not self._timely.stage_awaits_load:
+            self._fetching.start(now_s)
 
-    def prices(self, model: Model) -> Prices:
+    def prices(self, model: Model) -> dict[Extent, float]:
         """What evicting each extent loses for a load on behalf of this model while nothing is on stage."""
-        residency = self._residency
-        needs = Needs(self._policy.settings, self._queue, residency.models, None, self.wanted)
-        *_, prices = self._policy.prices(residency, needs, model.name)
-        return prices
+        candidates = self._candidates(model, None)
+        return {extent: price for price, extent in candidates}
 
     def stuck_on(self, stage_is_busy: bool, now_s: float) -> Model | None:
         """The model that cannot be loaded though nothing is under way that would change this."""
-        if stage_is_busy or not (self._queue or self.wanted) or not self._residency.is_still():
+        if stage_is_busy or not (self._queue or self._wanted) or not self._residency.is_still():
             return None
         models = self._residency.models
-        ready = self._residency.ready
-        names = self._policy.to_load(self._queue, ready, stage_is_busy) or list(self.wanted)
+        names = self._to_load(stage_is_busy, now_s) or list(self._wanted)
         model = models[names[0]] if names else None
         states = set() if model is None else {blob.state for blob in model.blobs}
         if model is None or BlobState.ABSENT not in states or BlobState.FETCHING in states:
@@ -68,31 +77,46 @@ class Lookahead:
 
     # -- inside -------------------------------------------------------------------------------------
 
+    def _state(self, on_stage: str | None, stage_is_busy: bool) -> object:
+        """While this stands, whatever can be started has been."""
+        return (
+            self._residency.version(),
+            self._queue.changes,
+            self._queue.withdrawals,
+            on_stage,
+            stage_is_busy,
+            tuple(self._wanted),
+        )
+
     def _start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         residency, settings = self._residency, self._policy.settings
         models = residency.models
+        self._guessed_at = None
 
-        def needs() -> Needs:  # anew for every blob: evicting for one may change who is ready
-            return Needs(settings, self._queue, models, on_stage, self.wanted)
-
+        self._timely.stage_awaits_load = False
         if next(residency.idle_loaders(), None) is None:
-            self._make_way_for_a_loader(needs, stage_is_busy, now_s)
+            self._make_way_for_a_loader(on_stage, stage_is_busy, now_s)
             return
-        for name in self._policy.to_load(self._queue, residency.ready, stage_is_busy):
-            if not self._load(models[name], needs, now_s):
+        for name in self._to_load(stage_is_busy, now_s):
+            if not self._load(models[name], on_stage, now_s):
                 if next(residency.idle_loaders(), None) is None:
-                    self._make_way_for_a_loader(needs, stage_is_busy, now_s)
+                    self._make_way_for_a_loader(on_stage, stage_is_busy, now_s)
                 else:
                     self._make_way()
                 return
-        self._load_wanted(needs, now_s)
+            if self._timely.keeps_others_waiting(models[name], now_s):
+                return
+        self._load_wanted(on_stage, now_s)
         for model in residency.pinned.values():
             if not (model.name in residency.ready or model.is_unfit):
-                self._load(model, needs, now_s)
+                self._load(model, on_stage, now_s)
         if settings.prefetch and settings.lookahead:
             self._prefetch(now_s)
 
-    def _load(self, model: Model, needs: Callable[[], Needs], now_s: float) -> bool:
+    def _to_load(self, stage_is_busy: bool, now_s: float) -> Sequence[str]:
+        return self._timely.order(self._policy.to_load(self._demand, stage_is_busy), now_s)
+
+    def _load(self, model: Model, on_stage: str | None, now_s: float) -> bool:
         """Start loads for what the model lacks; False when a loader or room is wanting.
 
         Also while it is on its way to the host pool, for want of room: what comes after waits all the same.
@@ -104,66 +128,73 @@ class Lookahead:
             if blob.state is not BlobState.ABSENT or blob.retry_at_s > now_s:
                 continue
             loader = next(residency.idle_loaders(), None)
-            if loader is None or not self._begin(model, blob, loader, needs(), now_s):
+            if loader is None or not self._begin(model, blob, loader, on_stage, now_s):
                 return False
         return True
 
-    def _begin(self, model: Model, blob: Blob, loader: Loader, needs: Needs, now_s: float) -> bool:
+    def _begin(self, model: Model, blob: Blob, loader: Loader, on_stage: str | None, now_s: float) -> bool:
         """Start one load; False when there is no room for it."""
 
-        def pricing() -> Iterator[Prices]:
-            return self._policy.prices(self._residency, needs, model.name)
+        def candidates() -> Iterator[Priced]:
+            return self._candidates(model, on_stage)
 
-        if self._no_room == self._situation(model, blob, needs):
+        if self._no_room == self._situation(model, blob, on_stage):
             return False
-        if self._residency.begin_load(blob, loader, pricing, now_s):
+        beside = [b.info.size_bytes for b in model.blobs if b.state is BlobState.ABSENT and b is not blob]
+        if self._residency.begin_load(blob, loader, candidates, now_s, beside):
             return True
-        self._no_room = self._situation(model, blob, needs)
+        self._no_room = self._situation(model, blob, on_stage)
         return False
 
-    def _situation(self, model: Model, blob: Blob, needs: Needs) -> object:
+    def _candidates(self, model: Model, on_stage: str | None) -> Iterator[Priced]:
+        """What may be evicted for it: nothing of what is loaded before it, also if it will run later."""
+        candidates = self._policy.candidates(self._residency, self._demand, model.name, on_stage)
+        kept = self._timely.loaded_before(model.name)
+        return (found for found in candidates if found[1].blob not in kept) if kept else candidates
+
+    def _situation(self, model: Model, blob: Blob, on_stage: str | None) -> object:
         """While this stands, a blob that found no room finds none.
 
         Who joins the queue, or goes on deck and is leased, makes no room; nor does time, but for who presses.
         """
-        return (
-            blob.key,
-            model.name,
-            needs.rank(model.name),
-            self._residency.changes,
-            self._queue.withdrawals,
-            tuple(self.wanted),
-        )
+        rank, residency = self._demand.need(model.name, on_stage), self._residency
+        if is_pressing(rank):
+            room = residency.changes
+        else:
+            residency.evictables.file()
+            room = residency.evictables.arrivals + residency.arena.releases
+        kept = self._timely.loaded_before(model.name)
+        return blob.key, model.name, rank, room, self._queue.withdrawals, tuple(self._wanted), kept
 
-    def _load_wanted(self, needs: Callable[[], Needs], now_s: float) -> None:
+    def _load_wanted(self, on_stage: str | None, now_s: float) -> None:
         models, ready = self._residency.models, self._residency.ready
-        for name in [n for n in self.wanted if n in ready]:
-            del self.wanted[name]
-        for name in self.wanted:
-            if not self._load(models[name], needs, now_s):
+        for name in [n for n in self._wanted if n in ready]:
+            del self._wanted[name]
+        for name in self._wanted:
+            if not self._load(models[name], on_stage, now_s):
                 return
 
-    def _make_way_for_a_loader(self, needs: Callable[[], Needs], stage_is_busy: bool, now_s: float) -> None:
+    def _make_way_for_a_loader(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         """All loaders are busy, as most of the time: only a load that may be stopped is worth a look."""
         if self._needless_load() is None and self._fetch_but_for(()) is None:
             return
-        for name in self._policy.to_load(self._queue, self._residency.ready, stage_is_busy):
+        for name in self._to_load(stage_is_busy, now_s):
             model = self._residency.models[name]
             if any(blob.state is BlobState.FETCHING for blob in model.blobs):
                 return
             for blob in model.blobs:
                 if blob.state is BlobState.ABSENT and blob.retry_at_s <= now_s:
-                    self._make_way_for(model, blob, needs())
+                    self._make_way_for(model, blob, on_stage)
                     return
 
-    def _make_way_for(self, model: Model, blob: Blob, needs: Needs) -> None:
+    def _make_way_for(self, model: Model, blob: Blob, on_stage: str | None) -> None:
         """Stop a load that nobody waits for; one to the host pool only if that is all that is wanting."""
         if self._is_stopping():
             return
         fetch = self._fetch_but_for(model.blobs)
         if (needless := self._needless_load()) is not None:
             self._residency.cancel_load(needless)
-        elif fetch is not None and self._has_room(model, blob, needs):
+        elif fetch is not None and self._has_room(model, blob, on_stage):
             self._residency.cancel_load(fetch)
 
     def _make_way(self) -> None:
@@ -184,29 +215,26 @@ class Lookahead:
         loads = self._residency.loads.values()
         return next((x for x in loads if x.extent is None and x.blob not in blobs), None)
 
-    def _has_room(self, model: Model, blob: Blob, needs: Needs) -> bool:
-        if self._no_room == (situation := self._situation(model, blob, needs)):
+    def _has_room(self, model: Model, blob: Blob, on_stage: str | None) -> bool:
+        if self._no_room == (situation := self._situation(model, blob, on_stage)):
             return False
         arena, size_bytes = self._residency.arena, blob.info.size_bytes
         if arena.largest_gap_bytes >= arena.rounded(size_bytes):
             return True
-        pricing = self._policy.prices(self._residency, needs, model.name)
-        if any(arena.cheapest_window(size_bytes, prices) for prices in pricing):
+        candidates = self._candidates(model, on_stage)
+        if arena.cheapest_window(size_bytes, candidates) is not None:
             return True
         self._no_room = situation
         return False
 
     def _is_needed(self, blob: Blob) -> bool:
         """A request waits for it, an operator wants it or it is pinned."""
-        return (
-            not self._queue.models().isdisjoint(blob.models)
-            or not self.wanted.keys().isdisjoint(blob.models)
-            or self._residency.is_pinned(blob)
-        )
+        return self._demand.awaits(blob) or self._residency.is_pinned(blob)
 
     def _prefetch(self, now_s: float) -> None:
         """Idle loaders fill free memory with what is likeliest to be asked for; nothing is evicted."""
         residency = self._residency
+        self._guessed_at = self._queue.arrivals
         if next(residency.idle_loaders(), None) is None or not residency.arena.largest_gap_bytes:
             return
         for name in self._policy.forecast.ranked():

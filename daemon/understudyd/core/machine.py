@@ -3,27 +3,28 @@
 `handle(event, now_s)` changes the state, then settles: expires deadlines, puts the next request on
 deck, starts loads. It is deterministic; time is an argument and `next_deadline_s` says when it wants
 to be woken with `Ticked`. An illegal event raises `IllegalEvent` before anything has changed.
-
-The deck: while one request runs, the next one is already chosen, leased and prepared, so that the
-stage changes over without asking anybody. Its choice is final, except for cancellation.
 """
 
 from typing import assert_never
 
 from understudyd.core import events as ev
-from understudyd.core.actions import AcceptRequest, Action, AnswerRequest, CancelRun, PauseLoads, PutOnDeck
+from understudyd.core.actions import AcceptRequest, Action, AnswerRequest, CancelRun, PauseLoads
 from understudyd.core.catalogue import Catalogue
 from understudyd.core.decisions import Decisions
+from understudyd.core.deck import Deck
+from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
 from understudyd.core.lookahead import Lookahead
+from understudyd.core.outlook import Outlook
 from understudyd.core.policy import Policy, PolicySettings
 from understudyd.core.refusals import refusal_of
 from understudyd.core.request import Request
 from understudyd.core.residency import Residency
 from understudyd.core.room import make_room
 from understudyd.core.states import IllegalEvent, RequestState
-from understudyd.core.types import ErrorCode, ModelInfo, Outcome, RequestInfo, Tier
+from understudyd.core.timely import Timely
+from understudyd.core.types import ErrorCode, ModelInfo, RequestInfo, Tier
 
 ANSWERING = (ev.ImagesEncoded, ev.EncodingFailed)
 """Events after which nothing can run, load or expire that could not before: they only bring an answer."""
@@ -54,23 +55,34 @@ class Machine:
         self.queue = self.policy.settings.queue(max_waiting)
         bounds = (self.policy.settings.max_wait_s, self.policy.settings.max_skips)
         self.decisions = Decisions(decisions, self.queue, self.forecast, *bounds) if decisions else None
+        self.demand = Demand(self.queue, self.forecast, is_strict=self.policy.settings.order == "fcfs")
+        self.wanted = self.demand.wanted
         self.residency = Residency(
-            arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self._copy_worth, self.decisions
+            arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self.demand, self.decisions
         )
         self.catalogue = Catalogue(self.residency, self.policy, self._actions)
-        self._lookahead = Lookahead(self.policy, self.queue, self.residency)
-        self.wanted = self._lookahead.wanted
-        self.on_deck: Request | None = None
-        self.running: dict[str, Request] = {}
-        self._staged: Model | None = None
+        self._deck = Deck(
+            self.policy,
+            self.queue,
+            self.residency,
+            self.catalogue,
+            self._actions,
+            self._answer,
+            self.decisions,
+        )
+        self.on_deck = self._deck.on_deck
+        self.running = self._deck.running
+        self.outlook = Outlook(self.queue, self.residency, self.catalogue, self.running, self.on_deck)
+        may_change = self.policy.settings.order != "fcfs"
+        self.timely = Timely(self.queue, self.residency, self.outlook, may_change=may_change)
+        self._lookahead = Lookahead(self.policy, self.queue, self.residency, self.demand, self.timely)
         self.is_open = True
         self._loads_rest = False
 
     @property
     def on_stage(self) -> str | None:
         """The model whose weights the stage used last, unless its name has come to stand for others."""
-        staged = self._staged
-        return staged.name if staged is not None and self.catalogue.is_current(staged) else None
+        return self._deck.on_stage
 
     # -- the two calls of a driver -------------------------------------------------------------------
 
@@ -80,6 +92,7 @@ class Machine:
         if self.decisions is not None:
             self.decisions.now_s = now_s
         try:
+            self.outlook.learn(event, now_s)
             self._take_in(event, now_s)
             if not isinstance(event, ANSWERING) or self._is_due(now_s):
                 self._settle(now_s)
@@ -124,8 +137,10 @@ class Machine:
                 self._replace(added, now_s)
             case ev.ModelRemoved() | ev.PinChanged() | ev.LoadWanted() | ev.EvictWanted():
                 self._administer(event, now_s)
-            case ev.ModelPrepared(key=key):
-                self.catalogue.prepared(self.catalogue.preparing(key), now_s)
+            case ev.MaxBatchChanged(name=name, max_batch=max_batch):
+                self.catalogue.set_max_batch(name, max_batch)
+            case ev.ModelPrepared(key=key, can_batch=can_batch):
+                self.catalogue.prepared(self.catalogue.preparing(key), can_batch, now_s)
             case ev.ModelPreparationFailed(key=key, message=message, is_lasting=is_lasting):
                 self._preparation_failed(key, message, is_lasting, now_s)
             case ev.LoaderReady() | ev.LoaderLost() | ev.LoaderReaped():
@@ -145,11 +160,11 @@ class Machine:
                 self.residency.move_failed(blob, now_s, message)
                 self._count_failure(blob, ErrorCode.LOAD_FAILED, message, now_s)
             case ev.RunStarted() | ev.RunEnded() | ev.LeaseEnded():
-                self._stage_changed(event, now_s)
+                self._deck.changed(event, now_s)
             case ev.ImagesEncoded(request_id=request_id):
-                self._answer(self._request(request_id, RequestState.ENCODING), None, "", now_s)
+                self._answer(self.queue.find(request_id, RequestState.ENCODING), None, "", now_s)
             case ev.EncodingFailed(request_id=request_id, message=message):
-                request = self._request(request_id, RequestState.ENCODING)
+                request = self.queue.find(request_id, RequestState.ENCODING)
                 self._answer(request, ErrorCode.INTERNAL, message, now_s)
             case ev.Ticked():
                 pass
@@ -171,8 +186,9 @@ class Machine:
         self.residency.retries.end_rest(model)
         tier = Tier.BOUND if model.is_ready and self.on_stage == info.model else model.tier
         position = len(self.queue)
-        self.queue.admit(info, tier, now_s)
-        self._actions.append(AcceptRequest(info.request_id, position, tier))
+        request = self.queue.admit(info, tier, now_s)
+        wait_s = self.outlook.wait_s(request, now_s)
+        self._actions.append(AcceptRequest(info.request_id, position, tier, wait_s))
         self.residency.prepare(model, now_s)
 
     def _refusal(self, info: RequestInfo) -> tuple[ErrorCode, str] | None:
@@ -208,6 +224,7 @@ class Machine:
                 message = f"{name} was removed while the request waited"
                 self._give_up([name], ErrorCode.MODEL_REMOVED, message, now_s)
                 self.forecast.forget(name)
+                self.outlook.estimates.forget(name)
                 self.catalogue.remove(model, now_s)
             case ev.PinChanged(pinned=pinned):
                 self.residency.pin(model, pinned)
@@ -277,42 +294,6 @@ class Machine:
         if blob.models and self.residency.retries.failed(blob, code, now_s):
             self._give_up(sorted(blob.models), code, message, now_s)
 
-    def _stage_changed(self, event: ev.RunStarted | ev.RunEnded | ev.LeaseEnded, now_s: float) -> None:
-        match event:
-            case ev.RunStarted(request_id=request_id):
-                request = self._request(request_id, RequestState.ON_DECK)
-                request.life.to(RequestState.RUNNING, now_s)
-                self.on_deck, self._staged = None, request.lease
-                self.running[request.id] = request
-            case ev.RunEnded(request_id=request_id, outcome=outcome, code=code, message=message):
-                self._run_ended(request_id, outcome, code, message, now_s)
-            case ev.LeaseEnded(request_id=request_id):
-                request = self._request(request_id, RequestState.ENCODING, RequestState.ANSWERED)
-                model = request.lease
-                if model is None:
-                    raise IllegalEvent(f"{request_id} holds no lease: {request.life.story()}")
-                request.lease = None
-                self.residency.unlease(model, now_s)
-                self.catalogue.retire_if_unused(model, now_s)
-                self.queue.forget_if_done(request)
-
-    def _run_ended(
-        self, request_id: str, outcome: Outcome, code: ErrorCode | None, message: str, now_s: float
-    ) -> None:
-        request = self._request(request_id, RequestState.ON_DECK, RequestState.RUNNING)
-        if outcome is Outcome.FINISHED:
-            request.life.to(RequestState.ENCODING, now_s)
-        else:
-            code = request.cancel_code or code or ErrorCode.INTERNAL
-            message = request.cancel_message or message or f"the run was {outcome.value}: {code.value}"
-            self._answer(request, code, message, now_s)
-        self.running.pop(request_id, None)
-        if self.on_deck is request:
-            self.on_deck = None
-
-    def _copy_worth(self, blob: Blob) -> float:
-        return self.policy.copy_worth(self.queue, blob)
-
     # -- settling -----------------------------------------------------------------------------------
 
     def _settle(self, now_s: float) -> None:
@@ -321,7 +302,7 @@ class Machine:
         for request in self.queue.expired(now_s):
             self._cancel(request, ErrorCode.DEADLINE_EXCEEDED, request.deadline_message, now_s)
         self._advance(now_s)
-        while (model := self._lookahead.stuck_on(self._stage_is_busy, now_s)) is not None:
+        while (model := self._lookahead.stuck_on(self._deck.is_busy, now_s)) is not None:
             if not make_room(self.residency, model, self._lookahead.prices(model), now_s):
                 message = f"pinned models leave no gap for {model.name}; unpin some"
                 self._give_up([model.name], ErrorCode.MODEL_TOO_LARGE, message, now_s)
@@ -338,35 +319,10 @@ class Machine:
             self._actions.append(PauseLoads(should_rest))
 
     def _advance(self, now_s: float) -> None:
-        self._fill_deck(now_s)
-        self._lookahead.start_loads(self.on_stage, self._stage_is_busy, now_s)
-
-    def _fill_deck(self, now_s: float) -> None:
-        if self.on_deck is not None:
-            return
-        request = self.policy.next_to_run(self.queue, self.residency, self.on_stage, now_s)
-        if request is None:
-            return
-        self.queue.take(request, now_s)
-        request.lease = model = self.residency.models[request.model]
-        self.residency.lease(model, now_s)
-        self.on_deck = request
-        self._actions.append(PutOnDeck(request.id, model.key))
-        if self.decisions is not None:
-            self.decisions.chose(request.id, self.on_stage)
-
-    @property
-    def _stage_is_busy(self) -> bool:
-        return bool(self.running) or self.on_deck is not None
+        self._deck.fill(now_s)
+        self._lookahead.start_loads(self.on_stage, self._deck.is_busy, now_s)
 
     # -- inside -------------------------------------------------------------------------------------
-
-    def _request(self, request_id: str, *states: RequestState) -> Request:
-        request = self.queue.requests.get(request_id)
-        if request is None:
-            raise IllegalEvent(f"no request {request_id}")
-        request.life.require(*states)
-        return request
 
     def _answer(self, request: Request, code: ErrorCode | None, message: str, now_s: float) -> None:
         if code is not None and self.decisions is not None:

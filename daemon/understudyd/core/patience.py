@@ -19,10 +19,14 @@ class Limits:
 
 
 class Patience:
-    """Requests that have reached the limits, in the fair order. Time never goes back."""
+    """Requests that have reached the limits, in the fair order. Time never goes back.
 
-    def __init__(self, limits: Limits) -> None:
+    `turned` is told the models of those that have, or who then left.
+    """
+
+    def __init__(self, limits: Limits, turned: dict[str, None] | None = None) -> None:
         self.limits = limits
+        self._turned = {} if turned is None else turned
         self.ended: Grouped[Turn] = Grouped()
         self._clocks: deque[Request] = deque()
 
@@ -39,6 +43,7 @@ class Patience:
         """Its patience is at an end, if it was not before."""
         if not self.ended.has(request.model, request.turn):
             self.ended.add(request.model, request.turn)
+            self._turned[request.model] = None
 
     def turn_came(self, request: Request) -> None:
         """From now on its time counts."""
@@ -49,6 +54,7 @@ class Patience:
         """It waits no more."""
         if self.ended.has(request.model, request.turn):
             self.ended.remove(request.model, request.turn)
+            self._turned[request.model] = None
 
     def pass_time(self, now_s: float) -> None:
         """It is `now_s`."""

@@ -19,31 +19,26 @@ A deadline ends a request; it does not bring it forward. Else who asks for the e
 everybody would learn to ask for it: urgency is what priorities are for.
 """
 
+import heapq
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from operator import itemgetter
 from typing import Literal
 
-from understudyd.core.entities import Blob, Model
-from understudyd.core.extents import Extent, Prices
+from understudyd.core.demand import Demand, Need, is_pressing
+from understudyd.core.entities import Model
+from understudyd.core.extents import Extent, Priced
 from understudyd.core.forecast import Forecast
 from understudyd.core.patience import Limits
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.request import Request
 from understudyd.core.residency import Residency
-from understudyd.core.states import BlobState
 
 Order = Literal["resident_first", "fcfs"]
 
 PRESSING_SHARE = 0.5
-_RELOAD_FROM_POOL = 0.2
-
-Need = tuple[int, int, bool, float, int]
-"""Class, negative priority, whether the stage changes over, tag, arrival: sorts as things should run."""
-
-_STRICT = _PRESSING = 0
-_READY, _REST, _WISHED = range(1, 4)
-LAST: Need = (_WISHED + 1, 0, False, 0.0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +99,6 @@ class Policy:
             if not blob.models:
                 self.forecast.forget(blob.key)
 
-    def copy_worth(self, queue: RequestQueue, blob: Blob) -> float:
-        """The chance that a host copy of the blob saves a read; infinite while somebody waits for it."""
-        if blob.state is not BlobState.RESIDENT and not queue.models().isdisjoint(blob.models):
-            return float("inf")
-        return self.forecast.estimate(blob.key)
-
     # -- what rests ---------------------------------------------------------------------------------
 
     def is_critical(self, request: Request) -> bool:
@@ -144,105 +133,68 @@ class Policy:
             return best
         return next((r for r in queue.wronged_by(staged) if r.model in ready), staged)
 
+    def may_come_along(
+        self, queue: RequestQueue, residency: Residency, request: Request, now_s: float
+    ) -> bool:
+        """The request may go on deck with one that just did, for the same run: it passes nobody who is at the
+        bound, nor anybody ready whom its client would wrong. In order of arrival it must be the very next.
+        """
+        if self.settings.order == "fcfs":
+            return next(queue.heads(), None) is request
+        for bound in queue.bound.heads():
+            if bound.turn < request.turn and not residency.is_held_up(residency.models[bound.model], now_s):
+                return False
+        return not any(r.model in residency.ready for r in queue.wronged_by(request))
+
     # -- what is loaded next ------------------------------------------------------------------------
 
-    def expected_order(
-        self, queue: RequestQueue, models: dict[str, Model], on_stage: str | None
-    ) -> list[str]:
+    def expected_order(self, queue: RequestQueue, demand: Demand, on_stage: str | None) -> list[str]:
         """Waiting models, each once, in the order in which they are expected to run."""
-        needs = Needs(self.settings, queue, models, on_stage)
-        return sorted(queue.models(), key=needs.rank)
+        return sorted(queue.models(), key=lambda name: demand.need(name, on_stage))
 
-    def to_load(self, queue: RequestQueue, ready: Container[str], stage_is_busy: bool) -> list[str]:
+    def to_load(self, demand: Demand, stage_is_busy: bool) -> list[str]:
         """The models to have loaded now: the first `lookahead` of the expected order that are not ready."""
         if self.settings.lookahead == 0 and stage_is_busy:
             return []
-        names: dict[str, None] = {}
-        for request in self.expected_to_load(queue):
-            if (name := request.info.model) not in ready:
-                names[name] = None
-                if len(names) >= max(1, self.settings.lookahead):
-                    break
-        return list(names)
-
-    def expected_to_load(self, queue: RequestQueue) -> Iterator[Request]:
-        """The expected order of what is not ready; models may come twice."""
-        yield from queue.pressing.heads()
-        yield from queue.heads()
+        return list(islice(demand.lacking(), max(1, self.settings.lookahead)))
 
     # -- what is evicted ----------------------------------------------------------------------------
 
-    def prices(self, residency: Residency, needs: "Needs", requester: str) -> Iterator[Prices]:
-        """What evicting each extent loses, for a load on behalf of the model `requester`: twice.
+    def candidates(
+        self, residency: Residency, demand: Demand, requester: str, on_stage: str | None
+    ) -> Iterator[Priced]:
+        """What may be evicted for a load on behalf of the model `requester`, the cheapest first.
 
-        First what nobody waits for, which is nearly always enough and cheaper to find out; then what is
-        needed later, too. Below 1: the chance that it is asked for next, so the sum over a window is the
-        expected number of reloads caused, the same bytes being gained; one from the host pool counts a fifth.
-        From 1e6: what something later needs, the later the cheaper. What is needed sooner stays, or as soon:
-        the requester's own blobs must not evict each other.
+        First what nobody waits for, which is nearly always enough; found out as far as it is asked for.
+        Below 1: the chance that it is asked for next, so the sum over a window is the expected number of
+        reloads caused, the same bytes being gained; one from the host pool counts a fifth. From 1e6: what
+        something later needs, the later the cheaper. What is needed sooner stays, or as soon: the requester's
+        own blobs must not evict each other.
         """
-        awaited = needs.awaited
-        evictable, estimate = residency.evictable, self.forecast.estimate
-        spare: dict[Extent, float] = {}
-        needed: list[tuple[Extent, Blob]] = []
-        for extent in residency.arena:
-            if (blob := evictable(extent)) is None:
-                continue
-            if awaited.isdisjoint(blob.models):
-                spare[extent] = estimate(extent.blob) * (_RELOAD_FROM_POOL if blob.has_copy else 1.0)
-            else:
-                needed.append((extent, blob))
-        yield spare
-        rank = needs.rank
-        limit = rank(requester)
-        sooner = awaited & residency.ready.keys()
-        if limit[0] <= _READY:
-            sooner = {name for name in sooner if rank(name) < limit}
-        kept = {blob.info.key for name in sooner for blob in residency.models[name].blobs}
-        later = [
-            (need, extent)
-            for extent, blob in needed
-            if extent.blob not in kept and (need := min(map(rank, awaited & blob.models))) > limit
-        ]
-        place = {need: i for i, need in enumerate(sorted({need for need, _ in later}, reverse=True))}
-        yield spare | {extent: 1e6 * (1 + place[need]) for need, extent in later}
+        evictables = residency.evictables
+        evictables.file()
+        evictables.spare.refresh(demand.looked_at)
+        yield from evictables.spare
+        limit = demand.need(requester, on_stage)
+        later: Iterator[tuple[Need, Extent]] = reversed(evictables.partial)
+        if is_pressing(limit):
+            missed = self._missed(residency, demand, limit, on_stage)
+            later = heapq.merge(later, missed, key=itemgetter(0), reverse=True)
+        price, last = 0.0, None
+        for need, extent in later:
+            if need <= limit:
+                return
+            if need != last:
+                price, last = price + 1e6, need
+            yield price, extent
 
-
-class Needs:
-    """How soon each model is expected to run, at one moment; found out once and when asked.
-
-    `wanted` are the models that an operator wants: they come after all that waits.
-    """
-
-    def __init__(
-        self,
-        settings: PolicySettings,
-        queue: RequestQueue,
-        models: Mapping[str, Model],
-        on_stage: str | None,
-        wanted: Iterable[str] = (),
-    ) -> None:
-        self._settings, self._queue, self._models = settings, queue, models
-        self._on_stage = on_stage
-        self._wished = {name: i for i, name in enumerate(wanted)}
-        self._ranks: dict[str, Need] = {}
-        self.awaited: Set[str] = queue.models() | self._wished.keys() if self._wished else queue.models()
-
-    def rank(self, name: str) -> Need:
-        """The smaller the sooner; LAST when nobody waits for the model."""
-        if name not in self._ranks:
-            self._ranks[name] = self._find(name)
-        return self._ranks[name]
-
-    def _find(self, name: str) -> Need:
-        head = self._queue.head_of(name)
-        if head is None:
-            return (_WISHED, 0, False, 0.0, self._wished[name]) if name in self._wished else LAST
-        priority = head.info.priority
-        if self._settings.order == "fcfs":
-            return (_STRICT, -priority, False, head.tag, head.seq)
-        if (pressing := self._queue.pressing.first_of(name)) is not None:
-            return (_PRESSING, 0, False, pressing.tag, pressing.seq)
-        if self._models[name].is_ready:
-            return (_READY, -priority, name != self._on_stage, head.tag, head.seq)
-        return (_REST, -priority, False, head.tag, head.seq)
+    def _missed(
+        self, residency: Residency, demand: Demand, limit: Need, on_stage: str | None
+    ) -> Iterator[tuple[Need, Extent]]:
+        """What models wait for that are ready: whoever is needed last loses first."""
+        ready = ((demand.need(name, on_stage), name) for name in residency.ready.keys() & demand.awaited)
+        for need, name in sorted((found for found in ready if found[0] > limit), reverse=True):
+            for blob in residency.models[name].blobs:
+                if residency.evictables.may_leave(blob) and demand.soonest(blob, on_stage) == need:
+                    assert blob.extent is not None
+                    yield need, blob.extent

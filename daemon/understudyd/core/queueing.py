@@ -11,12 +11,13 @@ order, it would be next. Until then it would wait in any case, and its time does
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterator, Set
+from itertools import islice
 
 from understudyd.core.fairness import MAX_LEAD, FairTags
 from understudyd.core.grouping import Grouped
 from understudyd.core.patience import Limits, Patience
 from understudyd.core.request import Place, Request, Turn
-from understudyd.core.states import REQUEST_TABLE, Lifecycle, RequestState
+from understudyd.core.states import REQUEST_TABLE, IllegalEvent, Lifecycle, RequestState
 from understudyd.core.types import RequestInfo, Tier
 
 
@@ -26,20 +27,23 @@ class RequestQueue:
     Everything is kept sorted, so that nothing is sorted, and little is walked through, per event. Whom the
     limits `pressing` or `bound` concern is kept under these names. Unless the queue `is_fair`, all tags are
     equal and the fair order is that of arrival. `withdrawals` counts those who left without running,
-    `relieved` how often nobody waited for a model any more.
+    `relieved` how often nobody waited for a model any more. `turned` collects the models whose place in any
+    order may have changed, until somebody takes note.
     """
 
     def __init__(self, max_waiting: int, pressing: Limits, bound: Limits, *, is_fair: bool = True) -> None:
         self.max_waiting = max_waiting
         self.requests: dict[str, Request] = {}
+        self.turned: dict[str, None] = {}
         self.withdrawals = 0
         self.relieved = 0
-        self.pressing = Patience(pressing)
+        self.pressing = Patience(pressing, self.turned)
         self.bound = Patience(bound)
         self._tags = FairTags(max_waiting) if is_fair else None
         self._waiting: dict[str, Request] = {}
         self._turns: list[Turn] = []
         self._of_models: Grouped[Place] = Grouped()
+        self.first_place = self._of_models.first
         self._of_clients: Grouped[Turn] = Grouped()
         self._coming: list[tuple[int, int, Request]] = []
         self._deadlines: list[tuple[float, int, str]] = []
@@ -49,6 +53,11 @@ class RequestQueue:
     def __len__(self) -> int:
         """How many wait."""
         return len(self._waiting)
+
+    @property
+    def arrivals(self) -> int:
+        """How many were ever admitted."""
+        return self._seq
 
     @property
     def is_full(self) -> bool:
@@ -65,7 +74,8 @@ class RequestQueue:
         self._waiting[request.id] = request
         ahead = bisect_left(self._turns, request.turn)
         self._turns.insert(ahead, request.turn)
-        self._of_models.add(request.model, request.place)
+        if self._of_models.add(request.model, request.place):
+            self.turned[request.model] = None
         self._of_clients.add(info.client, request.turn)
         for patience in (self.pressing, self.bound):
             if patience.limits.skips <= 0:
@@ -102,7 +112,7 @@ class RequestQueue:
             self.withdrawals += 1
             self._leave(request)
             if self._tags is not None:
-                self._tags.withdraw(request.info)
+                self._tags.withdraw(request.info, self._least_tag())
             self._call_up(now_s)
         self.forget_if_done(request)
 
@@ -135,9 +145,15 @@ class RequestQueue:
             yield from (place[3] for place in heads[begin:end])
             begin = bisect_left(heads, (priority + 1,), end)
 
+    def ahead_of(self, request: Request, most: int) -> tuple[int, list[Request]]:
+        """How many are ahead of it in the fair order, and some of these: fewer than twice `most`."""
+        ahead = bisect_left(self._turns, request.turn)
+        step = max(1, ahead // most)
+        return ahead, [turn[2] for turn in self._turns[:ahead:step]]
+
     def head_of(self, model: str | None) -> Request | None:
         """The first waiting request of one model, by priority and in the fair order."""
-        place = self._of_models.first(model) if model is not None else None
+        place = self.first_place(model) if model is not None else None
         return None if place is None else place[3]
 
     def models(self) -> Set[str]:
@@ -148,6 +164,21 @@ class RequestQueue:
         """Waiting requests of one model, first to run first."""
         return [place[3] for place in self._of_models.groups.get(model, ())]
 
+    def find(self, request_id: str, *states: RequestState) -> Request:
+        """The request, in one of these states. Raises `IllegalEvent`."""
+        request = self.requests.get(request_id)
+        if request is None:
+            raise IllegalEvent(f"no request {request_id}")
+        request.life.require(*states)
+        return request
+
+    def alike(self, request: Request, most: int) -> list[Request]:
+        """The first `most` that wait and fit into one run with it, as urgent as it, in the fair order."""
+        info = request.info
+        group = self._of_models.groups.get(info.model, ())
+        others = (place[3] for place in group if place[0] == -info.priority)
+        return list(islice((r for r in others if r.info.batch_key == info.batch_key), most))
+
     def wronged_by(self, request: Request) -> Iterator[Request]:
         """The first of every client that it is more than `MAX_LEAD` such requests ahead of, if as urgent."""
         info = request.info
@@ -157,6 +188,11 @@ class RequestQueue:
                 return
             if other.info.client != info.client and other.info.priority >= info.priority:
                 yield other
+
+    @property
+    def changes(self) -> tuple[int, int]:
+        """While it stands, so does who is first of each model, and who of them presses."""
+        return self._of_models.changes, self.pressing.ended.changes
 
     # -- deadlines ----------------------------------------------------------------------------------
 
@@ -189,8 +225,11 @@ class RequestQueue:
         del self._waiting[request.id]
         del self._turns[bisect_left(self._turns, request.turn)]
         self._of_clients.remove(request.info.client, request.turn)
+        heads = self._of_models.changes
         if not self._of_models.remove(request.model, request.place):
             self.relieved += 1
+        if self._of_models.changes != heads:
+            self.turned[request.model] = None
         for patience in (self.pressing, self.bound):
             patience.leave(request)
         self._left += 1

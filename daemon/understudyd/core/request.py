@@ -13,6 +13,7 @@ class Request:
 
     `skips` is how often it was overtaken: a request behind it in the fair order went on deck. Its turn came
     at `turn_at_s` (`queueing.py`). `lease` is the edition of its model whose blobs stay in place for it.
+    `expected_wait_s` is what was ahead of it when it came (`outlook.py`).
     `cancel_message` is what the answer says once a run that `cancel_code` ends has ended.
     """
 
@@ -27,6 +28,7 @@ class Request:
     lease: Model | None = None
     cancel_code: ErrorCode | None = None
     cancel_message: str = ""
+    expected_wait_s: float = 0.0
 
     @property
     def id(self) -> str:

@@ -5,7 +5,7 @@ and appends the actions that make the world follow. It decides nothing: the mach
 and prices evictions (`policy.py`), the catalogue which models there are (`catalogue.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from understudyd.core.actions import (
     Action,
@@ -14,11 +14,14 @@ from understudyd.core.actions import (
     MoveExtent,
     PrepareModel,
 )
-from understudyd.core.copies import HostCopies, Worth
+from understudyd.core.copies import HostCopies
 from understudyd.core.decisions import Decisions
+from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Load, Loader, Model
-from understudyd.core.extents import ArenaMap, Extent, Prices
+from understudyd.core.evictables import Evictables
+from understudyd.core.extents import ArenaMap, Extent
 from understudyd.core.loads import Loads
+from understudyd.core.placement import Candidates, cheapest
 from understudyd.core.quarantine import Quarantine
 from understudyd.core.retries import Retries
 from understudyd.core.states import (
@@ -46,15 +49,16 @@ class Residency:
         pool_bytes: int,
         quarantine_grace_s: float,
         actions: list[Action],
-        copy_worth: Worth,
+        demand: Demand,
         decisions: Decisions | None = None,
     ) -> None:
         self.arena = ArenaMap(arena_bytes)
-        self.copies = HostCopies(pool_bytes, quarantine_grace_s, copy_worth)
         self.models: dict[str, Model] = {}
-        self.ready: dict[str, Model] = {}
+        self.ready = demand.ready
         self.pinned: dict[str, Model] = {}
         self.blobs: dict[str, Blob] = {}
+        self.evictables = Evictables(demand, self.models, self.pinned)
+        self.copies = HostCopies(pool_bytes, quarantine_grace_s, demand, self.evictables)
         self._book = Loads(actions)
         self.loads = self._book.under_way
         self.loaders = self._book.loaders
@@ -63,6 +67,7 @@ class Residency:
         self.loader_ready = self._book.loader_ready
         self.evictions = 0
         self.arrivals = 0
+        self.readiness = 0
         self.retries = Retries()
         self.leases = 0
         self.changes = 0
@@ -70,6 +75,7 @@ class Residency:
         self._actions = actions
         self._quarantine = Quarantine(quarantine_grace_s)
         self._decisions = decisions
+        self._demand = demand
 
     # -- models -------------------------------------------------------------------------------------
 
@@ -104,7 +110,22 @@ class Residency:
 
     def note_ready(self, models: Iterable[Model]) -> None:
         """Something about these models has changed: those that can go on deck now are in `ready`."""
-        self.ready |= {model.name: model for model in models if model.is_ready}
+        for model in models:
+            if model.is_ready and model.name not in self.ready:
+                self.ready[model.name] = model
+                self.readiness += 1
+                self._demand.mark(model.name)
+
+    def no_longer_ready(self, name: str) -> None:
+        """The model cannot go on deck any more."""
+        if self.ready.pop(name, None) is not None:
+            self.readiness += 1
+            self._demand.mark(name)
+
+    def version(self) -> object:
+        """While it is the same, nothing else can be loaded, and nothing else is ready."""
+        book, pauses = self._book.changes, self.retries.pauses
+        return (self.changes, self.arrivals, self.evictions, self.readiness, book, pauses, len(self.models))
 
     def required_bytes(self, model: Model) -> int:
         """Arena bytes that must exist for the model to run beside everything pinned."""
@@ -114,6 +135,7 @@ class Residency:
     def pin(self, model: Model, pinned: bool) -> None:
         """Keep the model's blobs in the arena once they are there, or stop doing so."""
         self.changes += 1
+        self.evictables.mark(model.blobs)
         if pinned:
             self.pinned[model.name] = model
         else:
@@ -136,6 +158,7 @@ class Residency:
             assert blob.extent is not None
             if blob.extent.leases == 0:
                 blob.extent.life.to(ExtentState.LEASED, now_s, model.key)
+                self.evictables.mark([blob])
             blob.extent.leases += 1
         model.leases += 1
         self.leases += 1
@@ -147,6 +170,7 @@ class Residency:
             blob.extent.leases -= 1
             if blob.extent.leases == 0:
                 blob.extent.life.to(ExtentState.READY, now_s, model.key)
+                self.evictables.mark([blob])
                 if not blob.models:
                     self.abandon(blob, now_s)
         model.leases -= 1
@@ -172,17 +196,16 @@ class Residency:
         self.changes += 1
 
     def _no_longer_ready(self, blob: Blob) -> None:
+        self.evictables.mark([blob])
         for name in blob.models:
-            self.ready.pop(name, None)
+            self.no_longer_ready(name)
 
     def evictable(self, extent: Extent) -> Blob | None:
         """The blob of an extent that may be evicted: ready, with views, not leased, not pinned."""
-        if extent.life.state is not ExtentState.READY:
-            return None
         blob = self.blobs.get(extent.blob)
-        if blob is None or blob.extent is not extent or blob.life.state is not BlobState.RESIDENT:
-            return None
-        return None if self.pinned and self.is_pinned(blob) else blob
+        return (
+            blob if blob is not None and blob.extent is extent and self.evictables.may_leave(blob) else None
+        )
 
     def begin_move(self, blob: Blob, now_s: float) -> None:
         """Move a resident, unleased blob down into the gap before it."""
@@ -214,50 +237,56 @@ class Residency:
     # -- loads --------------------------------------------------------------------------------------
 
     def begin_load(
-        self, blob: Blob, loader: Loader, pricing: Callable[[], Iterator[Prices]] | None, now_s: float
+        self,
+        blob: Blob,
+        loader: Loader,
+        candidates: Candidates | None,
+        now_s: float,
+        beside: Sequence[int] = (),
     ) -> bool:
         """Start loading into a gap, or into the window that is cheapest to clear; False when no room.
 
-        `pricing` prices what may be evicted, the cheap first, and only as far as it is needed. The load comes
-        from the blob's host copy, or leaves one behind if that is worth more than what it replaces.
+        `candidates` may be evicted. Blobs of these sizes `beside` it will follow. The load comes from the
+        blob's host copy, or leaves one behind if that is worth more than what it replaces.
         """
-        extent = self.arena.allocate(blob.info.size_bytes, blob.key)
-        if extent is None and pricing is not None:
-            extent = self._clear_for(blob, pricing(), now_s)
+        extent = self._place(blob, candidates, now_s, beside)
         if extent is None:
             return False
         copy = self.copies.borrow(blob, now_s)
         from_pool = copy is not None
         if copy is None:
-            copy = self.copies.make(blob, self.blobs, self.copies.worth(blob), now_s)
+            copy = self.copies.make(blob, self.copies.worth(blob), now_s)
         load = self._book.start(blob, loader, extent, copy, from_pool, now_s)
         if self._decisions is not None:
-            self._decisions.loading(load, is_pinned=self.is_pinned(blob), is_likely=pricing is None)
+            self._decisions.loading(load, is_pinned=self.is_pinned(blob), is_likely=candidates is None)
         blob.extent = extent
         blob.life.to(BlobState.LOADING, now_s, f"load {load.id}")
         return True
 
-    def _clear_for(self, blob: Blob, pricing: Iterator[Prices], now_s: float) -> Extent | None:
-        """The cheapest window at the first prices at which there is one."""
-        for prices in pricing:
-            window = self.arena.cheapest_window(blob.info.size_bytes, prices)
-            if window is None:
-                continue
-            if self._decisions is not None:
-                victims = [(self.blobs[victim.blob], prices[victim]) for victim in window.victims]
-                self._decisions.evicted(victims, blob.key, "", window.cost)
-            for victim in window.victims:
-                self._take_out(self.blobs[victim.blob], now_s, f"room for {blob.key[:12]}")
-            extent = self.arena.allocate(blob.info.size_bytes, blob.key)
-            assert extent is not None
+    def _place(
+        self, blob: Blob, candidates: Candidates | None, now_s: float, beside: Sequence[int]
+    ) -> Extent | None:
+        arena, size_bytes = self.arena, blob.info.size_bytes
+        extent = arena.allocate(size_bytes, blob.key, sum(map(arena.rounded, beside)))
+        if extent is not None or candidates is None:
             return extent
+        window, room_bytes = cheapest(arena, size_bytes, beside, candidates)
+        if not room_bytes and (extent := arena.allocate(size_bytes, blob.key)) is not None:
+            return extent
+        if window is None:
+            if self._decisions is not None:
+                self._decisions.found_no_room(blob, arena.free_bytes, arena.largest_gap_bytes)
+            return None
+        victims = [self.blobs[victim.blob] for victim in window.victims]
         if self._decisions is not None:
-            self._decisions.found_no_room(blob, self.arena.free_bytes, self.arena.largest_gap_bytes)
-        return None
+            self._decisions.evicted(zip(victims, window.prices), blob.key, "", window.cost)
+        for victim in victims:
+            self._take_out(victim, now_s, f"room for {blob.key[:12]}")
+        return arena.allocate(size_bytes, blob.key, room_bytes)
 
     def begin_fetch(self, blob: Blob, loader: Loader, limit: float, now_s: float) -> bool:
         """Start bringing a blob to the host pool only, for copies worth less than `limit`; False: no room."""
-        copy = self.copies.make(blob, self.blobs, limit, now_s)
+        copy = self.copies.make(blob, limit, now_s)
         if copy is None:
             return False
         load = self._book.start(blob, loader, None, copy, False, now_s)
@@ -330,6 +359,7 @@ class Residency:
         self.changes += 1
         self.arrivals += 1
         blob.life.to(BlobState.RESIDENT, now_s, "views built")
+        self.evictables.mark([blob])
         self.retries.start_anew(blob)
         self.note_ready(self.models[name] for name in sorted(blob.models))
         if not blob.models:

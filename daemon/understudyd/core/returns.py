@@ -1,5 +1,6 @@
 """Who is expected back: most requests come in sessions, from clients that were here a minute ago."""
 
+import heapq
 import math
 from bisect import bisect_right
 from collections import deque
@@ -56,8 +57,11 @@ class Returns:
         self._returned = [0.1] * _BUCKETS
         self._stayed = [[1.0, 1.0] for _ in range(_RUNS)]
         self._chances = [0.0] * _BUCKETS
-        self._held: dict[str, dict[int, float]] = {}  # name -> bucket -> clients that would ask for it again
+        self._held: dict[str, list[float]] = {}  # by bucket, the clients that would ask for it again
+        self._holders: dict[str, int] = {}
         self._all = [0.0] * _BUCKETS
+        self._everybody: float | None = None  # `_chances` times `_all`, until one of them changes
+        self._due: list[tuple[float, int]] = []  # when the first of each bucket has been there long enough
 
     def saw(self, client: str, names: tuple[str, ...], now_s: float) -> None:
         """A request of this client. Time in seconds never goes back."""
@@ -71,8 +75,8 @@ class Returns:
         stays, leaves = self._stayed[run]
         visit = self._clients[client] = _Visit(client, now_s, names, run, stays / (stays + leaves))
         self._reached[0] += 1.0
-        self._away[0].append(visit)
-        self._hold(visit, 1.0)
+        self._line_up(visit)
+        self._hold(visit)
         if len(self._clients) > _CLIENTS:
             self._drop(next(iter(self._clients)))
         if self._requests % _LEARN_EVERY == 1:
@@ -80,26 +84,29 @@ class Returns:
 
     def pass_time(self, now_s: float) -> None:
         """Clients that have not come back have been away longer."""
-        for bucket, away in enumerate(self._away[:-1]):
-            longest_s = _starts_at_s(bucket + 1)
-            while away and now_s - away[0].at_s >= longest_s:
+        due = self._due
+        while due and due[0][0] <= now_s:
+            _, bucket = heapq.heappop(due)
+            away, longest_s = self._away[bucket], _STARTS_S[bucket + 1]
+            while away and away[0].at_s + longest_s <= now_s:
                 visit = away.popleft()
                 if self._clients.get(visit.client) is visit:
-                    self._hold(visit, -1.0)
-                    visit.bucket = bucket + 1
-                    self._hold(visit, 1.0)
+                    self._age(visit)
                     self._reached[bucket + 1] += 1.0
-                    self._away[bucket + 1].append(visit)
+                    self._line_up(visit)
+            if away:
+                heapq.heappush(due, (away[0].at_s + longest_s, bucket))
 
     def share(self, name: str) -> float:
         """Among the clients that are expected back, those that will ask for it."""
         held = self._held.get(name)
-        if not held:
+        if held is None:
             return 0.0
-        chances = self._chances
-        everybody = sum(map(float.__mul__, chances, self._all))
-        expected = sum(chances[bucket] * clients for bucket, clients in held.items())
-        return expected / everybody if everybody > 0.0 else 0.0
+        chances, everybody = self._chances, self._everybody
+        if everybody is None:
+            everybody = self._everybody = sum(map(float.__mul__, chances, self._all))
+        expected = sum(map(float.__mul__, chances, held))
+        return max(0.0, expected / everybody) if everybody > 0.0 else 0.0
 
     def inherit(self, name: str, source: str) -> None:
         """A new name for what `source` was asked for."""
@@ -180,8 +187,8 @@ class Returns:
             raise DamagedDocument("a client comes twice, or there are too many")
         visit.bucket = min(_BUCKETS - 1, bisect_right(_STARTS_S, self._last_s - visit.at_s) - 1)
         self._clients[visit.client] = visit
-        self._away[visit.bucket].append(visit)
-        self._hold(visit, 1.0)
+        self._line_up(visit)
+        self._hold(visit)
 
     def _welcome_back(self, client: str, names: tuple[str, ...]) -> int:
         """Learn from a client that came back; how often in a row it has asked for the same, up to a few."""
@@ -195,24 +202,49 @@ class Returns:
         return min(before.run + 1, _RUNS - 1) if is_same else 0
 
     def _drop(self, client: str) -> None:
-        self._hold(self._clients.pop(client), -1.0)
+        self._let_go(self._clients.pop(client))
 
     def _rename(self, visit: _Visit, names: tuple[str, ...]) -> None:
-        self._hold(visit, -1.0)
+        self._let_go(visit)
         visit.names = names
-        self._hold(visit, 1.0)
+        self._hold(visit)
 
-    def _hold(self, visit: _Visit, sign: float) -> None:
-        """Count the client among those that would ask for these names again, or no longer."""
-        clients, bucket = sign * visit.stays, visit.bucket
-        self._all[bucket] += clients
+    def _line_up(self, visit: _Visit) -> None:
+        """The client is the last in its bucket."""
+        bucket = visit.bucket
+        if not self._away[bucket] and bucket + 1 < _BUCKETS:
+            heapq.heappush(self._due, (visit.at_s + _STARTS_S[bucket + 1], bucket))
+        self._away[bucket].append(visit)
+
+    def _hold(self, visit: _Visit) -> None:
+        """Count the client among those that would ask for these names again."""
+        self._all[visit.bucket] += visit.stays
+        self._everybody = None
         for name in visit.names:
-            held = self._held.setdefault(name, {})
-            held[bucket] = held.get(bucket, 0.0) + clients
-            if held[bucket] < 1e-9:
-                del held[bucket]
-                if not held:
-                    del self._held[name]
+            self._held.setdefault(name, [0.0] * _BUCKETS)[visit.bucket] += visit.stays
+            self._holders[name] = self._holders.get(name, 0) + 1
+
+    def _let_go(self, visit: _Visit) -> None:
+        """The client is none of those."""
+        self._all[visit.bucket] -= visit.stays
+        self._everybody = None
+        for name in visit.names:
+            self._held[name][visit.bucket] -= visit.stays
+            self._holders[name] -= 1
+            if not self._holders[name]:
+                del self._held[name], self._holders[name]
+
+    def _age(self, visit: _Visit) -> None:
+        """The client has been away longer. Some twenty times a request, so nothing is called."""
+        bucket, stays, held = visit.bucket, visit.stays, self._held
+        visit.bucket = bucket + 1
+        self._all[bucket] -= stays
+        self._all[bucket + 1] += stays
+        self._everybody = None
+        for name in visit.names:
+            clients = held[name]
+            clients[bucket] -= stays
+            clients[bucket + 1] += stays
 
     def _learn(self) -> None:
         """The chance to come back within the horizon, by how long a client has been away."""
@@ -229,6 +261,7 @@ class Returns:
         for bucket in range(_BUCKETS):
             age_s = (_starts_at_s(bucket) + _starts_at_s(bucket + 1)) / 2.0
             self._chances[bucket] = 1.0 - at(age_s + self._gap_s) / at(age_s)
+        self._everybody = None
 
 
 def _starts_at_s(bucket: int) -> float:

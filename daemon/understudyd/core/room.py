@@ -4,13 +4,15 @@ Best fit and clearing a window do nearly always. They cannot where what must sta
 between the gaps. Then ready extents are moved, which on a GPU takes milliseconds: a copy within the device.
 """
 
+from collections.abc import Mapping
+
 from understudyd.core.entities import Model
-from understudyd.core.extents import Extent, Prices
+from understudyd.core.extents import Extent
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState, ExtentState
 
 
-def make_room(residency: Residency, model: Model, prices: Prices, now_s: float) -> bool:
+def make_room(residency: Residency, model: Model, prices: Mapping[Extent, float], now_s: float) -> bool:
     """Evict what is cheapest until the free bytes suffice, then move one extent if no gap does.
 
     For when nothing is under way and no lease stands. Returns whether anything was done; a move ends in an
@@ -31,7 +33,7 @@ def make_room(residency: Residency, model: Model, prices: Prices, now_s: float) 
     return residency.evictions != evictions
 
 
-def _victims(residency: Residency, model: Model, prices: Prices) -> list[Extent]:
+def _victims(residency: Residency, model: Model, prices: Mapping[Extent, float]) -> list[Extent]:
     """What may be evicted, the cheapest first; what has no price last, and never the model's own blobs."""
     own = {blob.key for blob in model.blobs}
     evictable = [e for e in residency.arena if e.blob not in own and residency.evictable(e) is not None]

@@ -67,6 +67,8 @@ class ModelView:
     waiting: int
     leases: int
     chance: float
+    max_batch: int
+    can_batch: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,10 @@ class BlobView:
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """One request that is not answered yet; waiting ones in expected order."""
+    """One request that is not answered yet; waiting ones in expected order.
+
+    `starts_in_s`: when it should be on stage if they run in that order; 0 for those that are.
+    """
 
     id: str
     client: str
@@ -94,6 +99,7 @@ class RequestView:
     priority: int
     skips: int
     tier: Tier
+    starts_in_s: float
 
 
 def arena(machine: Machine) -> ArenaView:
@@ -164,6 +170,8 @@ def model(machine: Machine, name: str) -> ModelView:
         waiting=len(machine.queue.waiting_for(name)),
         leases=entity.leases,
         chance=machine.forecast.chance(name),
+        max_batch=entity.max_batch,
+        can_batch=entity.can_batch,
     )
 
 
@@ -191,7 +199,7 @@ def _blob(blob: Blob) -> BlobView:
 
 def requests(machine: Machine, now_s: float) -> list[RequestView]:
     """Running, then on deck, then waiting ones by expected order of their models."""
-    order = machine.policy.expected_order(machine.queue, machine.residency.models, machine.on_stage)
+    order = machine.policy.expected_order(machine.queue, machine.demand, machine.on_stage)
     place = {name: i for i, name in enumerate(order)}
     rank = {RequestState.ENCODING: 0, RequestState.RUNNING: 1, RequestState.ON_DECK: 2}
 
@@ -199,16 +207,31 @@ def requests(machine: Machine, now_s: float) -> list[RequestView]:
         return (rank.get(request.state, 3), place.get(request.model, 0), request.tag, request.seq)
 
     open_requests = (r for r in machine.queue.requests.values() if r.state is not RequestState.ANSWERED)
-    return [
-        RequestView(
-            id=r.id,
-            client=r.info.client,
-            model=r.model,
-            state=r.state.value,
-            waited_s=now_s - r.received_at_s,
-            priority=r.info.priority,
-            skips=r.skips,
-            tier=r.tier,
-        )
-        for r in sorted(open_requests, key=key)
-    ]
+    starts_in_s, outlook = 0.0, machine.outlook
+    free_s = outlook.stage_free_in_s(now_s)
+    views = []
+    for request in sorted(open_requests, key=key):
+        match request.state:
+            case RequestState.ON_DECK:
+                starts_in_s = outlook.rest_s(now_s)
+            case RequestState.WAITING:
+                model = machine.residency.models[request.model]
+                starts_in_s = max(starts_in_s, free_s, outlook.ready_in_s(model, now_s))
+        views.append(_request(request, now_s, starts_in_s))
+        if request.state is RequestState.WAITING:
+            starts_in_s += outlook.run_s(request)
+    return views
+
+
+def _request(request: Request, now_s: float, starts_in_s: float) -> RequestView:
+    return RequestView(
+        id=request.id,
+        client=request.info.client,
+        model=request.model,
+        state=request.state.value,
+        waited_s=now_s - request.received_at_s,
+        priority=request.info.priority,
+        skips=request.skips,
+        tier=request.tier,
+        starts_in_s=starts_in_s,
+    )

@@ -141,6 +141,11 @@ class Lifecycle(Generic[S]):
         self.state = state
 
     @property
+    def since_s(self) -> float | None:
+        """When it came into this state; None where it began in it."""
+        return self._history[-1][0] if self._history else None
+
+    @property
     def last_reason(self) -> str:
         """Why it came into this state; empty where nothing was said."""
         return self._history[-1][2] if self._history else ""

@@ -48,10 +48,15 @@ class ErrorCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BlobInfo:
-    """Content-addressed weights of one component; `size_bytes` is what it takes in the arena."""
+    """Content-addressed weights of one component; `size_bytes` is what it takes in the arena.
+
+    Blobs that are `made_of` others, overlays, are folded in the arena out of those, not loaded: of the base
+    component's blob first, then of adapters' blobs, in order.
+    """
 
     key: str
     size_bytes: int
+    made_of: "tuple[BlobInfo, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +65,15 @@ class ModelInfo:
 
     `edition` counts what the name has stood for: a model that is replaced while it is used goes on under its
     old edition until its last use has ended. No two editions of a name that are alive have one number.
+    `max_batch` images at most are made by one run for several requests; 1: each request runs alone.
+    One that `is_derived` has the blobs of another model and overlays over some of them.
     """
 
     name: str
     blobs: tuple[BlobInfo, ...]
     edition: int = 0
+    max_batch: int = 1
+    is_derived: bool = False
 
     @property
     def key(self) -> str:
@@ -76,7 +85,8 @@ class ModelInfo:
 class RequestInfo:
     """One admitted or refused wish for images. The payload stays with the shell.
 
-    `cost` is how much work it is, above 0, in a unit that all requests share.
+    `cost` is how much work it is, above 0, in a unit that all requests share. Requests for a model that have
+    the same `batch_key` can be made by one run; without one a request runs alone. It is for so many `images`.
     """
 
     request_id: str
@@ -85,3 +95,5 @@ class RequestInfo:
     priority: int = 0
     deadline_at_s: float | None = None
     cost: float = 1.0
+    batch_key: str = ""
+    images: int = 1

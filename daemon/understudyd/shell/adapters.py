@@ -1,6 +1,6 @@
 """Fits the loader pool and the stage to the runtime's ports. Records become arguments here only."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from understudyd.shell.supervisor import LoaderPool
 from understudyd.store.records import BlobRecord
 
 if TYPE_CHECKING:
-    from understudyd.stage.run import RunTimings
+    from understudyd.stage.run import RunParams, RunTimings
     from understudyd.stage.stage import Stage
 
 
@@ -72,33 +72,45 @@ class StageAdapter:
         self.tasks = stage.tasks
         self.close = stage.close
 
-    def put_on_deck(self, request_id: str, model: str, request: Generate, payload: Sequence[bytes]) -> None:
+    def put_on_deck(
+        self,
+        request_id: str,
+        model: str,
+        request: Generate,
+        payload: Sequence[bytes],
+        companions: Mapping[str, Generate],
+    ) -> None:
         """See `StageDoor`."""
-        from understudyd.stage.run import RunParams  # imported by whoever made the stage
-
-        params = RunParams(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            seed=request.seed,
-            width=request.width,
-            height=request.height,
-            steps=request.steps,
-            guidance=request.guidance,
-            images=request.images,
-            task=request.task,
-            scheduler=request.scheduler,
-            options=request.options,
-            inputs=tuple(zip(request.inputs, payload, strict=True)),
-            format=request.format,
-            quality=request.quality,
-        )
-        self._stage.put_on_deck(request_id, model, params)
+        others = {other: run_params(theirs, ()) for other, theirs in companions.items()}
+        self._stage.put_on_deck(request_id, model, run_params(request, payload), others)
 
     def take_result(self, request_id: str, received_at_s: float) -> Answer:
         """See `StageDoor`."""
         result = self._stage.take_result(request_id)
         timings = timings_since(received_at_s, result.timings)
         return Answer(result.images, result.infos, timings, switched=bool(result.components_bound))
+
+
+def run_params(request: Generate, payload: Sequence[bytes]) -> "RunParams":
+    """What a client asked for, as the stage takes it."""
+    from understudyd.stage.run import RunParams  # imported by whoever made the stage
+
+    return RunParams(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        seed=request.seed,
+        width=request.width,
+        height=request.height,
+        steps=request.steps,
+        guidance=request.guidance,
+        images=request.images,
+        task=request.task,
+        scheduler=request.scheduler,
+        options=request.options,
+        inputs=tuple(zip(request.inputs, payload, strict=True)),
+        format=request.format,
+        quality=request.quality,
+    )
 
 
 def timings_since(received_at_s: float, moments: "RunTimings") -> Timings:

@@ -96,6 +96,8 @@ class Commands:
                 return self._pin(name, pinned=True)
             case proto.Unpin(name=name):
                 return self._pin(name, pinned=False)
+            case proto.Set(name=name, max_batch=max_batch):
+                return await self._set(name, max_batch)
             case proto.CancelRequest(id=request_id):
                 if request_id not in self._runtime.pending:
                     raise AdminError("not_found", f"no open request {request_id!r}; `queue` lists them")
@@ -124,6 +126,7 @@ class Commands:
             "models_resident": sum(m.is_resident for m in models),
             "requests_waiting": len(machine.queue),
             "request_running": self._running(),
+            "max_batch": {m.name: m.max_batch for m in models if m.max_batch > 1},
             "requests_done": tally.done,
             "requests_failed": sum(tally.failed.values()),
             "failures": dict(tally.failed),
@@ -149,7 +152,8 @@ class Commands:
         for request_id, request in self._machine.running.items():
             pending = self._runtime.pending.get(request_id)
             step, steps = (pending.step, pending.steps) if pending is not None else (0, 0)
-            return {"id": request_id, "model": request.model, "step": step, "steps": steps}
+            batch = len(self._machine.running)
+            return {"id": request_id, "model": request.model, "step": step, "steps": steps, "batch": batch}
         return None
 
     def _model_row(self, view: snapshot.ModelView) -> dict[str, Any]:
@@ -190,6 +194,8 @@ class Commands:
             "tasks": self._runtime.tasks(name),
             "waiting": view.waiting,
             "leases": view.leases,
+            "max_batch": view.max_batch,
+            "can_batch": view.can_batch,
             "chance_next": round(view.chance, 4),
             "dtype": record.dtype,
             "source": record.source,
@@ -227,6 +233,7 @@ class Commands:
         row = dataclasses.asdict(view)
         row["tier"] = view.tier.value
         row["waited_s"] = round(view.waited_s, 3)
+        row["starts_in_s"] = round(view.starts_in_s, 3)
         row["step"], row["steps"] = (pending.step, pending.steps) if pending is not None else (0, 0)
         return row
 
@@ -271,6 +278,7 @@ class Commands:
         gone = self._runtime.records[name]
         try:
             freed_bytes = await self._runtime.keeper.remove(name)
+            await self._runtime.keeper.settings.forget(name)
         except StoreError as error:
             if error.code is StoreErrorCode.READ_ONLY:
                 raise AdminError(error.code.value, error.message) from error
@@ -321,6 +329,19 @@ class Commands:
             self._check_servable(model)
         self._runtime.handle(ev.PinChanged(name, pinned))
         return {"name": name, "pinned": pinned, "tier": model.tier.value}
+
+    async def _set(self, name: str, max_batch: int) -> dict[str, Any]:
+        model = self._known(name)
+        try:
+            await self._runtime.keeper.set_max_batch(name, max_batch)
+        except OSError as error:
+            raise AdminError(
+                "io_error", f"it cannot be kept: {error.strerror}; nothing has changed"
+            ) from error
+        document = {"name": name, "max_batch": max_batch}
+        if max_batch == 1 or model.can_batch:
+            return document
+        return document | {"warning": "its pipeline serves one request a call: each goes on running alone"}
 
     def _check_servable(self, model: Model) -> None:
         """Raises `AdminError` with what keeps the model from running here."""

@@ -28,6 +28,7 @@ from understudyd.shell.frontend import Frontend
 from understudyd.shell.host_pool import HostPool
 from understudyd.shell.lock import DaemonLock
 from understudyd.shell.memory import Arena
+from understudyd.shell.model_settings import ModelSettings
 from understudyd.shell.notify import notify
 from understudyd.shell.parts import Parts
 from understudyd.shell.read_through import ReadThrough
@@ -102,12 +103,15 @@ class Daemon:
         request_log = self._parts.request_log()
         if request_log is not None:
             leaving.push_async_callback(request_log.close)
+        settings = ModelSettings(stores.own.path)
+        await settings.read()
         runtime = Runtime(
             self._parts.machine(arena, self._host_pool),
             stores,
             loop,
             cache=cache,
             request_log=request_log,
+            settings=settings,
             on_defect=self._defect,
         )
         leaving.callback(runtime.close)

@@ -7,8 +7,6 @@ by another version, is ignored with a warning: the forecast then learns anew, as
 import asyncio
 import contextlib
 import logging
-import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ import msgspec
 
 from understudyd.core.machine import Machine
 from understudyd.core.remembered import DamagedDocument, field, number
+from understudyd.shell.small_file import replace_file
 from understudyd.shell.threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
@@ -61,9 +60,11 @@ class ForecastFile:
         residency, forecast = self._machine.residency, self._machine.forecast
         last_request_unix_s = number(field(found, "last_request_unix_s"), "last_request_unix_s")
         off_s = max(0.0, self._wall_clock() - last_request_unix_s)
-        document = field(found, "forecast")
+        document, estimates = field(found, "forecast"), found.get("estimates")
         forecast.restore(document, residency.models, residency.blobs, self._clock() - off_s)
         self._written = forecast.requests
+        if estimates is not None:  # as of an older file: loads and runs are timed anew
+            self._machine.outlook.estimates.restore(estimates, residency.models)
 
     def start(self) -> None:
         """Write from now on, every few minutes."""
@@ -92,11 +93,15 @@ class ForecastFile:
             return
         idle_s = self._clock() - forecast.last_request_s
         last_request_unix_s = round(self._wall_clock() - idle_s, 3)
-        copy = forecast.copy()
+        copy, estimates = forecast.copy(), self._machine.outlook.estimates.document()
 
         def write() -> None:
-            document = {"last_request_unix_s": last_request_unix_s, "forecast": copy.document()}
-            _replace(self._path, msgspec.json.encode(document))
+            document = {
+                "last_request_unix_s": last_request_unix_s,
+                "forecast": copy.document(),
+                "estimates": estimates,
+            }
+            replace_file(self._path, msgspec.json.encode(document))
 
         try:
             await in_daemon_thread(write)
@@ -115,17 +120,3 @@ def _read(path: Path) -> Any:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, RecursionError) as error:
         raise DamagedDocument(str(error)) from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, whenever the machine loses power. Raises `OSError`."""
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)

@@ -10,9 +10,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec.structs import replace
+
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.machine import Machine
+from understudyd.shell.model_settings import ModelSettings
 from understudyd.shell.served import ServedModels
 from understudyd.shell.threads import in_daemon_thread
 from understudyd.store.errors import StoreError, StoreErrorCode
@@ -49,9 +52,11 @@ class Keeper:
         stores: StoreUnion,
         loop: asyncio.AbstractEventLoop,
         handle: Callable[[ev.Event], None],
+        settings: ModelSettings | None = None,
     ) -> None:
         self.stores = stores
-        self.served = ServedModels(stores)
+        self.settings = settings or ModelSettings()
+        self.served = ServedModels(stores, self.settings)
         self.lock = asyncio.Lock()
         self._machine = machine
         self._loop = loop
@@ -63,6 +68,12 @@ class Keeper:
         self._leaving: set[str] = set()  # names whose files are about to be deleted
         self._dropped: set[str] = set()  # names whose files are gone already
         self._tasks: set[asyncio.Task[None]] = set()
+
+    async def set_max_batch(self, name: str, max_batch: int) -> None:
+        """Let so many images of a model be made by one run, from now on. Raises `OSError`."""
+        await self.settings.put(name, replace(self.settings.of(name), max_batch=max_batch))
+        if name in self.names():
+            self._handle(ev.MaxBatchChanged(name, max_batch))
 
     # -- adding and replacing -----------------------------------------------------------------------
 

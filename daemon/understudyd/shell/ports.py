@@ -3,7 +3,7 @@
 Only the event loop's thread calls these, except where a docstring says otherwise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -94,8 +94,15 @@ class StageDoor(Protocol):
     def move_extent(self, blob: str, offset: int, to_offset: int, size_bytes: int, generation: int) -> None:
         """Move a blob without views to a lower place of the arena, which may overlap its old one."""
 
-    def put_on_deck(self, request_id: str, model: str, request: Generate, payload: Sequence[bytes]) -> None:
-        """Run the request, with its input images, when the stage is free."""
+    def put_on_deck(
+        self,
+        request_id: str,
+        model: str,
+        request: Generate,
+        payload: Sequence[bytes],
+        companions: Mapping[str, Generate],
+    ) -> None:
+        """Run the request, with its input images, when the stage is free, and its `companions`, by id."""
 
     def cancel_run(self, request_id: str, code: ErrorCode) -> None:
         """End it at its next checkpoint."""

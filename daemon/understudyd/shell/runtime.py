@@ -22,8 +22,11 @@ from understudyd.core.machine import Machine
 from understudyd.core.states import IllegalEvent
 from understudyd.core.types import ErrorCode, RequestInfo, Tier
 from understudyd.names import how_to_list, unknown_model
+from understudyd.recorded import work_of
+from understudyd.shell.batch_key import batch_key
 from understudyd.shell.blob_files import BlobFiles
 from understudyd.shell.keeper import Keeper
+from understudyd.shell.model_settings import ModelSettings
 from understudyd.shell.ports import LoadRunner, ReplySink, RunResult, StageDoor
 from understudyd.shell.read_through import ReadThrough
 from understudyd.shell.request_log import RequestLog
@@ -87,11 +90,12 @@ class Runtime:
         *,
         cache: ReadThrough | None = None,
         request_log: RequestLog | None = None,
+        settings: ModelSettings | None = None,
         on_defect: Callable[[BaseException], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.machine = machine
-        self.keeper = Keeper(machine, stores, loop, self.handle)
+        self.keeper = Keeper(machine, stores, loop, self.handle, settings)
         self.files = BlobFiles(stores.own, cache)
         self.tally = Tally()
         self._request_log = request_log
@@ -193,10 +197,13 @@ class Runtime:
     def _perform(self, action: ac.Action) -> None:
         match action:
             case ac.AcceptRequest(request_id=request_id, position=position, tier=tier):
+                wait_s = round(action.estimated_wait_s, 3)
                 pending = self.pending[request_id]
                 pending.tier = tier
                 if pending.done is None and self._replies is not None:
-                    accepted = Accepted(id=pending.request.id, position=position, tier=tier.value)
+                    accepted = Accepted(
+                        id=pending.request.id, position=position, tier=tier.value, estimated_wait_s=wait_s
+                    )
                     self._replies.send(pending.client, accepted)
             case ac.AnswerRequest(request_id=request_id, code=code, message=message):
                 self._answer(request_id, code, message)
@@ -232,7 +239,8 @@ class Runtime:
                 stage.forget_model(key)
             case ac.PutOnDeck(request_id=request_id, model=model):
                 pending = self.pending[request_id]
-                stage.put_on_deck(request_id, model, pending.request, pending.payload)
+                companions = {other: self.pending[other].request for other in action.companions}
+                stage.put_on_deck(request_id, model, pending.request, pending.payload, companions)
             case ac.CancelRun(request_id=request_id, code=code):
                 stage.cancel_run(request_id, code)
             case _:
@@ -354,6 +362,9 @@ class Runtime:
             model=request.model,
             priority=request.priority,
             deadline_at_s=pending.received_at_s + deadline if deadline is not None else None,
+            cost=work_of(request.images, request.steps),
+            batch_key=batch_key(request),
+            images=request.images,
         )
         self.pending[request_id] = pending
         self.handle(ev.RequestReceived(info))

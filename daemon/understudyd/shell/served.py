@@ -5,6 +5,7 @@ from itertools import count
 from pathlib import Path
 
 from understudyd.core.types import BlobInfo, ModelInfo
+from understudyd.shell.model_settings import ModelSettings
 from understudyd.store.records import BlobRecord, ModelRecord
 from understudyd.store.store import Store
 from understudyd.store.union import FoundModel, StoreUnion
@@ -25,11 +26,12 @@ class ServedModels:
     Changed by the event loop's thread only, read by the stage's, too: nothing is changed while it is walked.
     """
 
-    def __init__(self, stores: StoreUnion) -> None:
+    def __init__(self, stores: StoreUnion, settings: ModelSettings) -> None:
         self.records: dict[str, ModelRecord] = {}
         self.editions: dict[str, FoundModel] = {}
         self.places: dict[str, BlobPlace] = {}
         self._keys: dict[str, str] = {}
+        self._settings = settings
         self.signature = stores.signature
 
     # -- what the stage reads, by key ---------------------------------------------------------------
@@ -57,7 +59,8 @@ class ServedModels:
         """Keep an edition under a number that no other of its name has; returns what the core is told."""
         record = found.record
         blobs = tuple(BlobInfo(c.blob.sha256, c.blob.size_bytes) for c in record.components)
-        infos = (ModelInfo(record.name, blobs, number) for number in count())
+        max_batch = self._settings.of(record.name).max_batch
+        infos = (ModelInfo(record.name, blobs, number, max_batch) for number in count())
         info = next(info for info in infos if info.key not in self.editions)
         self.editions[info.key] = found
         for component in record.components:

@@ -82,9 +82,14 @@ class Meter:
         self._waiting -= 1
         self._free_at_s = None
 
-    def ended(self, run_s: float, now_s: float) -> None:
-        """The stage is free again after so many seconds."""
-        self.served += 1
+    def joined(self, arrived_at_s: float, now_s: float) -> None:
+        """Its first operation, too: it shares the run of the one that has just started."""
+        self.wait_s.add(now_s - arrived_at_s)
+        self._waiting -= 1
+
+    def ended(self, run_s: float, now_s: float, served: int = 1) -> None:
+        """The stage is free again after so many seconds, in which so many requests were served."""
+        self.served += served
         self.busy_s += run_s
         self._free_at_s = self._waited_from_s = self.last_at_s = now_s
 

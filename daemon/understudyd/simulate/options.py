@@ -71,6 +71,13 @@ _LOAD_OPTIONS = [
     click.option("--max-wait", type=float, default=DEFAULTS.max_wait_s, show_default=True, help="Seconds."),
     click.option("--max-skips", type=click.IntRange(1), default=DEFAULTS.max_skips, show_default=True),
     click.option("--max-waiting", type=click.IntRange(1), help="Refuse what comes when so many wait."),
+    click.option(
+        "--max-batch",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Images that one run may make for several requests, of every model.",
+    ),
     click.option("--prefetch/--no-prefetch", default=True, show_default=True),
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),
 ]
@@ -108,6 +115,7 @@ def scenario(survey: Survey, profile: Profile, options: dict[str, Any]) -> Scena
             prefetch=options["prefetch"],
         ),
         max_waiting=options["max_waiting"] or UNLIMITED,
+        max_batch=options["max_batch"],
     )
 
 

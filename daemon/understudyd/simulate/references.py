@@ -5,8 +5,9 @@ lookahead and loaders, can be played with least recently used, least frequently 
 (Belady, 1966) for its forecast.
 """
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, cast
 
 from understudyd.core.forecast import Forecast
@@ -25,11 +26,11 @@ class Valuing(Protocol):
     def chance(self, name: str) -> float:
         """The larger, the longer it should stay."""
 
-    def estimate(self, name: str) -> float:
-        """`chance`, or nearly."""
-
-    def ranked(self) -> list[str]:
+    def ranked(self) -> Iterable[str]:
         """Models that were ever asked for, the most valuable first."""
+
+    def knows(self, name: str) -> bool:
+        """The model was asked for."""
 
 
 class Recency:
@@ -57,7 +58,9 @@ class Recency:
         last = self._last.get(name)
         return 0.0 if last is None else 1.0 / (1 + self._requests - last)
 
-    estimate = chance
+    def knows(self, name: str) -> bool:
+        """See `Valuing`."""
+        return name in self._models
 
     def ranked(self) -> list[str]:
         """See `Valuing`."""
@@ -87,7 +90,9 @@ class Frequency:
         """See `Valuing`."""
         return self._counts[name] / max(1, self._requests)
 
-    estimate = chance
+    def knows(self, name: str) -> bool:
+        """See `Valuing`."""
+        return name in self._models
 
     def ranked(self) -> list[str]:
         """See `Valuing`."""
@@ -121,7 +126,9 @@ class Foresight:
         """See `Valuing`."""
         return 1.0 / (1 + self._next[name] - self._requests) if name in self._next else 0.0
 
-    estimate = chance
+    def knows(self, name: str) -> bool:
+        """See `Valuing`."""
+        return name in self._models
 
     def ranked(self) -> list[str]:
         """See `Valuing`."""
@@ -129,5 +136,6 @@ class Foresight:
 
 
 def plug_in(machine: Machine, valuing: Valuing) -> None:
-    """Have a machine that has seen nothing yet value by this instead of its own forecast."""
-    machine.forecast = machine.policy.forecast = cast(Forecast, valuing)
+    """Have a machine that has seen nothing yet value by this instead of its own forecast, and exactly."""
+    machine.forecast = machine.policy.forecast = machine.demand.forecast = cast(Forecast, valuing)
+    machine.demand.looked_at = sys.maxsize

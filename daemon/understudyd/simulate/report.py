@@ -40,6 +40,7 @@ class Scenario:
     policy: PolicyName = "understudy"
     settings: PolicySettings = field(default_factory=PolicySettings)
     max_waiting: int = UNLIMITED
+    max_batch: int = 1
 
     @property
     def resident(self) -> int:
@@ -68,7 +69,8 @@ class Scenario:
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a simulation found; misses are of `slots.compare`, the rest of the queue.
 
-    `decision_us_*` are wall-clock microseconds of one `Machine.handle`; null without a machine, as misses are
+    `runs` counts runs on the stage: fewer than requests where `max_batch` lets several share one.
+    `decision_us_*` are microseconds of CPU time of one `Machine.handle`; null without a machine, misses
     without slots.
     """
 
@@ -83,6 +85,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     in_host: int
     arena_bytes: int
     host_pool_bytes: int
+    max_batch: int = 1
+    runs: int | None = None
     slots: int | None = None
     miss_percent: float | None = None
     lru_miss_percent: float | None = None
@@ -131,7 +135,9 @@ def play(scenario: Scenario, *, watch: Watch | None = None) -> World:
     )
     if (valuing := _valuing(scenario)) is not None:
         plug_in(machine, valuing)
-    world = World(machine, scenario.profile, loaders=scenario.loaders, watch=watch)
+    world = World(
+        machine, scenario.profile, loaders=scenario.loaders, max_batch=scenario.max_batch, watch=watch
+    )
     world.add_models(scenario.survey.models)
     world.settle(START_BEFORE_S)
     world.decision_us = Quantiles(least=0.01)  # filling the pool decides nothing that anybody waits for
@@ -195,6 +201,7 @@ def _report(scenario: Scenario, meter: Meter, baseline: Meter, world: World | No
         in_host=scenario.in_host,
         arena_bytes=scenario.arena_bytes,
         host_pool_bytes=scenario.pool_bytes,
+        max_batch=scenario.max_batch,
         idle_while_waiting_percent=round(meter.idle_percent, 3),
         idle_while_waiting_percent_lru_on_demand=round(baseline.idle_percent, 3),
         wait_p50_s=round(meter.wait_s.at(0.50), 3),
@@ -224,6 +231,7 @@ def _with_misses(report: Report, misses: slots.Misses) -> Report:
 def _with_decisions(report: Report, world: World) -> Report:
     return msgspec.structs.replace(
         report,
+        runs=world.runs,
         loads=world.loads,
         loaded_bytes=world.loaded_bytes,
         events=world.events,

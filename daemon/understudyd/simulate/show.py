@@ -21,6 +21,8 @@ def print_report(report: Report) -> None:
     table.add_row("requests", f"{report.requests}{refused}; time compressed by {report.compress:g}")
     memory = f"{report.arena_bytes / _GIB:.1f} GiB arena, {report.host_pool_bytes / _GIB:.1f} GiB host pool"
     table.add_row("models", f"{report.models}, of which {report.resident} fit the arena: {memory}")
+    if report.runs is not None and report.max_batch > 1:
+        table.add_row("runs", f"{report.runs}, up to {report.max_batch} images in one")
     table.add_row("stage busy", f"{report.stage_utilisation_percent:.1f} % of the time")
     idle, on_demand = report.idle_while_waiting_percent, report.idle_while_waiting_percent_lru_on_demand
     table.add_row("idle while work waits", f"{idle:.2f} % of busy time; LRU on demand: {on_demand:.2f} %")

@@ -1,20 +1,20 @@
 """A daemon without its machinery: the core machine, driven through virtual time.
 
 What the shell, the stage and the loaders do in the daemon happens here at the times that a profile gives: one
-event ends each action. As in the daemon, one request runs, the next one is on deck and takes the stage over
-without asking; images are encoded off the stage; loads share disk and bus.
+event ends each action. As in the daemon, one request runs (or those that share a run do), the next one is on
+deck and takes the stage over without asking; images are encoded off the stage; loads share disk and bus.
 """
 
 import heapq
 from collections.abc import Callable, Iterable
-from time import perf_counter_ns
+from time import thread_time_ns
 from typing import assert_never
 
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.machine import Machine
 from understudyd.core.types import Outcome, RequestInfo
-from understudyd.recorded import TraceRequest
+from understudyd.recorded import TraceRequest, work_of
 from understudyd.simulate.meter import Meter, Quantiles
 from understudyd.simulate.profiles import Profile
 from understudyd.simulate.traffic import Traffic
@@ -41,11 +41,18 @@ class _Open:
 class World:
     """Plays requests to a machine. `watch`, if given, sees every action in order with its time.
 
-    `decision_us` are wall-clock microseconds of `Machine.handle`, one an event.
+    Every model allows `max_batch` images a run; requests share runs that are for the same task, adapters and
+    steps. `decision_us` are microseconds of CPU time of `Machine.handle`, one an event.
     """
 
     def __init__(
-        self, machine: Machine, profile: Profile, *, loaders: int = 2, watch: Watch | None = None
+        self,
+        machine: Machine,
+        profile: Profile,
+        *,
+        loaders: int = 2,
+        max_batch: int = 1,
+        watch: Watch | None = None,
     ) -> None:
         self.machine = machine
         self.meter = Meter()
@@ -60,8 +67,11 @@ class World:
         self._agenda: list[tuple[float, int, ev.Event]] = []
         self._order = 0
         self._open: dict[str, _Open] = {}
-        self._deck: tuple[str, str] | None = None
-        self._running: str | None = None
+        self._max_batch = max_batch
+        self._deck: tuple[tuple[str, ...], str] | None = None
+        self._running: tuple[str, ...] = ()
+        self._run_s = 0.0
+        self.runs = 0
         self._on_stage: str | None = None
         self._asked = 0
         for loader_id in range(loaders):
@@ -72,7 +82,7 @@ class World:
     def add_models(self, names: Iterable[str]) -> None:
         """Models that may be asked for."""
         for name in names:
-            self.tell(ev.ModelAdded(self._profile.model(name)))
+            self.tell(ev.ModelAdded(self._profile.model(name, self._max_batch)))
 
     def settle(self, for_s: float) -> None:
         """Let time pass without requests."""
@@ -100,9 +110,9 @@ class World:
 
     def tell(self, event: ev.Event) -> None:
         """One event; then everything that the machine wants done."""
-        started_ns = perf_counter_ns()
+        started_ns = thread_time_ns()
         actions = self.machine.handle(event, self.now_s)
-        self.decision_us.add((perf_counter_ns() - started_ns) / 1e3)
+        self.decision_us.add((thread_time_ns() - started_ns) / 1e3)
         self.events += 1
         for action in actions:
             if self._watch is not None:
@@ -142,42 +152,64 @@ class World:
         request_id = f"r{self._asked}"
         self._open[request_id] = _Open(self.now_s, self._profile.run_s(request), request.images)
         self.meter.arrived(self.now_s)
-        info = RequestInfo(request_id, request.client, request.model, request.priority)
+        info = RequestInfo(
+            request_id,
+            request.client,
+            request.model,
+            request.priority,
+            batch_key=f"{request.task}/{request.loras}/{request.steps}",
+            images=request.images,
+            cost=work_of(request.images, request.steps),
+        )
         self.tell(ev.RequestReceived(info))
 
     def _happen(self, event: ev.Event) -> None:
-        if isinstance(event, ev.RunEnded):
-            self._leave_stage(event.request_id)
+        if not isinstance(event, ev.RunEnded):
+            self.tell(event)
+            return
+        is_last = event.request_id == self._running[-1]
+        if is_last:
+            self._leave_stage()
         self.tell(event)
-        if isinstance(event, ev.RunEnded):
+        if is_last:
             self._take_stage()
 
     def _take_stage(self) -> None:
         """Whoever is on deck runs, if the stage is free."""
-        if self._running is not None or self._deck is None:
+        if self._running or self._deck is None:
             return
-        (request_id, model), self._deck = self._deck, None
-        request = self._open[request_id]
+        (self._running, model), self._deck = self._deck, None
+        self.runs += 1
+        members = [self._open[request_id] for request_id in self._running]
         is_switch = model != self._on_stage
         bind_s = self._profile.bind_s.value if is_switch else 0.0
-        self._running, self._on_stage = request_id, model
-        self.meter.started(request.arrived_at_s, is_switch, self.now_s + bind_s)
-        self._later(bind_s, ev.RunStarted(request_id))
-        self._later(bind_s + request.run_s, ev.RunEnded(request_id, Outcome.FINISHED))
+        self._on_stage = model
+        self._run_s = self._profile.shared_run_s([m.run_s for m in members], sum(m.images for m in members))
+        first, *others = members
+        self.meter.started(first.arrived_at_s, is_switch, self.now_s + bind_s)
+        for other in others:
+            self.meter.joined(other.arrived_at_s, self.now_s + bind_s)
+        for request_id in self._running:
+            self._later(bind_s, ev.RunStarted(request_id))
+        for request_id in self._running:
+            self._later(bind_s + self._run_s, ev.RunEnded(request_id, Outcome.FINISHED))
 
-    def _leave_stage(self, request_id: str) -> None:
-        request = self._open[request_id]
-        self._running = None
-        self.meter.ended(request.run_s, self.now_s)
-        self._later(0.0, ev.LeaseEnded(request_id))
-        self._later(self._profile.encode_s.value * request.images, ev.ImagesEncoded(request_id))
+    def _leave_stage(self) -> None:
+        """Pictures are encoded one after the other."""
+        members, self._running = self._running, ()
+        self.meter.ended(self._run_s, self.now_s, len(members))
+        encoded_s = 0.0
+        for request_id in members:
+            self._later(0.0, ev.LeaseEnded(request_id))
+            encoded_s += self._profile.encode_s.value * self._open[request_id].images
+            self._later(encoded_s, ev.ImagesEncoded(request_id))
 
     # -- actions ------------------------------------------------------------------------------------
 
     def _perform(self, action: ac.Action) -> None:
         match action:
-            case ac.PutOnDeck(request_id=request_id, model=model):
-                self._deck = (request_id, model)
+            case ac.PutOnDeck(request_id=request_id, model=model, companions=companions):
+                self._deck = ((request_id, *companions), model)
                 self._take_stage()
             case ac.AnswerRequest(request_id=request_id, code=code):
                 del self._open[request_id]

@@ -38,6 +38,11 @@ class CustomModel:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def can_batch(self) -> bool:
+        """A request is all that such a pipeline is told of."""
+        return False
+
     def open_pipeline(self) -> CustomPipeline:
         """An object of one's own over the shared components."""
         modules = {component.name: component.skeleton.module for component in self.components}

@@ -56,7 +56,9 @@ _FIELDS = {
     "seed": "seed",
     "output_type": "format",
 }
-_BATCHES = ("num_images_per_prompt", "num_videos_per_prompt", "batch_size")
+BATCHES = ("num_images_per_prompt", "num_videos_per_prompt", "batch_size")
+"""How pipelines call the number of images that one prompt gives."""
+
 _LABELS = "class_labels"
 NO_TASKS: Mapping[str, CallFacts] = MappingProxyType({})
 _RATES = ("fps", "frame_rate")
@@ -109,7 +111,7 @@ def _fields(params: RunParams, call: CallFacts) -> dict[str, Any]:
         if name not in known:
             raise BadRequest(f"{call.pipeline} takes no {word}; leave it out")
         arguments[name] = value
-    batch = next((name for name in _BATCHES if name in known), None)
+    batch = next((name for name in BATCHES if name in known), None)
     if batch is not None and params.images != 1:
         arguments[batch] = params.images
     elif params.images != 1 and _LABELS not in known:

@@ -1,14 +1,16 @@
-"""One request on its way over the stage: what was asked, what has happened so far, what came out."""
+"""Requests on their way over the stage: what was asked, what has happened so far, what came out."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from understudy.wire import ImageInfo, InputInfo
-from understudyd.core.types import ErrorCode
+from understudyd.core.events import RunEnded
+from understudyd.core.types import ErrorCode, Outcome
 from understudyd.stage.baton import Turn
 from understudyd.stage.errors import RunCancelled
+from understudyd.stage.pictures import Made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,11 @@ class RunTimings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """A finished run. `components_bound` names the components whose weights had to be switched."""
+    """What a finished run made for one request.
+
+    `components_bound` names the components whose weights had to be switched; of several requests in one run
+    the first has them.
+    """
 
     images: tuple[bytes, ...]
     infos: tuple[ImageInfo, ...]
@@ -65,15 +71,47 @@ class RunResult:
     components_bound: tuple[str, ...]
 
 
-class Run:
-    """The mutable side, owned by one worker thread; `cancel` comes from another."""
+class Member:
+    """One request of a run. In the end it has `made` something, or `failed` so, or was cancelled.
 
-    def __init__(self, request_id: str, model: str, params: RunParams, turn: Turn, deck_at_s: float) -> None:
+    `has_ended`: the core has been told already, while the run goes on for others.
+    """
+
+    def __init__(self, request_id: str, params: RunParams) -> None:
         self.request_id = request_id
-        self.model = model
         self.params = params
-        self.turn = turn
         self.cancel_code: ErrorCode | None = None
+        self.has_ended = False
+        self.made: Made | None = None
+        self.failed: tuple[ErrorCode, str] | None = None
+        self.error: Exception | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Nothing has become of it yet."""
+        return not self.has_ended and self.made is None and self.failed is None
+
+    def outcome(self) -> RunEnded:
+        """What became of it."""
+        if self.made is not None:
+            return RunEnded(self.request_id, Outcome.FINISHED)
+        if self.failed is not None:
+            return RunEnded(self.request_id, Outcome.FAILED, *self.failed)
+        return RunEnded(self.request_id, Outcome.CANCELLED, self.cancel_code, "cancelled")
+
+
+class Run:
+    """The mutable side, owned by one worker thread; `cancel` comes from another.
+
+    Its `members` are on deck together. The present call of the pipeline is for those `playing`: for all, or
+    for one after the other.
+    """
+
+    def __init__(self, model: str, members: Sequence[Member], turn: Turn, deck_at_s: float) -> None:
+        self.model = model
+        self.members = tuple(members)
+        self.playing = self.members
+        self.turn = turn
         self.is_on_stage = False
         self.steps_done = 0
         self.components_bound: tuple[str, ...] = ()
@@ -83,16 +121,27 @@ class Run:
         self.ended_at_s = 0.0
         self.bind_s = 0.0
 
-    def cancel(self, code: ErrorCode) -> None:
-        """End the run at its next checkpoint. Any thread; never blocks."""
-        if self.cancel_code is None:
-            self.cancel_code = code
+    @property
+    def params(self) -> RunParams:
+        """What is being played; of several requests the first one's."""
+        return self.playing[0].params
+
+    @property
+    def label(self) -> str:
+        """Whom the present call is for, in messages."""
+        return ", ".join(member.request_id for member in self.playing)
+
+    def cancel(self, request_id: str, code: ErrorCode) -> None:
+        """End the request at its next checkpoint. Any thread; never blocks."""
+        for member in self.members:
+            if member.request_id == request_id and member.cancel_code is None:
+                member.cancel_code = code
         self.turn.wake()
 
     def check_cancelled(self) -> None:
-        """A checkpoint. Raises `RunCancelled`."""
-        if self.cancel_code is not None:
-            raise RunCancelled(self.cancel_code)
+        """A checkpoint. Raises `RunCancelled` when nobody wants any more what is being played."""
+        if all(member.cancel_code is not None for member in self.playing):
+            raise RunCancelled
 
     def timings(self, encoded_at_s: float) -> RunTimings:
         """The moments of a finished run."""

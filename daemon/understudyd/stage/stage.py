@@ -9,9 +9,10 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
+from types import MappingProxyType
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -21,7 +22,6 @@ from torch import Tensor
 from understudyd.core.events import (
     Event,
     ExtentMoved,
-    ImagesEncoded,
     ModelPreparationFailed,
     ModelPrepared,
     MoveFailed,
@@ -37,7 +37,7 @@ from understudyd.stage.device import open_device
 from understudyd.stage.errors import NotPrepared, StageError
 from understudyd.stage.parts import PartShelf
 from understudyd.stage.performer import Announcer, Performer, Prepared
-from understudyd.stage.run import Run, RunParams, RunResult
+from understudyd.stage.run import Member, Run, RunParams, RunResult
 from understudyd.stage.skeleton import Skeleton
 from understudyd.stage.views import ResidentBlobs, WeightArena
 from understudyd.stage.wrapper import PreparedModel, prepare
@@ -50,6 +50,8 @@ WORKERS = 4
 
 _BREATH_S = 0.0005
 _JOIN_S = 30.0
+
+NOBODY: Mapping[str, RunParams] = MappingProxyType({})
 
 Emit = Callable[[Event], None]
 """Give the core an event; callable from any thread."""
@@ -176,17 +178,23 @@ class Stage:
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def put_on_deck(self, request_id: str, model: str, params: RunParams) -> None:
-        """Run the request when those before it are done; `core.actions.PutOnDeck` names its events."""
-        run = Run(request_id, model, params, self._baton.draw(), self._clock())
-        self._runs[request_id] = run
+    def put_on_deck(
+        self, request_id: str, model: str, params: RunParams, companions: Mapping[str, RunParams] = NOBODY
+    ) -> None:
+        """Run the request when those before it are done; `core.actions.PutOnDeck` names its events.
+
+        `companions` are requests by id that share its run.
+        """
+        members = [Member(request_id, params), *(Member(*other) for other in companions.items())]
+        run = Run(model, members, self._baton.draw(), self._clock())
+        self._runs |= {member.request_id: run for member in members}
         self._deck.put(run)
 
     def cancel_run(self, request_id: str, code: ErrorCode) -> None:
         """End the run at its next checkpoint; too late or unknown is no error."""
         run = self._runs.get(request_id)
         if run is not None:
-            run.cancel(code)
+            run.cancel(request_id, code)
 
     def take_result(self, request_id: str) -> RunResult:
         """The images after `ImagesEncoded`, once. Raises `KeyError` if there are none."""
@@ -201,8 +209,8 @@ class Stage:
         if self._is_closed:
             return
         self._is_closed = True
-        for run in list(self._runs.values()):
-            run.cancel(ErrorCode.DRAINING)
+        for request_id, run in list(self._runs.items()):
+            run.cancel(request_id, ErrorCode.DRAINING)
         for _ in range(WORKERS):
             self._deck.put(None)
         self._chores.put(None)
@@ -226,12 +234,14 @@ class Stage:
 
     def _work(self) -> None:
         while (run := self._deck.get()) is not None:
-            result = self._performer.perform(run, self._find)
-            del self._runs[run.request_id]
-            if result is not None:
-                self._results[run.request_id] = result
-                self._announcer.announce(ImagesEncoded(run.request_id))
-            del run, result  # an idle thread keeps nothing alive
+            self._performer.perform(run, self._find, self._keep)
+            for member in run.members:
+                self._runs.pop(member.request_id, None)
+            del run, member  # an idle thread keeps nothing alive
+
+    def _keep(self, request_id: str, result: RunResult) -> None:
+        self._runs.pop(request_id, None)
+        self._results[request_id] = result
 
     def _find(self, name: str) -> Prepared:
         try:
@@ -248,7 +258,7 @@ class Stage:
             _log.exception("preparing model %s failed", name)
             self._announcer.announce(ModelPreparationFailed(name, f"{type(error).__name__}: {error}"))
         else:
-            self._announcer.announce(ModelPrepared(name))
+            self._announcer.announce(ModelPrepared(name, self._prepared[name].can_batch))
 
     def _assemble(self, model: ModelRecord, folder: Path) -> Prepared:
         device = self._device.device

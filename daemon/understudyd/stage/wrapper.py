@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from understudyd.stage.batching import can_share
 from understudyd.stage.calls import CallFacts, read_call
 from understudyd.stage.classes import resolve
 from understudyd.stage.errors import BadRequest, UnknownClass
@@ -75,6 +76,12 @@ class PreparedModel:
     arguments: Mapping[str, Any]
     own: ServedTask
     tasks: Mapping[str, ServedTask]
+
+    @property
+    def can_batch(self) -> bool:
+        """One call can serve several requests, whichever of the tasks that need no images they are for."""
+        served = (self.own, *self.tasks.values())
+        return all(can_share(task.call) for task in served if not task.needed_images)
 
     def task_for(self, task: str | None, inputs: Collection[str]) -> ServedTask:
         """The pipeline for a request with inputs of these names. Raises `BadRequest`.

@@ -12,6 +12,8 @@ Layout of a store folder::
     tmp/                           work in progress; emptied when a writer opens the store
     writer.lock                    flock held by whoever writes
     serving.lock                   flock shared by daemons that serve from here; only whoever is alone deletes
+    settings.json                  what an operator has set for single models (shell/model_settings.py)
+    forecast.json                  what the forecast has learned (shell/forecast_file.py)
     cache/<sha256>.safetensors     local copies of blobs of read-only stores
 """
 

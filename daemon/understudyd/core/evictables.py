@@ -1,0 +1,141 @@
+"""What may leave the arena and the host pool, filed by who would miss it.
+
+Going over hundreds of extents whenever one is wanted takes longer than anybody should wait. So whatever may
+change a blob's place only marks the blob, and whoever wants an extent has those blobs filed anew first.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from understudyd.core.demand import Demand
+from understudyd.core.entities import Blob, Model
+from understudyd.core.extents import Extent
+from understudyd.core.ranking import Ranking
+from understudyd.core.states import BlobState, ExtentState
+
+RELOAD_FROM_POOL = 0.2
+"""A load from the host pool counts so much of one from disk."""
+
+
+class Evictables:
+    """Extents that may be evicted: ready, with views, neither leased nor pinned.
+
+    `spare` are those that nobody waits for, `partial` those that only models wait for which lack others
+    still. What a ready model waits for is found by its model (`policy.py`). `copies` are copies in the host
+    pool that are not about to be read. `arrivals` counts who joined `spare` or `partial`.
+    """
+
+    def __init__(
+        self,
+        demand: Demand,
+        models: Mapping[str, Model],
+        pinned: Mapping[str, Model],
+    ) -> None:
+        self._demand, self._models, self._pinned = demand, models, pinned
+        self._blobs: dict[Extent, Blob] = {}
+        self._marked: dict[Blob, None] = {}
+        self.arrivals = 0
+        self._extents: dict[Blob, Extent] = {}
+        self._copies: dict[Blob, Extent] = {}
+        self.spare: Ranking[Extent] = Ranking(self._price)
+        self.partial: Ranking[Extent] = Ranking(lambda extent: demand.soonest(self._blobs[extent]))
+        self.copies: Ranking[Extent] = Ranking(lambda copy: demand.chance(self._blobs[copy]))
+
+    def mark(self, blobs: Iterable[Blob]) -> None:
+        """Something about these blobs may have changed."""
+        for blob in blobs:
+            self._marked[blob] = None
+
+    def file(self) -> None:
+        """File anew what was marked."""
+        for name in self._demand.turned():
+            if name in self._models:
+                self.mark(self._models[name].blobs)
+        for blob in self._marked:
+            self._file_extent(blob)
+            self._file_copy(blob)
+        self._marked.clear()
+
+    def blob_of(self, extent: Extent) -> Blob:
+        """The blob of a filed extent."""
+        return self._blobs[extent]
+
+    def may_leave(self, blob: Blob) -> bool:
+        """It is in the arena and may be evicted."""
+        extent = blob.extent
+        if extent is None or extent.life.state is not ExtentState.READY:
+            return False
+        if blob.life.state is not BlobState.RESIDENT:
+            return False
+        return not self._pinned or self._pinned.keys().isdisjoint(blob.models)
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _price(self, extent: Extent) -> float:
+        blob = self._blobs[extent]
+        chance = self._demand.chance(blob)
+        return chance * RELOAD_FROM_POOL if blob.has_copy else chance
+
+    def _file_extent(self, blob: Blob) -> None:
+        filed = self._extents.pop(blob, None)
+        if filed is not None and filed is not blob.extent:
+            self._drop(filed)
+        extent = blob.extent
+        if extent is None:
+            return
+        if not self.may_leave(blob):
+            self._drop(extent)
+            return
+        self._extents[blob], self._blobs[extent] = extent, blob
+        was_spare, was_partial = extent in self.spare, extent in self.partial
+        self.spare.discard(extent)
+        self.partial.discard(extent)
+        if not self._demand.awaits(blob):
+            self.spare.put(extent)
+            self.arrivals += not was_spare
+        elif not self._demand.ready_awaits(blob):
+            self.partial.put(extent)
+            self.arrivals += not (was_spare or was_partial)
+
+    def _drop(self, extent: Extent) -> None:
+        self.spare.discard(extent)
+        self.partial.discard(extent)
+        self._blobs.pop(extent, None)
+
+    def _file_copy(self, blob: Blob) -> None:
+        filed = self._copies.pop(blob, None)
+        if filed is not None and filed is not blob.copy:
+            self.copies.discard(filed)
+            self._blobs.pop(filed, None)
+        copy = blob.copy
+        if copy is None:
+            return
+        is_coming = blob.state is not BlobState.RESIDENT and self._demand.awaits(blob)
+        if copy.life.state is not ExtentState.READY or is_coming:
+            self.copies.discard(copy)
+            self._blobs.pop(copy, None)
+            return
+        self._copies[blob], self._blobs[copy] = copy, blob
+        self.copies.put(copy)
+
+    def check(self, blobs: Iterable[Blob]) -> None:
+        """What is not marked lies where it belongs, and nothing else is filed."""
+        stale = self._marked.keys() | {
+            blob
+            for name in self._demand.unseen()
+            if name in self._models
+            for blob in self._models[name].blobs
+        }
+        for blob in (blob for blob in blobs if blob not in stale):
+            is_awaited = self._demand.awaits(blob)
+            if (extent := blob.extent) is not None:
+                may_leave, missed = self.may_leave(blob), is_awaited and self._demand.ready_awaits(blob)
+                assert (extent in self.spare) == (may_leave and not is_awaited), f"{blob.key}: spare"
+                assert (extent in self.partial) == (may_leave and is_awaited and not missed), blob.key
+            if (copy := blob.copy) is not None:
+                is_coming = blob.state is not BlobState.RESIDENT and is_awaited
+                is_free = copy.life.state is ExtentState.READY and not is_coming
+                assert (copy in self.copies) == is_free, f"{blob.key}: copy"
+        filed = {blob.extent for blob in self._extents} | {blob.copy for blob in self._copies}
+        for ranking in (self.spare, self.partial, self.copies):
+            ranking.check()
+            assert all(extent in filed or self._blobs[extent] in stale for _, extent in ranking)

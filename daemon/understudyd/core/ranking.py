@@ -1,0 +1,56 @@
+"""Things sorted by what they are worth, without ever sorting them all."""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Ranking(Generic[Item]):
+    """Items by key. A key stands until the item is put again, or looked at by `refresh`, by turns."""
+
+    def __init__(self, key_of: Callable[[Item], Any]) -> None:
+        self._key_of = key_of
+        self._puts = 0
+        self._entries: dict[Item, tuple[Any, int, Item]] = {}  # whose key is the oldest comes first
+        self._sorted: list[tuple[Any, int, Item]] = []
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._sorted)
+
+    def __iter__(self) -> Iterator[tuple[Any, Item]]:
+        """Keys and items, the least first; of equal ones who was put first."""
+        return ((key, item) for key, _, item in self._sorted)
+
+    def __reversed__(self) -> Iterator[tuple[Any, Item]]:
+        """The greatest first."""
+        return ((key, item) for key, _, item in reversed(self._sorted))
+
+    def __contains__(self, item: Item) -> bool:
+        """It is among them."""
+        return item in self._entries
+
+    def put(self, item: Item) -> None:
+        """It is one of them, under the key that it has now."""
+        self.discard(item)
+        self._puts += 1
+        entry = self._entries[item] = (self._key_of(item), self._puts, item)
+        insort(self._sorted, entry)
+
+    def discard(self, item: Item) -> None:
+        """It is not, or no more, one of them."""
+        entry = self._entries.pop(item, None)
+        if entry is not None:
+            del self._sorted[bisect_left(self._sorted, entry)]
+
+    def refresh(self, most: int) -> None:
+        """Look again at the `most` keys that are the oldest."""
+        for item in list(islice(self._entries, most)):
+            self.put(item)
+
+    def check(self) -> None:
+        """Sorted, and each item once."""
+        assert self._sorted == sorted(self._entries.values(), key=lambda entry: entry[:2])
