@@ -8,10 +8,13 @@ nothing.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
+
+if TYPE_CHECKING:
+    from understudy.wire import ModelEntry
 
 SHELLS = ("bash", "zsh", "fish")
 TASKS = tuple(
@@ -46,7 +49,17 @@ def completion_option(command: str) -> Callable[[_F], _F]:
 
 
 def complete_model(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names that the daemon at `--endpoint` serves."""
+    """Names that the daemon at `--endpoint` serves: models, and adapters, which may be asked for as such."""
+    return _items([(entry.name, entry.pipeline) for entry in _entries(context)], incomplete)
+
+
+def complete_lora(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of its adapters."""
+    loras = [(entry.name, entry.base) for entry in _entries(context) if entry.kind == "lora"]
+    return _items(loras, incomplete)
+
+
+def _entries(context: click.Context) -> "list[ModelEntry]":
     from understudy.errors import UnderstudyError
     from understudy.paths import default_endpoint
     from understudy.sync import Client
@@ -56,7 +69,7 @@ def complete_model(context: click.Context, _: click.Parameter, incomplete: str) 
         return []
     try:
         with Client(endpoint, reconnect_s=_PATIENCE_S) as client:
-            return _items([(entry.name, entry.pipeline) for entry in client.models()], incomplete)
+            return client.models()
     except UnderstudyError:
         return []
 
