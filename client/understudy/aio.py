@@ -115,8 +115,8 @@ class AsyncClient:
 
         Fields, all optional: `negative_prompt`, `seed`, `size` or `width` and `height`, `steps`, `guidance`,
         `images`, `adapters`, `scheduler`, `options`; `image`, `mask`, `control_image`, `inputs`, `task`;
-        `format`, `quality`, `progress`; `priority`, `deadline_s`, `request_id`. `understudy.request.RequestFields`
-        explains them.
+        `format`, `quality`, `progress`; `priority`, `deadline_s`, `request_id`.
+        `understudy.request.RequestFields` explains them.
         """
         fields.setdefault("progress", False)
         handle = await self.submit(model, prompt, **fields)

@@ -106,3 +106,7 @@ def _say(line: Line) -> None:
             show(scan_table([msgspec.to_builtins(result) for result in results]))
         case Error(code=code, message=message):
             print(f"error ({code}): {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(sys.argv[1:]))
