@@ -80,7 +80,7 @@ class Scan(AdminRequest, frozen=True, kw_only=True, tag="scan"):
     is_missing: bool = False
 
 
-class AddLora(AdminRequest, frozen=True, kw_only=True, tag="add_lora"):
+class AddLora(AdminRequest, frozen=True, kw_only=True, tag="add-lora"):
     """Ingest the LoRAs of `source`: a .safetensors file or a folder on the daemon's machine, or a hub id.
 
     `name` is for one LoRA; names of several are made from their paths, with `name_prefix` before them. `base`
@@ -102,7 +102,7 @@ class Loras(AdminRequest, frozen=True, kw_only=True, tag="loras"):
     """Every adapter with its tier, and every combination of a model and adapters that is known now."""
 
 
-class RemoveLora(AdminRequest, frozen=True, kw_only=True, tag="remove_lora"):
+class RemoveLora(AdminRequest, frozen=True, kw_only=True, tag="remove-lora"):
     """Stop serving an adapter and delete it once the last request that uses it is done."""
 
     name: str
