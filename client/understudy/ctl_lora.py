@@ -35,8 +35,8 @@ def add_lora(
 ) -> None:
     """Add LoRAs and serve them: a file, every file below a folder, or a hub id.
 
-    SOURCE is on the daemon's machine, in the format of kohya, A1111, diffusers or PEFT. Without NAME each LoRA
-    is called after its file.
+    SOURCE is on the daemon's machine, in the format of kohya, A1111, diffusers or PEFT. Without NAME each
+    LoRA is called after its file.
     """
     if len(words) > 2:
         raise click.UsageError("give SOURCE, or NAME and SOURCE")
