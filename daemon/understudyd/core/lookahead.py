@@ -10,13 +10,14 @@ from collections.abc import Container, Iterator, Sequence
 
 from understudyd.core.demand import Demand, is_pressing
 from understudyd.core.entities import Blob, Load, Loader, Model
-from understudyd.core.extents import Extent, Priced
+from understudyd.core.extents import Extent
 from understudyd.core.fetching import Fetching
 from understudyd.core.policy import Policy
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState
 from understudyd.core.timely import Timely
+from understudyd.core.windows import Priced, cheapest_window
 
 
 class Lookahead:
@@ -134,14 +135,10 @@ class Lookahead:
 
     def _begin(self, model: Model, blob: Blob, loader: Loader, on_stage: str | None, now_s: float) -> bool:
         """Start one load; False when there is no room for it."""
-
-        def candidates() -> Iterator[Priced]:
-            return self._candidates(model, on_stage)
-
         if self._no_room == self._situation(model, blob, on_stage):
             return False
         beside = [b.info.size_bytes for b in model.blobs if b.state is BlobState.ABSENT and b is not blob]
-        if self._residency.begin_load(blob, loader, candidates, now_s, beside):
+        if self._residency.begin_load(blob, loader, self._candidates(model, on_stage), now_s, beside):
             return True
         self._no_room = self._situation(model, blob, on_stage)
         return False
@@ -221,8 +218,7 @@ class Lookahead:
         arena, size_bytes = self._residency.arena, blob.info.size_bytes
         if arena.largest_gap_bytes >= arena.rounded(size_bytes):
             return True
-        candidates = self._candidates(model, on_stage)
-        if arena.cheapest_window(size_bytes, candidates) is not None:
+        if cheapest_window(arena, size_bytes, self._candidates(model, on_stage)) is not None:
             return True
         self._no_room = situation
         return False

@@ -29,12 +29,13 @@ from typing import Literal
 
 from understudyd.core.demand import Demand, Need, is_pressing
 from understudyd.core.entities import Model
-from understudyd.core.extents import Extent, Priced
+from understudyd.core.extents import Extent
 from understudyd.core.forecast import Forecast
 from understudyd.core.patience import Limits
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.request import Request
 from understudyd.core.residency import Residency
+from understudyd.core.windows import Priced
 
 Order = Literal["resident_first", "fcfs"]
 

@@ -21,7 +21,7 @@ from understudyd.core.entities import Blob, Load, Loader, Model
 from understudyd.core.evictables import Evictables
 from understudyd.core.extents import ArenaMap, Extent
 from understudyd.core.loads import Loads
-from understudyd.core.placement import Candidates, cheapest
+from understudyd.core.placement import cheapest
 from understudyd.core.quarantine import Quarantine
 from understudyd.core.retries import Retries
 from understudyd.core.states import (
@@ -33,6 +33,7 @@ from understudyd.core.states import (
     PartsState,
 )
 from understudyd.core.types import BlobInfo
+from understudyd.core.windows import Priced
 
 
 class Residency:
@@ -240,7 +241,7 @@ class Residency:
         self,
         blob: Blob,
         loader: Loader,
-        candidates: Candidates | None,
+        candidates: Iterable[Priced] | None,
         now_s: float,
         beside: Sequence[int] = (),
     ) -> bool:
@@ -264,7 +265,7 @@ class Residency:
         return True
 
     def _place(
-        self, blob: Blob, candidates: Candidates | None, now_s: float, beside: Sequence[int]
+        self, blob: Blob, candidates: Iterable[Priced] | None, now_s: float, beside: Sequence[int]
     ) -> Extent | None:
         arena, size_bytes = self.arena, blob.info.size_bytes
         extent = arena.allocate(size_bytes, blob.key, sum(map(arena.rounded, beside)))
