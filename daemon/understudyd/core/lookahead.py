@@ -93,7 +93,8 @@ class Lookahead:
         residency, settings = self._residency, self._policy.settings
         models = residency.models
         self._guessed_at = None
-
+        for name in [name for name in self._wanted if name in residency.ready]:
+            del self._wanted[name]
         self._timely.stage_awaits_load = False
         if next(residency.idle_loaders(), None) is None:
             self._make_way_for_a_loader(on_stage, stage_is_busy, now_s)
@@ -164,11 +165,8 @@ class Lookahead:
         return blob.key, model.name, rank, room, self._queue.withdrawals, tuple(self._wanted), kept
 
     def _load_wanted(self, on_stage: str | None, now_s: float) -> None:
-        models, ready = self._residency.models, self._residency.ready
-        for name in [n for n in self._wanted if n in ready]:
-            del self._wanted[name]
         for name in self._wanted:
-            if not self._load(models[name], on_stage, now_s):
+            if not self._load(self._residency.models[name], on_stage, now_s):
                 return
 
     def _make_way_for_a_loader(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
