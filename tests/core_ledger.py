@@ -15,6 +15,7 @@ from understudyd.core import events as ev
 from understudyd.core.machine import Machine
 from understudyd.core.states import BlobState
 from understudyd.core.types import ModelInfo, Outcome, RequestInfo
+from understudyd.core.windows import cheapest_window
 
 PAGE = 4096
 
@@ -358,7 +359,7 @@ class Ledger:
                 prices = machine.policy.candidates(residency, machine.demand, name, machine.on_stage)
                 kept = machine.timely.loaded_before(name)
                 candidates = [found for found in prices if found[1].blob not in kept]
-                has_room = fits or residency.arena.cheapest_window(size, candidates) is not None
+                has_room = fits or cheapest_window(residency.arena, size, candidates) is not None
                 assert not (is_idle and has_room), f"{absent.key} could be loaded"
                 only_fetches = [load for load in self.loads.values() if load.offset is None]
                 mine = {b.key for b in residency.models[name].blobs}

@@ -13,7 +13,7 @@ Need = tuple[int, int, bool, float, int]
 
 _STRICT = _PRESSING = 0
 _READY, _REST, _WISHED = range(1, 4)
-LOOKED_AT = 8
+LOOKED_AT = 4
 LAST: Need = (_WISHED + 1, 0, False, 0.0, 0)
 
 
@@ -87,6 +87,28 @@ class Demand:
             (name,) = blob.models
             return self.need(name, on_stage)
         return min((self.need(name, on_stage) for name in self.awaited & blob.models), default=LAST)
+
+    def ready_last_first(self, on_stage: str | None) -> Iterator[tuple[Need, str]]:
+        """Models that somebody waits for and that are ready, who is expected to run last first."""
+        ready, pressing = self.ready, self._queue.pressing.ended
+        staged: Need | None = None
+        for urgency, _, _, request in self._queue.last_first():
+            if staged is not None and on_stage is not None and urgency < staged[1]:
+                yield staged, on_stage
+                staged = None
+            name = request.model
+            if name not in ready or pressing.first(name) is not None:
+                continue
+            need = self.need(name, on_stage)
+            if name == on_stage and not self._is_strict:
+                staged = need  # the first of its priority
+            else:
+                yield need, name
+        if staged is not None and on_stage is not None:
+            yield staged, on_stage
+        for _, _, request in reversed(pressing.heads):
+            if request.model in ready:
+                yield self.need(request.model, on_stage), request.model
 
     def lacking(self) -> Iterator[str]:
         """Models that somebody waits for and that are not ready, as they are expected to run."""

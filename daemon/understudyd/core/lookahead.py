@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator, Sequence
 
 from understudyd.core.demand import Demand, is_pressing
 from understudyd.core.entities import Blob, Load, Loader, Model
-from understudyd.core.extents import Extent, Priced
+from understudyd.core.extents import Extent
 from understudyd.core.fetching import Fetching
 from understudyd.core.policy import Policy
 from understudyd.core.queueing import RequestQueue
@@ -18,6 +18,7 @@ from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState
 from understudyd.core.timely import Timely
 from understudyd.core.transit import Transit
+from understudyd.core.windows import Priced, cheapest_window
 
 
 class Lookahead:
@@ -100,7 +101,8 @@ class Lookahead:
         residency, settings = self._residency, self._policy.settings
         models = residency.models
         self._guessed_at = None
-
+        for name in [name for name in self._wanted if name in residency.ready]:
+            del self._wanted[name]
         self._timely.stage_awaits_load = False
         if next(residency.idle_loaders(), None) is None:
             self._make_way_for_a_loader(on_stage, stage_is_busy, now_s)
@@ -142,14 +144,10 @@ class Lookahead:
 
     def _begin(self, model: Model, blob: Blob, loader: Loader, on_stage: str | None, now_s: float) -> bool:
         """Start one load; False when there is no room for it."""
-
-        def candidates() -> Iterator[Priced]:
-            return self._candidates(model, on_stage)
-
         if self._no_room == self._situation(model, blob, on_stage):
             return False
         beside = [b.info.size_bytes for b in model.blobs if b.state is BlobState.ABSENT and b is not blob]
-        if self._transit.begin_load(blob, loader, candidates, now_s, beside):
+        if self._transit.begin_load(blob, loader, self._candidates(model, on_stage), now_s, beside):
             return True
         self._no_room = self._situation(model, blob, on_stage)
         return False
@@ -175,11 +173,8 @@ class Lookahead:
         return blob.key, model.name, rank, room, self._queue.withdrawals, tuple(self._wanted), kept
 
     def _load_wanted(self, on_stage: str | None, now_s: float) -> None:
-        models, ready = self._residency.models, self._residency.ready
-        for name in [n for n in self._wanted if n in ready]:
-            del self._wanted[name]
         for name in self._wanted:
-            if not self._load(models[name], on_stage, now_s):
+            if not self._load(self._residency.models[name], on_stage, now_s):
                 return
 
     def _make_way_for_a_loader(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
@@ -229,8 +224,7 @@ class Lookahead:
         arena, size_bytes = self._residency.arena, blob.info.size_bytes
         if arena.largest_gap_bytes >= arena.rounded(size_bytes):
             return True
-        candidates = self._candidates(model, on_stage)
-        if arena.cheapest_window(size_bytes, candidates) is not None:
+        if cheapest_window(arena, size_bytes, self._candidates(model, on_stage)) is not None:
             return True
         self._no_room = situation
         return False

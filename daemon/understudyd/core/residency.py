@@ -21,7 +21,7 @@ from understudyd.core.entities import Blob, Model
 from understudyd.core.evictables import Evictables
 from understudyd.core.extents import ArenaMap, Extent
 from understudyd.core.loads import Loads
-from understudyd.core.placement import Candidates, cheapest
+from understudyd.core.placement import cheapest
 from understudyd.core.retries import Retries
 from understudyd.core.states import (
     BLOB_TABLE,
@@ -32,6 +32,7 @@ from understudyd.core.states import (
     PartsState,
 )
 from understudyd.core.types import BlobInfo
+from understudyd.core.windows import Priced
 
 
 class Residency:
@@ -234,7 +235,7 @@ class Residency:
     # -- room ---------------------------------------------------------------------------------------
 
     def place(
-        self, blob: Blob, candidates: Candidates | None, now_s: float, beside: Sequence[int]
+        self, blob: Blob, candidates: Iterable[Priced] | None, now_s: float, beside: Sequence[int]
     ) -> Extent | None:
         """A gap, or the window that is cheapest to clear of `candidates`, with room for those `beside` it."""
         arena, size_bytes = self.arena, blob.info.size_bytes

@@ -52,7 +52,8 @@ class Timely:
         if not self._is_changed or name not in self.names:
             return frozenset()
         before = self.names[: self.names.index(name)]
-        return frozenset(blob.key for other in before for blob in self._models[other].blobs)
+        known = (self._models[other] for other in before if other in self._models)  # one may just have left
+        return frozenset(blob.key for model in known for blob in model.blobs)
 
     def keeps_others_waiting(self, model: Model, now_s: float) -> bool:
         """It is on its way, and the stage will wait for it: nothing else should slow it down."""

@@ -4,14 +4,14 @@ The lookahead decides what is loaded; here a load is started, with a place of it
 its events. What a dead loader may still be writing to is in quarantine.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from understudyd.core.decisions import Decisions
 from understudyd.core.entities import Blob, Load, Loader
-from understudyd.core.placement import Candidates
 from understudyd.core.quarantine import Quarantine
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState, ExtentState
+from understudyd.core.windows import Priced
 
 
 class Transit:
@@ -32,7 +32,7 @@ class Transit:
         self,
         blob: Blob,
         loader: Loader,
-        candidates: Candidates | None,
+        candidates: Iterable[Priced] | None,
         now_s: float,
         beside: Sequence[int] = (),
     ) -> bool:
