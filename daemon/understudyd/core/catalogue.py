@@ -5,6 +5,8 @@ it: its leases have ended and it is not being prepared. One that is to take over
 parts are built, so that no request waits for them; the old one serves meanwhile.
 """
 
+from collections.abc import Iterator
+
 from understudyd.core.actions import (
     Action,
     AdoptEdition,
@@ -17,7 +19,7 @@ from understudyd.core.entities import Model
 from understudyd.core.policy import Policy
 from understudyd.core.residency import Residency
 from understudyd.core.states import PARTS_TABLE, BlobState, IllegalEvent, Lifecycle, PartsState
-from understudyd.core.types import ModelInfo
+from understudyd.core.types import BlobInfo, ModelInfo
 
 
 class Catalogue:
@@ -67,13 +69,14 @@ class Catalogue:
     def _check(self, info: ModelInfo) -> None:
         if info.key in self.editions:
             raise IllegalEvent(f"edition {info.key} is alive already")
-        known = {blob.key: blob for model in self.coming.values() for blob in model.info.blobs}
-        known |= {
-            b.key: self._residency.blobs[b.key].info for b in info.blobs if b.key in self._residency.blobs
-        }
-        for blob in info.blobs:
+        blobs = self._residency.blobs
+        known = {blob.key: blob for model in self.coming.values() for blob in _with_sources(model.info)}
+        known |= {blob.key: blobs[blob.key].info for blob in _with_sources(info) if blob.key in blobs}
+        for blob in _with_sources(info):
             if known.get(blob.key, blob) != blob:
                 raise IllegalEvent(f"blob {blob.key[:12]} of {info.name} has another size than before")
+            if blob.made_of and blob.made_of[0] not in info.blobs:
+                raise IllegalEvent(f"{info.name} has no component for its overlay {blob.key[:12]}")
 
     def _edition(self, info: ModelInfo) -> Model:
         """An edition without blobs: they count as the name's only once it has taken over."""
@@ -83,8 +86,14 @@ class Catalogue:
 
     def _take_blobs(self, model: Model, now_s: float) -> None:
         model.blobs = tuple(self._residency.blob(blob) for blob in model.info.blobs)
-        self._residency.evictables.mark(model.blobs)
-        for blob in model.blobs:
+        overlays = [blob for blob in model.blobs if blob.is_overlay]
+        for overlay in overlays:
+            overlay.sources = tuple(map(self._residency.blob, overlay.info.made_of))
+            for adapter in overlay.sources[1:]:
+                adapter.overlays[overlay.key] = overlay
+        model.adapters = tuple(dict.fromkeys(blob for overlay in overlays for blob in overlay.sources[1:]))
+        self._residency.evictables.mark(model.all_blobs)
+        for blob in model.all_blobs:
             blob.models.add(model.name)
             if blob.state is BlobState.DAMAGED:
                 blob.life.to(BlobState.ABSENT, now_s, f"{model.key} was added anew")
@@ -98,12 +107,12 @@ class Catalogue:
         if name in residency.pinned:
             residency.pinned[name] = model
         self._take_blobs(model, now_s)
-        for blob in model.blobs:
+        for blob in model.all_blobs:
             residency.retries.start_anew(blob)
         self._actions.append(AdoptEdition(name, model.key))
         self._policy.replaced(model)
-        residency.evictables.mark(old.blobs)
-        for blob in (blob for blob in old.blobs if blob not in model.blobs):
+        residency.evictables.mark(old.all_blobs)
+        for blob in (blob for blob in old.all_blobs if blob not in model.all_blobs):
             blob.models.discard(name)
             if not blob.models:
                 residency.abandon(blob, now_s)
@@ -179,10 +188,16 @@ class Catalogue:
     def _retire_name(self, model: Model, now_s: float) -> None:
         del self._residency.models[model.name]
         self._residency.no_longer_ready(model.name)
-        self._residency.evictables.mark(model.blobs)
-        for blob in model.blobs:
+        self._residency.evictables.mark(model.all_blobs)
+        for blob in model.all_blobs:
             blob.models.discard(model.name)
             if not blob.models:
                 self._residency.abandon(blob, now_s)
         self._policy.forget(model)
         self._actions += [ForgetModel(model.key), RetireModel(model.name)]
+
+
+def _with_sources(info: ModelInfo) -> Iterator[BlobInfo]:
+    """Its blobs, and what overlays among them are made of."""
+    for blob in info.blobs:
+        yield from (blob, *blob.made_of)

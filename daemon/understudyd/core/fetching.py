@@ -63,7 +63,9 @@ class Fetching:
     def _fetch(self, models: Iterator[Model], limit: float, now_s: float) -> bool:
         """Fetch for one model after the other until no loader is left; False when there is no room."""
         for model in models:
-            for blob in model.blobs:
+            for blob in model.all_blobs:
+                if blob.is_overlay:
+                    continue  # what it is made of comes in its place
                 if blob.state is not BlobState.ABSENT or blob.copy is not None or blob.retry_at_s > now_s:
                     continue
                 loader = next(self._residency.idle_loaders(), None)

@@ -63,7 +63,7 @@ class Loads:
         """Ask the loader to stop between two chunks."""
         if not load.is_cancelling:
             if self._decisions is not None:
-                self._decisions.stopped(load)
+                self._decisions.stopped(load.blob, is_to_host=load.extent is None)
             load.is_cancelling = True
             self._actions.append(CancelLoad(load.id))
 

@@ -151,6 +151,8 @@ class Machine:
                 self._loader_changed(event, now_s)
             case ev.LoadFinished() | ev.LoadFailed() | ev.LoadCancelled():
                 self._load_ended(event, now_s)
+            case ev.FoldFinished() | ev.FoldFailed() | ev.FoldCancelled():
+                self._fold_ended(event, now_s)
             case ev.ViewsBuilt(blob=key, generation=generation):
                 self.residency.views_built(self.residency.viewing(key, generation), now_s)
             case ev.ViewsFailed(blob=key, generation=generation, message=message):
@@ -263,7 +265,7 @@ class Machine:
 
     def _evict_model(self, model: Model, now_s: float) -> None:
         """Evict what no other resident model shares and nobody holds."""
-        for blob in model.blobs:
+        for blob in model.all_blobs:
             others = (self.residency.models[m] for m in blob.models if m != model.name)
             if blob.extent is None or any(other.is_resident for other in others):
                 continue
@@ -293,10 +295,21 @@ class Machine:
                 self.transit.load_failed(load, now_s, message)
                 self._count_failure(load.blob, code, message, now_s)
 
+    def _fold_ended(self, event: ev.FoldFinished | ev.FoldFailed | ev.FoldCancelled, now_s: float) -> None:
+        fold = self.residency.folds.find(event.overlay, event.generation)
+        match event:
+            case ev.FoldFinished():
+                self.transit.fold_finished(fold, now_s)
+            case ev.FoldCancelled():
+                self.transit.fold_ended_empty(fold, now_s, "cancelled")
+            case ev.FoldFailed(code=code, message=message):
+                self.transit.fold_ended_empty(fold, now_s, message)
+                self._count_failure(fold.overlay, code, message, now_s)
+
     def _count_failure(self, blob: Blob, code: ErrorCode, message: str, now_s: float) -> None:
-        """A load went wrong: try again later, or give up and fail who waits for it."""
-        if blob.models and self.residency.retries.failed(blob, code, now_s):
-            self._give_up(sorted(blob.models), code, message, now_s)
+        """A load or a fold went wrong: try again later, or give up and fail who waits for it."""
+        if blob.models and self.residency.retries.failed(blob, code, message, now_s):
+            self._give_up(sorted(blob.users), code, message, now_s)
 
     # -- settling -----------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class Policy:
 
     def saw(self, model: Model, client: str, now_s: float) -> None:
         """A request for the model was admitted. Blobs are forecast as models are: shared ones count once."""
-        keys = dict.fromkeys(blob.key for blob in model.blobs)
+        keys = dict.fromkeys(blob.key for blob in model.all_blobs)
         self.forecast.saw(model.name, *keys, client=client, now_s=now_s)
 
     def forget(self, model: Model) -> None:
@@ -96,12 +96,12 @@ class Policy:
 
     def replaced(self, model: Model) -> None:
         """The name stands for this model now: what was asked of the old one is expected of it."""
-        for blob in model.blobs:
+        for blob in model.all_blobs:
             self.forecast.inherit(blob.key, model.name)
 
     def forget_blobs(self, model: Model) -> None:
         """Nobody needs those blobs of a retired edition that no model has any more."""
-        for blob in model.blobs:
+        for blob in model.all_blobs:
             if not blob.models:
                 self.forecast.forget(blob.key)
 

@@ -20,6 +20,7 @@ from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Model
 from understudyd.core.evictables import Evictables
 from understudyd.core.extents import ArenaMap, Extent
+from understudyd.core.folding import Folds
 from understudyd.core.loads import Loads
 from understudyd.core.placement import cheapest
 from understudyd.core.retries import Retries
@@ -38,9 +39,10 @@ from understudyd.core.windows import Priced
 class Residency:
     """Models, blobs and the arena's map, always consistent with each other.
 
-    `book` has the loads under way and the loaders. `ready` are the models that can go on deck, as
-    `Model.is_ready` says; it is asked of very many at every event. `changes` counts what may make room: while
-    it stands, what found no room finds none. `replacements` counts models that stand for other blobs now.
+    `book` has the loads under way and the loaders, `folds` the overlay that is being made. `ready` are the
+    models that can go on deck, as `Model.is_ready` says; it is asked of very many at every event. `changes`
+    counts what may make room: while it stands, what found no room finds none. `replacements` counts models
+    that stand for other blobs now.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class Residency:
         self.ready = demand.ready
         self.pinned: dict[str, Model] = {}
         self.blobs: dict[str, Blob] = {}
+        self.overlays: dict[str, Blob] = {}
         self.evictables = Evictables(demand, self.models, self.pinned)
         self.copies = HostCopies(pool_bytes, quarantine_grace_s, demand, self.evictables)
         self.book = Loads(actions, decisions)
         self.loads = self.book.under_way
         self.loaders = self.book.loaders
         self.idle_loaders = self.book.idle_loaders
+        self.folds = Folds(actions, decisions)
         self.evictions = 0
         self.arrivals = 0
         self.readiness = 0
@@ -82,6 +86,8 @@ class Residency:
         if blob is None:
             life = Lifecycle(f"blob {info.key[:12]}", BlobState.ABSENT, BLOB_TABLE)
             blob = self.blobs[info.key] = Blob(info, life)
+            if info.made_of:
+                self.overlays[info.key] = blob
         return blob
 
     def abandon(self, blob: Blob, now_s: float) -> None:
@@ -92,6 +98,9 @@ class Residency:
                 self.evict(blob, now_s, "no model left")
         elif blob.load_id is not None:
             self.book.cancel(self.loads[blob.load_id])
+        elif blob.state is BlobState.FOLDING:
+            assert self.folds.under_way is not None
+            self.folds.cancel(self.folds.under_way)
         self.forget_if_unused(blob, now_s)
 
     def forget_if_unused(self, blob: Blob, now_s: float) -> None:
@@ -99,6 +108,9 @@ class Residency:
         if not blob.models and blob.state in (BlobState.ABSENT, BlobState.DAMAGED):
             self.copies.drop(blob, now_s, "no model left")
             self.blobs.pop(blob.key, None)
+            self.overlays.pop(blob.key, None)
+            for source in blob.sources:
+                source.overlays.pop(blob.key, None)
 
     def prepare(self, model: Model, now_s: float) -> None:
         """Have the model's small parts built, once."""
@@ -122,58 +134,73 @@ class Residency:
 
     def version(self) -> object:
         """While it is the same, nothing else can be loaded, and nothing else is ready."""
-        book, pauses = self.book.changes, self.retries.pauses
-        return (self.changes, self.arrivals, self.evictions, self.readiness, book, pauses, len(self.models))
+        book, folds, pauses = self.book.changes, self.folds.changes, self.retries.pauses
+        changes = (self.changes, self.arrivals, self.evictions, self.readiness)
+        return (*changes, book, folds, pauses, len(self.models))
 
     def required_bytes(self, model: Model) -> int:
         """Arena bytes that must exist for the model to run beside everything pinned."""
-        needed = set(model.blobs).union(*(other.blobs for other in self.pinned.values()))
+        models = (model, *self.pinned.values())
+        needed = {blob for one in models for blob in one.all_blobs}
         return sum(self.arena.rounded(b.info.size_bytes) for b in needed)
 
     def pin(self, model: Model, pinned: bool) -> None:
         """Keep the model's blobs in the arena once they are there, or stop doing so."""
         self.changes += 1
         self.evictables.mark(model.blobs)
+        self.evictables.mark(model.adapters)
         if pinned:
             self.pinned[model.name] = model
         else:
             self.pinned.pop(model.name, None)
 
     def is_pinned(self, blob: Blob) -> bool:
-        """A pinned model has this blob."""
-        return not self.pinned.keys().isdisjoint(blob.models)
+        """A pinned model needs this blob."""
+        return bool(self.pinned) and not self.pinned.keys().isdisjoint(blob.users)
 
     def is_held_up(self, model: Model, now_s: float) -> bool:
         """Nothing can be done for the model now: a pause after a failed load, or no loader lives."""
-        lacking = [b for b in model.blobs if b.state is BlobState.ABSENT]
-        return bool(lacking) and (not self.book.has_loader() or any(b.retry_at_s > now_s for b in lacking))
+        lacking = [b for b in model.needed() if b.state is BlobState.ABSENT]
+        if any(b.retry_at_s > now_s for b in lacking):
+            return True
+        return any(not b.is_overlay for b in lacking) and not self.book.has_loader()
 
     # -- leases and eviction ------------------------------------------------------------------------
 
     def lease(self, model: Model, now_s: float) -> None:
         """The model's blobs stay where they are until `unlease`."""
         for blob in model.blobs:
-            assert blob.extent is not None
-            if blob.extent.leases == 0:
-                blob.extent.life.to(ExtentState.LEASED, now_s, model.key)
-                self.evictables.mark([blob])
-            blob.extent.leases += 1
+            self.hold(blob, now_s, model.key)
         model.leases += 1
         self.leases += 1
 
     def unlease(self, model: Model, now_s: float) -> None:
         """One use of the model's blobs has completed on the device."""
         for blob in model.blobs:
-            assert blob.extent is not None
-            blob.extent.leases -= 1
-            if blob.extent.leases == 0:
-                blob.extent.life.to(ExtentState.READY, now_s, model.key)
-                self.evictables.mark([blob])
-                if not blob.models:
-                    self.abandon(blob, now_s)
+            self.release(blob, now_s, model.key)
         model.leases -= 1
         self.leases -= 1
+
+    def hold(self, blob: Blob, now_s: float, why: str) -> None:
+        """A resident blob stays where it is until `release`, once for each time."""
+        extent = blob.extent
+        assert extent is not None
+        if extent.leases == 0:
+            extent.life.to(ExtentState.LEASED, now_s, why)
+            self.evictables.mark([blob])
+        extent.leases += 1
+
+    def release(self, blob: Blob, now_s: float, why: str) -> None:
+        """One use of the blob is over."""
+        extent = blob.extent
+        assert extent is not None
+        extent.leases -= 1
         self.changes += 1
+        if extent.leases == 0:
+            extent.life.to(ExtentState.READY, now_s, why)
+            self.evictables.mark([blob])
+            if not blob.models:
+                self.abandon(blob, now_s)
 
     def evict(self, blob: Blob, now_s: float, why: str) -> None:
         """Take a resident, unleased blob out of the arena."""
@@ -189,14 +216,16 @@ class Residency:
         self._actions.append(DropViews(blob.key, extent.generation))
         self.arena.release(extent, now_s, why)
         blob.extent = None
+        self.evictables.mark(blob.sources)
         self._no_longer_ready(blob)
         self.evictions += 1
         self.changes += 1
 
     def _no_longer_ready(self, blob: Blob) -> None:
         self.evictables.mark([blob])
-        for name in blob.models:
-            self.no_longer_ready(name)
+        if not blob.overlays:  # nobody runs with an adapter
+            for name in blob.models:
+                self.no_longer_ready(name)
 
     def evictable(self, extent: Extent) -> Blob | None:
         """The blob of an extent that may be evicted: ready, with views, not leased, not pinned."""
@@ -263,6 +292,7 @@ class Residency:
             self.changes += 1
             blob.extent = None
         blob.life.to(BlobState.ABSENT, now_s, why)
+        self.evictables.mark(blob.sources)
         self.forget_if_unused(blob, now_s)
 
     # -- views --------------------------------------------------------------------------------------
@@ -283,6 +313,7 @@ class Residency:
         assert blob.extent is not None
         blob.extent.life.to(ExtentState.READY, now_s, why)
         blob.life.to(BlobState.VIEWING, now_s, why)
+        self.evictables.mark(blob.sources)
         self._view_or_drop(blob, blob.extent, now_s)
 
     def _view_or_drop(self, blob: Blob, extent: Extent, now_s: float) -> None:

@@ -1,13 +1,13 @@
 """What is on its way to the arena or to the host pool, and what becomes of it.
 
-The lookahead decides what is loaded; here a load is started, with a place of its own, and ended, in one of
-its events. What a dead loader may still be writing to is in quarantine.
+The lookahead decides what is loaded or folded; here a load or a fold is started, with a place of its own, and
+ended, in one of its events. What a dead loader may still be writing to is in quarantine.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from understudyd.core.decisions import Decisions
-from understudyd.core.entities import Blob, Load, Loader
+from understudyd.core.entities import Blob, Folding, Load, Loader
 from understudyd.core.quarantine import Quarantine
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState, ExtentState
@@ -15,7 +15,7 @@ from understudyd.core.windows import Priced
 
 
 class Transit:
-    """Loads from their start to their end. It decides nothing."""
+    """Loads and folds from their start to their end. It decides nothing."""
 
     def __init__(
         self, residency: Residency, quarantine_grace_s: float, decisions: Decisions | None = None
@@ -64,6 +64,25 @@ class Transit:
         blob.life.to(BlobState.FETCHING, now_s, f"load {load.id}")
         return True
 
+    def begin_fold(self, overlay: Blob, candidates: Iterable[Priced] | None, now_s: float) -> bool:
+        """Start making an overlay whose sources are resident; False when there is no room for it.
+
+        None of its sources may be among the `candidates` for eviction. They stay until the fold has ended.
+        """
+        residency = self._residency
+        extent = residency.place(overlay, candidates, now_s, ())
+        if extent is None:
+            return False
+        for blob in overlay.sources:
+            residency.hold(blob, now_s, f"fold of {overlay.key[:12]}")
+        residency.folds.start(overlay, extent, now_s)
+        if self._decisions is not None:
+            is_pinned = residency.is_pinned(overlay)
+            self._decisions.folding(overlay, is_pinned=is_pinned, is_likely=candidates is None)
+        overlay.extent = extent
+        overlay.life.to(BlobState.FOLDING, now_s, f"generation {extent.generation}")
+        return True
+
     def _tell(self, load: Load, *, is_likely: bool) -> None:
         if self._decisions is not None:
             is_pinned = self._residency.is_pinned(load.blob)
@@ -94,6 +113,21 @@ class Transit:
         self.load_ended_empty(load, now_s, why)
         if load.from_pool:
             self._copies.drop(load.blob, now_s, why)
+
+    def fold_finished(self, fold: Folding, now_s: float) -> None:
+        """The overlay is there; the views follow, unless nobody wants it any more."""
+        self._end_fold(fold, now_s)
+        self._residency.filled(fold.overlay, now_s, "folded")
+
+    def fold_ended_empty(self, fold: Folding, now_s: float, why: str) -> None:
+        """The fold was cancelled or failed, and the stage writes no more."""
+        self._end_fold(fold, now_s)
+        self._residency.drop_extent(fold.overlay, now_s, why)
+
+    def _end_fold(self, fold: Folding, now_s: float) -> None:
+        self._residency.folds.end()
+        for blob in fold.sources:
+            self._residency.release(blob, now_s, f"fold of {fold.overlay.key[:12]}")
 
     def loader_lost(self, loader_id: int, now_s: float, why: str) -> Blob | None:
         """Quarantine what the loader may still be writing to; returns the blob it was loading."""
@@ -132,13 +166,14 @@ class Transit:
         yield from self._residency.retries.deadlines()
 
     def is_still(self) -> bool:
-        """A loader is idle, and nothing under way will make room: no load, lease, view, move or quarantine.
+        """A loader is idle, and nothing will make room: no load, fold, lease, view, move or quarantine.
 
         What is on its way to the host pool only makes no room in the arena.
         """
         residency = self._residency
         return (
             all(load.extent is None for load in self._book.under_way.values())
+            and residency.folds.under_way is None
             and not residency.leases
             and not self._quarantine
             and next(self._book.idle_loaders(), None) is not None
