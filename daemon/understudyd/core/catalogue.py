@@ -3,9 +3,13 @@
 A name stands for one edition at a time. An edition that was replaced or removed is alive until nobody uses
 it: its leases have ended and it is not being prepared. One that is to take over is *coming* while its small
 parts are built, so that no request waits for them; the old one serves meanwhile.
+
+Of derived models there could be more than anybody counts, one for each combination that was ever asked for:
+those that nobody uses and that were not asked for the longest are *surplus*.
 """
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Set
 
 from understudyd.core.actions import (
     Action,
@@ -23,11 +27,16 @@ from understudyd.core.types import BlobInfo, ModelInfo
 
 
 class Catalogue:
-    """`editions` are those that are alive, by key; `coming` those that are to take over, by name."""
+    """`editions` are those that are alive, by key; `coming` those that are to take over, by name.
 
-    def __init__(self, residency: Residency, policy: Policy, actions: list[Action]) -> None:
+    `derived` are derived models by name, who was asked for last comes last; kept are `max_derived` of them.
+    """
+
+    def __init__(self, residency: Residency, policy: Policy, actions: list[Action], max_derived: int) -> None:
         self.editions: dict[str, Model] = {}
         self.coming: dict[str, Model] = {}
+        self.derived: OrderedDict[str, Model] = OrderedDict()
+        self._max_derived = max_derived
         self._residency = residency
         self._policy = policy
         self._actions = actions
@@ -53,6 +62,23 @@ class Catalogue:
         model = self._edition(info)
         self._residency.models[info.name] = model
         self._take_blobs(model, now_s)
+        self.asked(model)
+
+    def asked(self, model: Model) -> None:
+        """Somebody has asked for it: it is the last derived model to go."""
+        if model.info.is_derived:
+            self.derived[model.name] = model
+            self.derived.move_to_end(model.name)
+
+    def surplus(self, awaited: Set[str]) -> Iterator[Model]:
+        """Derived models that can be removed and should be. All but the last one, which has just come."""
+        for model in list(self.derived.values())[:-1]:
+            if len(self.derived) <= self._max_derived:
+                return
+            is_preparing = model.parts.state is PartsState.PREPARING
+            is_used = model.leases or model.retiring or is_preparing or model.name in awaited
+            if not is_used and model.name not in self._residency.pinned:
+                yield model
 
     def replace(self, info: ModelInfo, now_s: float) -> None:
         """Another edition, which takes over at once unless the old one can serve until it is prepared."""
@@ -103,6 +129,8 @@ class Catalogue:
         residency, name = self._residency, model.name
         old = residency.models[name]
         residency.models[name] = model
+        self.derived.pop(name, None)
+        self.asked(model)
         residency.no_longer_ready(name)
         if name in residency.pinned:
             residency.pinned[name] = model
@@ -187,6 +215,7 @@ class Catalogue:
 
     def _retire_name(self, model: Model, now_s: float) -> None:
         del self._residency.models[model.name]
+        self.derived.pop(model.name, None)
         self._residency.no_longer_ready(model.name)
         self._residency.evictables.mark(model.all_blobs)
         for blob in model.all_blobs:

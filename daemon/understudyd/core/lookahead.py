@@ -1,4 +1,4 @@
-"""While one request runs, the next ones' weights are on their way: the policy's order becomes loads and folds.
+"""While one request runs, the next ones' weights are on their way: an order becomes loads and folds.
 
 Loads are started in this order: for what waits, for what an operator wants, for what is pinned, and at last,
 into memory that nobody uses, for what is likely to be asked for. As long as something that waits finds no
@@ -118,8 +118,7 @@ class Lookahead:
         for name in [name for name in self._wanted if name in residency.ready]:
             del self._wanted[name]
         self._timely.stage_awaits_load = False
-        may_fold = bool(residency.overlays) and residency.folds.under_way is None
-        if next(residency.idle_loaders(), None) is None and not may_fold:
+        if next(residency.idle_loaders(), None) is None and not residency.overlays:
             self._make_way_for_a_loader(on_stage, stage_is_busy, now_s)
             return
         for name in self._to_load(stage_is_busy, now_s):

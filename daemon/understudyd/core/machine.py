@@ -37,7 +37,8 @@ class Machine:
     `arena_bytes` is the size of the arena, `pool_bytes` that of the host pool; `quarantine_grace_s` is how
     long a dead loader's extents stay out of use after its process was reaped (a copy may still be in flight
     on the device). `wanted` are the models that an operator wants resident and that are neither so nor given
-    up yet. The last `decisions` decisions are kept, none without it.
+    up yet. The last `decisions` decisions are kept, none without it. Of more than `max_derived` derived
+    models the one that was not asked for the longest is removed, with `RetireModel`, unless somebody uses it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Machine:
         max_waiting: int = 1000,
         quarantine_grace_s: float = 1.0,
         decisions: int = 0,
+        max_derived: int = 1000,
     ) -> None:
         self._actions: list[Action] = []
         self.forecast = Forecast()
@@ -62,7 +64,7 @@ class Machine:
             arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self.demand, self.decisions
         )
         self.transit = Transit(self.residency, quarantine_grace_s, self.decisions)
-        self.catalogue = Catalogue(self.residency, self.policy, self._actions)
+        self.catalogue = Catalogue(self.residency, self.policy, self._actions, max_derived)
         self._deck = Deck(
             self.policy,
             self.queue,
@@ -137,6 +139,8 @@ class Machine:
                 self.is_open = is_open
             case ev.ModelAdded(model=added):
                 self.catalogue.add(added, now_s)
+                for surplus in self.catalogue.surplus(self.demand.awaited):
+                    self._remove(surplus, now_s)
             case ev.ModelReplaced(model=added):
                 self._replace(added, now_s)
             case ev.ModelRemoved() | ev.PinChanged() | ev.LoadWanted() | ev.EvictWanted():
@@ -189,6 +193,7 @@ class Machine:
             return
         model = self.residency.models[info.model]
         self.policy.saw(model, info.client, now_s)
+        self.catalogue.asked(model)
         self.residency.retries.end_rest(model)
         tier = Tier.BOUND if model.is_ready and self.on_stage == info.model else model.tier
         position = len(self.queue)
@@ -225,13 +230,8 @@ class Machine:
     ) -> None:
         model = self.catalogue.served(event.name)
         match event:
-            case ev.ModelRemoved(name=name):
-                self.residency.pin(model, False)
-                message = f"{name} was removed while the request waited"
-                self._give_up([name], ErrorCode.MODEL_REMOVED, message, now_s)
-                self.forecast.forget(name)
-                self.outlook.estimates.forget(name)
-                self.catalogue.remove(model, now_s)
+            case ev.ModelRemoved():
+                self._remove(model, now_s)
             case ev.PinChanged(pinned=pinned):
                 self.residency.pin(model, pinned)
                 self.residency.retries.end_rest(model)
@@ -249,6 +249,15 @@ class Machine:
                 self._evict_model(model, now_s)
             case _:
                 assert_never(event)
+
+    def _remove(self, model: Model, now_s: float) -> None:
+        name = model.name
+        self.residency.pin(model, False)
+        message = f"{name} was removed while the request waited"
+        self._give_up([name], ErrorCode.MODEL_REMOVED, message, now_s)
+        self.forecast.forget(name)
+        self.outlook.estimates.forget(name)
+        self.catalogue.remove(model, now_s)
 
     def _replace(self, info: ModelInfo, now_s: float) -> None:
         self.catalogue.replace(info, now_s)
