@@ -79,7 +79,6 @@ class World:
         grace_s: float = 1.0,
         pool_pages: int = 0,
         max_derived: int = 1000,
-        decisions: int = 0,
     ) -> None:
         self.clock = VirtualClock()
         self.machine = Machine(
@@ -89,7 +88,6 @@ class World:
             max_waiting=max_waiting,
             quarantine_grace_s=grace_s,
             max_derived=max_derived,
-            decisions=decisions,
         )
         pool = PoolLedger(self.machine, pool_pages * PAGE)
         self.ledger = Ledger(self.machine, pages * PAGE, grace_s, pool)

@@ -48,6 +48,13 @@ class Blob:
         return bool(self.info.made_of)
 
     @property
+    def is_at_hand(self) -> bool:
+        """It can be loaded from the host pool, or folded out of what is resident."""
+        if self.is_overlay:
+            return all(source.state is BlobState.RESIDENT for source in self.sources)
+        return self.has_copy
+
+    @property
     def is_made(self) -> bool:
         """An overlay that needs its adapters no more, as long as it stays."""
         return self.life.state in (BlobState.VIEWING, BlobState.RESIDENT, BlobState.MOVING)
@@ -136,7 +143,7 @@ class Model:
         absent = [b for b in self.needed() if b.state in (BlobState.ABSENT, BlobState.DAMAGED)]
         if any(not (b.has_copy or b.is_overlay) for b in absent):
             return Tier.DISK
-        return Tier.HOST if absent else Tier.LOADING
+        return Tier.HOST if any(b.is_at_hand for b in absent) else Tier.LOADING
 
 
 @dataclass(eq=False, slots=True)

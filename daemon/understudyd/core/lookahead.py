@@ -176,7 +176,7 @@ class Lookahead:
 
     def _fold(self, model: Model, overlay: Blob, on_stage: str | None, now_s: float) -> _Lacks:
         """Start making an overlay, if what it is made of is there."""
-        if any(source.state is not BlobState.RESIDENT for source in overlay.sources):
+        if not overlay.is_at_hand:
             return _Lacks.NOTHING
         if (fold := self._residency.folds.under_way) is not None:
             self._cancel_if_needless(fold)
@@ -304,8 +304,7 @@ class Lookahead:
     def _begin_guess(self, blob: Blob, now_s: float) -> bool:
         """Load or fold it into free memory; False when that must wait, and what is less likely with it."""
         if blob.is_overlay:
-            is_made_of_all = all(source.state is BlobState.RESIDENT for source in blob.sources)
-            is_free = self._residency.folds.under_way is None
-            return is_made_of_all and is_free and self._transit.begin_fold(blob, None, now_s)
+            may_begin = blob.is_at_hand and self._residency.folds.under_way is None
+            return may_begin and self._transit.begin_fold(blob, None, now_s)
         loader = next(self._residency.idle_loaders(), None)
         return loader is not None and self._transit.begin_load(blob, loader, None, now_s)
