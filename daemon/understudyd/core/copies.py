@@ -13,6 +13,7 @@ from understudyd.core.evictables import Evictables
 from understudyd.core.extents import ArenaMap, Extent
 from understudyd.core.quarantine import Quarantine
 from understudyd.core.states import BlobState, ExtentState
+from understudyd.core.windows import cheapest_window
 
 
 class HostCopies:
@@ -56,7 +57,7 @@ class HostCopies:
     def _replace(self, blob: Blob, limit: float, now_s: float) -> Extent | None:
         self._evictables.file()
         self._evictables.copies.refresh(self._demand.looked_at)
-        window = self.pool.cheapest_window(blob.info.size_bytes, self._evictables.copies, limit)
+        window = cheapest_window(self.pool, blob.info.size_bytes, self._evictables.copies, limit)
         if window is None:
             return None
         for victim in window.victims:

@@ -13,7 +13,7 @@ Need = tuple[int, int, bool, float, int]
 
 _STRICT = _PRESSING = 0
 _READY, _REST, _WISHED = range(1, 4)
-LOOKED_AT = 8
+LOOKED_AT = 4
 LAST: Need = (_WISHED + 1, 0, False, 0.0, 0)
 
 
@@ -49,17 +49,18 @@ class Demand:
         return models | self.wanted.keys() if self.wanted else models
 
     def awaits(self, blob: Blob) -> bool:
-        """One of its models is awaited."""
-        if not self._queue.models().isdisjoint(blob.models):
+        """One of its users is awaited."""
+        users = blob.users
+        if not self._queue.models().isdisjoint(users):
             return True
-        return bool(self.wanted) and not self.wanted.keys().isdisjoint(blob.models)
+        return bool(self.wanted) and not self.wanted.keys().isdisjoint(users)
 
     def ready_awaits(self, blob: Blob) -> bool:
-        """One of its models is awaited and ready."""
-        ready, awaited = self.ready, self.awaited
-        if len(blob.models) < len(ready):
-            return any(name in ready and name in awaited for name in blob.models)
-        return any(name in blob.models and name in awaited for name in ready)
+        """One of its users is awaited and ready."""
+        ready, awaited, users = self.ready, self.awaited, blob.users
+        if len(users) < len(ready):
+            return any(name in ready and name in awaited for name in users)
+        return any(name in users and name in awaited for name in ready)
 
     def chance(self, blob: Blob) -> float:
         """The chance that the next request needs it."""
@@ -82,11 +83,34 @@ class Demand:
         return (_REST, urgency, False, tag, seq)
 
     def soonest(self, blob: Blob, on_stage: str | None = None) -> Need:
-        """When the first of its models is expected to run; LAST when nobody waits for any."""
-        if len(blob.models) == 1:
-            (name,) = blob.models
+        """When the first of its users is expected to run; LAST when nobody waits for any."""
+        users = blob.users
+        if len(users) == 1:
+            (name,) = users
             return self.need(name, on_stage)
-        return min((self.need(name, on_stage) for name in self.awaited & blob.models), default=LAST)
+        return min((self.need(name, on_stage) for name in self.awaited & users), default=LAST)
+
+    def ready_last_first(self, on_stage: str | None) -> Iterator[tuple[Need, str]]:
+        """Models that somebody waits for and that are ready, who is expected to run last first."""
+        ready, pressing = self.ready, self._queue.pressing.ended
+        staged: Need | None = None
+        for urgency, _, _, request in self._queue.last_first():
+            if staged is not None and on_stage is not None and urgency < staged[1]:
+                yield staged, on_stage
+                staged = None
+            name = request.model
+            if name not in ready or pressing.first(name) is not None:
+                continue
+            need = self.need(name, on_stage)
+            if name == on_stage and not self._is_strict:
+                staged = need  # the first of its priority
+            else:
+                yield need, name
+        if staged is not None and on_stage is not None:
+            yield staged, on_stage
+        for _, _, request in reversed(pressing.heads):
+            if request.model in ready:
+                yield self.need(request.model, on_stage), request.model
 
     def lacking(self) -> Iterator[str]:
         """Models that somebody waits for and that are not ready, as they are expected to run."""

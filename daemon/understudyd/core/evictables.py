@@ -13,7 +13,9 @@ from understudyd.core.ranking import Ranking
 from understudyd.core.states import BlobState, ExtentState
 
 RELOAD_FROM_POOL = 0.2
-"""A load from the host pool counts so much of one from disk."""
+"""A load from the host pool counts so much of one from disk; to fold anew from what is at hand, too."""
+_ONLY_TO_FOLD_ANEW = 0.1
+"""So much counts the load of an adapter all of whose overlays are there."""
 
 
 class Evictables:
@@ -50,6 +52,7 @@ class Evictables:
         for name in self._demand.turned():
             if name in self._models:
                 self.mark(self._models[name].blobs)
+                self.mark(self._models[name].adapters)
         for blob in self._marked:
             self._file_extent(blob)
             self._file_copy(blob)
@@ -66,14 +69,20 @@ class Evictables:
             return False
         if blob.life.state is not BlobState.RESIDENT:
             return False
-        return not self._pinned or self._pinned.keys().isdisjoint(blob.models)
+        return not self._pinned or self._pinned.keys().isdisjoint(blob.users)
 
     # -- inside -------------------------------------------------------------------------------------
 
     def _price(self, extent: Extent) -> float:
         blob = self._blobs[extent]
-        chance = self._demand.chance(blob)
-        return chance * RELOAD_FROM_POOL if blob.has_copy else chance
+        price = self._demand.chance(blob)
+        if blob.sources:
+            adapters = blob.sources[1:]
+            is_at_hand = all(b.state is BlobState.RESIDENT or b.has_copy for b in adapters)
+            return price * RELOAD_FROM_POOL if is_at_hand else price
+        if blob.overlays and all(overlay.is_made for overlay in blob.overlays.values()):
+            price *= _ONLY_TO_FOLD_ANEW
+        return price * RELOAD_FROM_POOL if blob.has_copy else price
 
     def _file_extent(self, blob: Blob) -> None:
         filed = self._extents.pop(blob, None)
@@ -123,7 +132,7 @@ class Evictables:
             blob
             for name in self._demand.unseen()
             if name in self._models
-            for blob in self._models[name].blobs
+            for blob in (*self._models[name].blobs, *self._models[name].adapters)
         }
         for blob in (blob for blob in blobs if blob not in stale):
             is_awaited = self._demand.awaits(blob)

@@ -1,13 +1,11 @@
 """The map of the arena: who owns which bytes.
 
-Best fit with coalescing; when no gap is large enough, `cheapest_window` finds the run of
-neighbouring extents and gaps whose eviction loses least. Every byte belongs to exactly one extent or
-one gap; `check` proves it.
+Best fit with coalescing; what to clear when no gap is large enough is found by `windows.py`. Every byte
+belongs to exactly one extent or one gap; `check` proves it.
 """
 
-import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from understudyd.core.states import EXTENT_TABLE, ExtentState, Lifecycle
@@ -37,21 +35,6 @@ class Extent:
         return self.life.state
 
 
-Priced = tuple[float, Extent]
-"""What evicting an extent loses, and the extent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A contiguous run that would fit a blob once `victims` are evicted."""
-
-    offset: int
-    size_bytes: int
-    victims: tuple[Extent, ...]
-    prices: tuple[float, ...]
-    cost: float
-
-
 @dataclass(slots=True)
 class ArenaMap:
     """Extents and gaps of `[0, size_bytes)`, both sorted by offset. `releases` counts new gaps."""
@@ -75,6 +58,15 @@ class ArenaMap:
     def __iter__(self) -> Iterator[Extent]:
         """All extents by offset."""
         return (self._extents[o] for o in self._offsets)
+
+    @property
+    def offsets(self) -> Sequence[int]:
+        """Where the extents begin, in order."""
+        return self._offsets
+
+    def at(self, offset: int) -> Extent:
+        """The extent that begins here."""
+        return self._extents[offset]
 
     @property
     def free_bytes(self) -> int:
@@ -192,48 +184,6 @@ class ArenaMap:
             return None
         offset = self._gap_offsets[i - 1]
         return offset if offset + self._gaps[offset] == extent.offset else None
-
-    def cheapest_window(
-        self, size_bytes: int, candidates: Iterable[Priced], limit: float = math.inf
-    ) -> Window | None:
-        """The run of neighbours that is cheapest to clear for `size_bytes`; None below `limit` when none is.
-
-        `candidates` are what may be cleared, the cheapest first, and are drawn only until no further one can
-        be part of anything cheaper than what was found. Meant for when no gap alone is large enough.
-        """
-        need = self.rounded(size_bytes)
-        extents, offsets, prices = self._extents, self._offsets, dict[int, float]()
-        best: tuple[float, int] = (limit, 0)
-        offset, found = 0, tuple[Extent, ...]()
-        for price, candidate in candidates:
-            if price >= best[0]:
-                break
-            prices[candidate.offset] = price
-            first = bisect_left(offsets, candidate.offset)
-            after = first + 1
-            while first and offsets[first - 1] in prices:
-                first -= 1
-            while after < len(offsets) and offsets[after] in prices:
-                after += 1
-            start = extents[offsets[first - 1]].end if first else 0
-            end = offsets[after] if after < len(offsets) else self.size_bytes
-            if end - start < need:
-                continue
-            starts = [start, *(extents[offset].end for offset in offsets[first:after])]
-            run = [*offsets[first:after], end]
-            cost, left = 0.0, 0
-            for right in range(after - first):  # the gap before an extent ends where it begins
-                cost += prices[run[right]]
-                while left < right and run[right + 1] - starts[left + 1] >= need:
-                    cost -= prices[run[left]]
-                    left += 1
-                length = run[right + 1] - starts[left]
-                if length >= need and (cost, length) < best:
-                    best, found = (cost, length), tuple(extents[offset] for offset in run[left : right + 1])
-                    offset = starts[left]
-        if not found:
-            return None
-        return Window(offset, best[1], found, tuple(prices[victim.offset] for victim in found), best[0])
 
     def would_fit(self, sizes_bytes: Iterable[int], kept: Callable[[Extent], bool]) -> bool:
         """Whether `allocate` would place all these, one after another, if only `kept` extents were left."""

@@ -136,6 +136,10 @@ class RequestQueue:
         """The first waiting request of every model, by priority and in the fair order."""
         return (place[3] for place in self._of_models.heads)
 
+    def last_first(self) -> Iterator[Place]:
+        """The places of `heads`, the last one first."""
+        return reversed(self._of_models.heads)
+
     def heads_up_to(self, request: Request) -> Iterator[Request]:
         """Those of `heads` that are not behind this request in the fair order."""
         heads, begin = self._of_models.heads, 0

@@ -6,7 +6,7 @@ from understudyd.core.entities import Blob
 from understudyd.core.extents import ArenaMap
 from understudyd.core.machine import Machine
 from understudyd.core.request import Request
-from understudyd.core.states import ExtentState, RequestState
+from understudyd.core.states import BlobState, ExtentState, RequestState
 from understudyd.core.types import Tier
 
 
@@ -57,7 +57,10 @@ class ExtentView:
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """One model: where it is and what holds it there. `waiting` counts its requests in the queue."""
+    """One model: where it is and what holds it there. `waiting` counts its requests in the queue.
+
+    One that `is_derived` shares all but overlays with another model.
+    """
 
     name: str
     tier: Tier
@@ -69,11 +72,12 @@ class ModelView:
     chance: float
     max_batch: int
     can_batch: bool
+    is_derived: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class BlobView:
-    """One blob of a model; `story` is its recent history."""
+    """One blob of a model; `made_of` others if it is an overlay; `story` is its recent history."""
 
     key: str
     size_bytes: int
@@ -82,6 +86,25 @@ class BlobView:
     has_copy: bool
     shared_by: tuple[str, ...]
     story: str
+    made_of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayView:
+    """Base weights with adapters folded in: the keys of the blobs it is made of, and where it is.
+
+    `tier`: "host" means that all it is made of is at hand, "disk" that some of that must be read first,
+    "loading" that it is being made. `fold_s` is what making it takes, by estimate.
+    """
+
+    key: str
+    base: str
+    adapters: tuple[str, ...]
+    models: tuple[str, ...]
+    size_bytes: int
+    tier: Tier
+    chance: float
+    fold_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +195,49 @@ def model(machine: Machine, name: str) -> ModelView:
         chance=machine.forecast.chance(name),
         max_batch=entity.max_batch,
         can_batch=entity.can_batch,
+        is_derived=entity.info.is_derived,
     )
 
 
 def models(machine: Machine) -> list[ModelView]:
-    """All models by name."""
-    return [model(machine, name) for name in sorted(machine.residency.models)]
+    """All models by name, but for derived ones."""
+    found = machine.residency.models.items()
+    return [model(machine, name) for name, one in sorted(found) if not one.info.is_derived]
+
+
+def derived(machine: Machine) -> list[ModelView]:
+    """Derived models, who was asked for last first."""
+    return [model(machine, name) for name in reversed(machine.catalogue.derived)]
+
+
+def overlays(machine: Machine) -> list[OverlayView]:
+    """All overlays that some model has, the likeliest first."""
+    views = [_overlay(machine, blob) for blob in machine.residency.overlays.values() if blob.models]
+    return sorted(views, key=lambda view: (-view.chance, view.key))
+
+
+def _overlay(machine: Machine, blob: Blob) -> OverlayView:
+    if blob.state is BlobState.ABSENT:
+        is_at_hand = all(b.state is BlobState.RESIDENT or b.has_copy for b in blob.sources)
+        tier = Tier.HOST if is_at_hand else Tier.DISK
+    else:
+        tier = Tier.RESIDENT if blob.state is BlobState.RESIDENT else Tier.LOADING
+    base, *adapters = (source.key for source in blob.sources)
+    return OverlayView(
+        key=blob.key,
+        base=base,
+        adapters=tuple(adapters),
+        models=tuple(sorted(blob.models)),
+        size_bytes=blob.info.size_bytes,
+        tier=tier,
+        chance=machine.forecast.chance(blob.key),
+        fold_s=machine.outlook.estimates.fold_s(blob.info.size_bytes),
+    )
 
 
 def blobs(machine: Machine, name: str) -> list[BlobView]:
-    """A model's blobs in order of first use. Raises KeyError when it is unknown."""
-    return [_blob(b) for b in machine.residency.models[name].blobs]
+    """A model's blobs in order of first use, adapters last. Raises KeyError when it is unknown."""
+    return [_blob(b) for b in machine.residency.models[name].all_blobs]
 
 
 def _blob(blob: Blob) -> BlobView:
@@ -194,6 +249,7 @@ def _blob(blob: Blob) -> BlobView:
         has_copy=blob.has_copy,
         shared_by=tuple(sorted(blob.models)),
         story=blob.life.story(),
+        made_of=tuple(source.key for source in blob.sources),
     )
 
 
