@@ -60,6 +60,18 @@ class OverlayPlan:
         return hashlib.sha256(msgspec.json.encode((base_blob, applied))).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class OverlaidComponent:
+    """What a derived model has in place of some of a component's weights.
+
+    `key` is the overlay's, as `plan.key(base_blob)` gives it; `base_blob` the component's blob.
+    """
+
+    key: str
+    plan: OverlayPlan
+    base_blob: str
+
+
 def plan_overlays(
     components: Mapping[str, SignatureRecord], adapters: Sequence[AppliedAdapter]
 ) -> tuple[OverlayPlan, ...]:
