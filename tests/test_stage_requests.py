@@ -431,8 +431,8 @@ def test_a_constructor_that_rewrites_configs_sees_the_canonical_one_each_time(
 
 def test_two_threads_may_use_one_tokenizer(rig: Rig) -> None:
     """Padding is a state of the shared object: without a lock, lengths mix up or Rust refuses."""
-    tokenizer = rig.stage._prepared["a"].parts["tokenizer"]
-    assert tokenizer is rig.stage._prepared["b"].parts["tokenizer"]
+    tokenizer = rig.stage._repertoire.find("a").parts["tokenizer"]
+    assert tokenizer is rig.stage._repertoire.find("b").parts["tokenizer"]
     assert type(tokenizer).__name__ == "CLIPTokenizer"
     wrong: list[object] = []
 

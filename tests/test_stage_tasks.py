@@ -124,7 +124,7 @@ def test_a_model_with_a_controlnet(rig: Rig, family: Family) -> None:
 
 
 def test_what_a_model_can_do(rig: Rig) -> None:
-    can = {name: list(rig.stage._prepared[name].tasks) for name in ("sd", "guided", "nine-channels")}
+    can = {name: rig.stage.tasks(name) for name in ("sd", "guided", "nine-channels")}
     assert can == {
         "sd": ["text-to-image", "image-to-image", "inpainting"],
         "guided": [

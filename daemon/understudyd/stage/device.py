@@ -4,9 +4,12 @@ On a GPU a pipeline returns while its kernels still run: the baton is handed on 
 stay leased until an event recorded after the last use has completed.
 """
 
+import os
 from typing import Any, Protocol
 
 import torch
+
+_BACKGROUND_NICENESS = 10
 
 
 class Device(Protocol):
@@ -16,6 +19,9 @@ class Device(Protocol):
 
     def enter_thread(self) -> None:
         """Set up a thread that will compute."""
+
+    def stand_back(self) -> None:
+        """Let whatever else computes go before the calling thread's work, from now on."""
 
     def mark_last_use(self) -> Any:
         """Remember this moment of the device's work."""
@@ -41,6 +47,10 @@ class CpuDevice:
 
     def enter_thread(self) -> None:
         """Nothing to set up."""
+
+    def stand_back(self) -> None:
+        """A small share of a busy core, all of an idle one. On Linux niceness is a thread's own."""
+        os.nice(_BACKGROUND_NICENESS)
 
     def mark_last_use(self) -> None:
         """Now."""
@@ -72,6 +82,10 @@ class CudaDevice:
     def enter_thread(self) -> None:
         """The current device is a thread's own."""
         torch.cuda.set_device(self.device)
+
+    def stand_back(self) -> None:
+        """A stream of its own, of the least priority."""
+        torch.cuda.set_stream(torch.cuda.Stream(self.device, priority=0))
 
     def mark_last_use(self) -> Any:
         """An event; `blocking` so that waiting burns no core."""

@@ -26,6 +26,7 @@ from understudyd.stage.errors import BadRequest, RunCancelled, StageError
 from understudyd.stage.inputs import check_inputs, decode_inputs
 from understudyd.stage.keywords import call_arguments, frames_per_second
 from understudyd.stage.pictures import Made, find_made
+from understudyd.stage.repertoire import Prepared
 from understudyd.stage.run import Member, Run, RunResult, unwatch_steps, watch_steps
 from understudyd.stage.views import ResidentBlobs
 from understudyd.stage.wrapper import PreparedModel, ServedTask
@@ -33,8 +34,6 @@ from understudyd.stage.wrapper import PreparedModel, ServedTask
 _log = logging.getLogger(__name__)
 
 _MESSAGE_CHARS = 300
-
-Prepared = PreparedModel | CustomModel
 
 Keep = Callable[[str, RunResult], None]
 """`keep(request_id, result)`; called from the thread that encodes."""
@@ -246,12 +245,7 @@ class Performer:
         self._local.early.end()
         self._checkpoint(run)
         bind_started_at_s = self._clock()
-        resident = self._resident
-        run.components_bound = tuple(
-            part.name
-            for part in model.components
-            if part.skeleton.bind(resident.views(part.blob, part.skeleton.signature))
-        )
+        run.components_bound = tuple(part.name for part in model.components if part.bind(self._resident))
         run.is_on_stage = True
         run.previous_ended_at_s = self._last_ended_at_s
         run.first_op_at_s = self._clock()

@@ -2,7 +2,8 @@
 
 The module is built once, without memory. Every tensor a blob brings has a slot, a place of the module tree:
 binding writes views into the slots and does nothing else. That the slots cover the whole module is
-proved once, here, so that nothing can be left without weights after a bind.
+proved once, here, so that nothing can be left without weights after a bind. An overlay's views go over some
+of the base's: from one overlay to another over one base, nothing but their slots is touched.
 """
 
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import setitem
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from understudyd.stage.building import build_module
 from understudyd.stage.errors import SkeletonMismatch
 from understudyd.stage.leftovers import PlainState
-from understudyd.stage.views import BlobViews, dtype_of
+from understudyd.stage.views import BlobViews, Layout, dtype_of
 from understudyd.store.records import SignatureRecord, TensorRecord
 from understudyd.store.tensor_places import TensorPlace, tensor_places
 
@@ -51,6 +53,9 @@ class Skeleton:
         self._config = {key: attributes[key] for key in ("_internal_dict", "config") if key in attributes}
         self._lock = threading.Lock()
         self._bound: BlobViews | None = None
+        self._overlay: BlobViews | None = None
+        self._slots_of: WeakKeyDictionary[Layout, tuple[int, ...]] = WeakKeyDictionary()
+        self._values: list[Tensor] = []  # what belongs into the slots now
         self._is_dirty = False
         self._on_touch = on_touch
         self._put(self._placeholders)
@@ -67,23 +72,43 @@ class Skeleton:
         """A blob's views are in the slots."""
         return self._bound is not None
 
-    def bind(self, views: BlobViews) -> bool:
-        """Put the blob's views into every slot; False when they are there already."""
-        if views.signature.id != self.signature.id:
-            raise SkeletonMismatch(f"views of {views.signature.id} cannot be bound to {self.signature.id}")
+    def fit(self, layout: Layout) -> tuple[int, ...]:
+        """The slots that an overlay of this layout takes. Raises `SkeletonMismatch` if it has others.
+
+        Worked out once; a layout is told from others by its identity.
+        """
+        slots = self._slots_of.get(layout)
+        if slots is None:
+            slots = self._slots_of[layout] = _overlaid_slots(self.signature.tensors, layout.tensors)
+        return slots
+
+    def bind(self, views: BlobViews, overlay: BlobViews | None = None) -> bool:
+        """Put the blob's views into every slot, the overlay's over them; False when all are there already.
+
+        Raises `SkeletonMismatch` for views of others.
+        """
+        if views.layout.id != self.signature.id:
+            raise SkeletonMismatch(f"views of {views.layout.id} cannot be bound to {self.signature.id}")
+        if overlay is not None:
+            self.fit(overlay.layout)
         with self._lock:
-            if self._bound is views and not self._is_dirty:
+            if self._bound is not views or self._is_dirty:
+                self._bound, self._overlay = views, None
+                self._put(views.bound)
+            elif self._overlay is overlay:
                 return False
-            self._bound = views
-            self._put(views.bound)
+            self._lift_overlay()
+            self._lay(overlay)
             return True
 
     def unbind(self, views: BlobViews) -> None:
-        """Let go of these views if they are the bound ones: their extent will be used again."""
+        """Let go of these views if they are bound, as base or as overlay: their extent will be used again."""
         with self._lock:
             if self._bound is views:
-                self._bound = None
+                self._bound = self._overlay = None
                 self._put(self._placeholders)
+            elif self._overlay is views:
+                self._lift_overlay()
 
     def restore(self) -> list[Tensor]:
         """Undo what the last run did to the shared module: tensors moved, cast or replaced, attributes set.
@@ -93,13 +118,12 @@ class Skeleton:
         vars(self.module).update(self._config)
         self._plain_state.restore()
         with self._lock:
-            values = self._placeholders if self._bound is None else self._bound.bound
             if not self._is_dirty:
-                self._put_back_replaced(values)
+                self._put_back_replaced()
                 return []
             self._is_dirty = False
-            displaced = [] if self._bound is None else self._bound.restore()
-            self._put(values)
+            displaced = [t for views in (self._bound, self._overlay) if views for t in views.restore()]
+            self._put(self._values)
             return displaced
 
     def strays(self, address_range: range) -> list[str]:
@@ -115,15 +139,32 @@ class Skeleton:
         for record, owner, key in zip(self.signature.tensors, self._owners, self._keys):
             yield record, owner[key]
 
-    def _put(self, values: Iterable[Tensor]) -> None:
+    def _put(self, values: Sequence[Tensor]) -> None:
         # The loop runs in C: thrice as fast as a Python loop, and this is the hot path of a switch.
         deque(map(setitem, self._owners, self._keys, values), maxlen=0)
+        self._values = list(values)
 
-    def _put_back_replaced(self, values: Sequence[Tensor]) -> None:
+    def _put_at(self, slots: Iterable[int], values: Iterable[Tensor]) -> None:
+        owners, keys, kept = self._owners, self._keys, self._values
+        for slot, value in zip(slots, values):
+            owners[slot][keys[slot]] = kept[slot] = value
+
+    def _lay(self, overlay: BlobViews | None) -> None:
+        self._overlay = overlay
+        if overlay is not None:
+            self._put_at(self.fit(overlay.layout), overlay.bound)
+
+    def _lift_overlay(self) -> None:
+        if self._overlay is not None and self._bound is not None:
+            slots = self.fit(self._overlay.layout)
+            self._put_at(slots, map(self._bound.bound.__getitem__, slots))
+        self._overlay = None
+
+    def _put_back_replaced(self) -> None:
         """Buffers and attributes are sometimes assigned to while a module computes; parameters never."""
         for i in self._replaceable:
-            if self._owners[i][self._keys[i]] is not values[i]:
-                self._owners[i][self._keys[i]] = values[i]
+            if self._owners[i][self._keys[i]] is not self._values[i]:
+                self._owners[i][self._keys[i]] = self._values[i]
 
     def _watch(self) -> None:
         """Have every computation and every `_apply` (`to`, `half`, `cuda`, ...) come by here first."""
@@ -164,6 +205,21 @@ def _check_cover(places: Mapping[str, TensorPlace], slots: Sequence[TensorPlace]
     for path, place in places.items():
         if place.identity not in covered:
             raise SkeletonMismatch(f"{path} is in no blob of this signature; add the model again")
+
+
+def _overlaid_slots(records: Sequence[TensorRecord], overlay: Sequence[TensorRecord]) -> tuple[int, ...]:
+    """Where the overlay's tensors go. Ties are refused: the other path would keep the base's weight."""
+    slots = {record.path: slot for slot, record in enumerate(records)}
+    tied = {path for record in records if record.alias_of for path in (record.path, record.alias_of)}
+    for record in overlay:
+        base = records[slots[record.path]] if record.path in slots else None
+        if base is None or base.path in tied or _form(base) != _form(record):
+            raise SkeletonMismatch(f"an overlay has {record.path} of which the component has no such weight")
+    return tuple(slots[record.path] for record in overlay)
+
+
+def _form(record: TensorRecord) -> tuple[object, ...]:
+    return record.kind, record.dtype, record.shape
 
 
 def _placeholders(records: Sequence[TensorRecord], device: torch.device) -> Iterator[Tensor]:

@@ -8,13 +8,9 @@ and all its blobs have views, and drops views only when no lease is left.
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from queue import SimpleQueue
 from types import MappingProxyType
-from typing import Protocol
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -29,19 +25,15 @@ from understudyd.core.events import (
     ViewsFailed,
 )
 from understudyd.core.types import ErrorCode
-from understudyd.pipelines.installed import PipelineUnavailable
 from understudyd.stage.baton import Baton
-from understudyd.stage.custom import blaming, prepare_custom
-from understudyd.stage.custom_classes import CustomClasses, is_custom
 from understudyd.stage.device import open_device
-from understudyd.stage.errors import NotPrepared, StageError
-from understudyd.stage.parts import PartShelf
-from understudyd.stage.performer import Announcer, Performer, Prepared
+from understudyd.stage.fold_job import FoldJob
+from understudyd.stage.performer import Announcer, Performer
+from understudyd.stage.repertoire import ModelStore, Prepared, Repertoire
 from understudyd.stage.run import Member, Run, RunParams, RunResult
 from understudyd.stage.skeleton import Skeleton
 from understudyd.stage.views import ResidentBlobs, WeightArena
-from understudyd.stage.wrapper import PreparedModel, prepare
-from understudyd.store.records import ModelRecord, SignatureRecord
+from understudyd.store.adapters.overlays import OverlaidComponent, OverlayPlan
 
 _log = logging.getLogger(__name__)
 
@@ -63,22 +55,6 @@ OnProgress = Callable[[str, int, int], None]
 """`on_progress(request_id, step, steps)`; called from the computing thread, so it must be quick."""
 
 
-class ModelStore(Protocol):
-    """What the stage reads of the store, from threads of its own."""
-
-    def model(self, name: str) -> ModelRecord:
-        """One model's record."""
-
-    def models(self) -> dict[str, ModelRecord]:
-        """Every model that is served; must be cheap."""
-
-    def signature(self, signature_id: str) -> SignatureRecord:
-        """A component's shape."""
-
-    def model_folder(self, name: str) -> Path:
-        """Where the small files are."""
-
-
 class Stage:
     """Runs pipelines over weights in the arena. `close` ends its threads."""
 
@@ -95,7 +71,6 @@ class Stage:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`arena` is all of it, shape [bytes], uint8, on `device`; `threads` are torch's, on the CPU."""
-        self._store = store
         self._threads = threads
         self._clock = clock
         self._device = open_device(device)
@@ -103,21 +78,20 @@ class Stage:
         self._arena = WeightArena(arena)
         self._resident = ResidentBlobs(self._arena)
         self._performer = Performer(self._resident, self._device, self._announcer, on_progress, record, clock)
+        self._repertoire = Repertoire(store, self._device.device, self._performer.touch)
         self._baton = Baton()
-        self._shelf = PartShelf()
-        self._skeletons: WeakValueDictionary[tuple[str, int], Skeleton] = WeakValueDictionary()
-        self._custom = CustomClasses()
-        self._prepared: dict[str, Prepared] = {}
-        self._signatures_of: dict[str, dict[str, SignatureRecord]] = {}  # by blob, then by id
         self._runs: dict[str, Run] = {}
         self._results: dict[str, RunResult] = {}
         self._deck: SimpleQueue[Run | None] = SimpleQueue()
         self._chores: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._view_jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._folds: dict[tuple[str, int], FoldJob] = {}
+        self._fold_jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._is_closed = False
         self._workers = [self._start(f"stage-{i}", self._work) for i in range(WORKERS)]
         self._workers.append(self._start("stage-prepare", lambda: _drain(self._chores)))
         self._workers.append(self._start("stage-views", lambda: _drain(self._view_jobs)))
+        self._workers.append(self._start("stage-fold", self._work_on_folds))
 
     # -- models ------------------------------------------------------------------------------------
 
@@ -126,27 +100,33 @@ class Stage:
 
         One that fails is logged; its models fail when they are prepared.
         """
-        names = {model.pipeline_class for model in self._store.models().values() if is_custom(model)}
         is_done = threading.Event()
-        self._chores.put(lambda: self._start_custom(sorted(names), is_done))
+        self._chores.put(self._repertoire.start_custom_classes)
+        self._chores.put(is_done.set)
         is_done.wait()
 
     def prepare_model(self, name: str) -> None:
         """Build what requests need besides weights. Ends in `ModelPrepared` or `ModelPreparationFailed`."""
-        self._chores.put(lambda: self._prepare(name))
+        self._chores.put(lambda: self._prepare(name, lambda: self._repertoire.prepare(name)))
+
+    def prepare_derived(self, key: str, base_key: str, overlays: Mapping[str, OverlaidComponent]) -> None:
+        """The same for a model that is another one with overlays over components, by name.
+
+        The base is prepared first if it is not; what is told is about `key` alone.
+        """
+        self._chores.put(lambda: self._prepare(key, lambda: self._repertoire.derive(key, base_key, overlays)))
 
     def forget_model(self, name: str) -> None:
         """Drop the model's parts, and its skeletons if no other model uses them."""
-        self._chores.put(lambda: self._forget(name))
+        self._chores.put(lambda: self._repertoire.forget(name))
 
     def skeletons(self) -> list[Skeleton]:
         """Every skeleton alive: for tests, checks and measurements."""
-        return list(self._skeletons.values())
+        return self._repertoire.skeletons()
 
     def tasks(self, name: str) -> list[str]:
         """What a request may name as the task of a prepared model; none for a custom pipeline."""
-        prepared = self._prepared.get(name)
-        return list(prepared.tasks) if isinstance(prepared, PreparedModel) else []
+        return self._repertoire.tasks(name)
 
     def strays(self) -> list[str]:
         """Tensors of bound components outside the arena: none, unless a run moved them just now."""
@@ -171,6 +151,28 @@ class Stage:
             for skeleton in self.skeletons():
                 skeleton.unbind(views)
             self._resident.keep(views)
+
+    def fold(
+        self,
+        overlay: str,
+        generation: int,
+        offset: int,
+        plan: OverlayPlan,
+        sources: Sequence[tuple[str, int]],
+    ) -> None:
+        """Make an overlay at `offset` of the arena, beside what runs; see `core.actions.Fold`.
+
+        Ends in `FoldFinished`, `FoldFailed` or `FoldCancelled`.
+        """
+        job = FoldJob(overlay, generation, offset, plan, sources)
+        self._folds[overlay, generation] = job
+        self._fold_jobs.put(lambda: self._fold(job))
+
+    def cancel_fold(self, overlay: str, generation: int) -> None:
+        """Stop a fold between two steps; too late or unknown is no error."""
+        job = self._folds.get((overlay, generation))
+        if job is not None:
+            job.cancel()
 
     def move_extent(self, blob: str, offset: int, to_offset: int, size_bytes: int, generation: int) -> None:
         """Move a blob without views to a lower, perhaps overlapping place: `ExtentMoved` or `MoveFailed`."""
@@ -211,10 +213,12 @@ class Stage:
         self._is_closed = True
         for request_id, run in list(self._runs.items()):
             run.cancel(request_id, ErrorCode.DRAINING)
+        for job in list(self._folds.values()):
+            job.cancel()
         for _ in range(WORKERS):
             self._deck.put(None)
-        self._chores.put(None)
-        self._view_jobs.put(None)
+        for jobs in (self._chores, self._view_jobs, self._fold_jobs):
+            jobs.put(None)
         for thread in self._workers:
             thread.join(_JOIN_S)
 
@@ -234,7 +238,7 @@ class Stage:
 
     def _work(self) -> None:
         while (run := self._deck.get()) is not None:
-            self._performer.perform(run, self._find, self._keep)
+            self._performer.perform(run, self._repertoire.find, self._keep)
             for member in run.members:
                 self._runs.pop(member.request_id, None)
             del run, member  # an idle thread keeps nothing alive
@@ -243,69 +247,33 @@ class Stage:
         self._runs.pop(request_id, None)
         self._results[request_id] = result
 
-    def _find(self, name: str) -> Prepared:
+    def _prepare(self, name: str, build: Callable[[], Prepared]) -> None:
         try:
-            return self._prepared[name]
-        except KeyError as error:
-            raise NotPrepared(f"model {name} is not prepared") from error
-
-    def _prepare(self, name: str) -> None:
-        try:
-            model = self._store.model(name)
-            self._remember_signatures(model)
-            self._prepared[name] = self._assemble(model, self._store.model_folder(name))
+            prepared = build()
         except Exception as error:  # noqa: BLE001  a task's boundary: libraries raise anything about bad files
             _log.exception("preparing model %s failed", name)
             self._announcer.announce(ModelPreparationFailed(name, f"{type(error).__name__}: {error}"))
         else:
-            self._announcer.announce(ModelPrepared(name, self._prepared[name].can_batch))
-
-    def _assemble(self, model: ModelRecord, folder: Path) -> Prepared:
-        device = self._device.device
-        if not is_custom(model):
-            return prepare(model, folder, self._skeletons_of(model), self._shelf, device)
-        pipeline_class = self._custom.start(model.pipeline_class)
-        with blaming(model.pipeline_class):
-            return prepare_custom(model, folder, pipeline_class, self._skeletons_of(model), device)
-
-    def _start_custom(self, names: Sequence[str], is_done: threading.Event) -> None:
-        for name in names:
-            try:
-                self._custom.start(name)
-            except PipelineUnavailable as error:
-                _log.error("no model of the pipeline %s can be served: %s", name, error)
-        is_done.set()
-
-    def _forget(self, name: str) -> None:
-        prepared = self._prepared.pop(name, None)
-        for component in prepared.components if prepared is not None else ():
-            self._signatures_of.pop(component.blob, None)  # found again, if another model has the blob
-
-    def _skeletons_of(self, model: ModelRecord) -> dict[str, Skeleton]:
-        """By component. Two components of one signature need a skeleton each."""
-        uses: Counter[str] = Counter()
-        skeletons: dict[str, Skeleton] = {}
-        for component in model.components:
-            uses[component.signature] += 1
-            skeletons[component.name] = self._skeleton(component.signature, uses[component.signature])
-        return skeletons
-
-    def _skeleton(self, signature_id: str, use: int) -> Skeleton:
-        skeleton = self._skeletons.get((signature_id, use))
-        if skeleton is None:
-            signature = self._store.signature(signature_id)
-            skeleton = Skeleton(signature, self._performer.touch, self._device.device)
-            self._skeletons[signature_id, use] = skeleton
-        return skeleton
+            self._announcer.announce(ModelPrepared(name, prepared.can_batch))
 
     def _build_views(self, blob: str, generation: int) -> None:
         try:
-            self._resident.build(blob, generation, self._signatures(blob), self._breathe)
+            self._resident.build(blob, generation, self._repertoire.layouts(blob), self._breathe)
         except Exception as error:  # noqa: BLE001  a task's boundary
             _log.exception("building the views of blob %s failed", blob)
             self._announcer.announce(ViewsFailed(blob, generation, f"{type(error).__name__}: {error}"))
         else:
             self._announcer.announce(ViewsBuilt(blob, generation))
+
+    def _work_on_folds(self) -> None:
+        self._device.stand_back()
+        _drain(self._fold_jobs)
+
+    def _fold(self, job: FoldJob) -> None:
+        self._repertoire.learn(job.overlay, job.plan)
+        outcome = job.run(self._arena, self._device, self._breathe)
+        del self._folds[job.overlay, job.generation]
+        self._announcer.announce(outcome)
 
     def _move(self, blob: str, offset: int, to_offset: int, size_bytes: int, generation: int) -> None:
         try:
@@ -320,20 +288,6 @@ class Stage:
     def _breathe(self) -> None:
         """Let a computing thread have the interpreter; longer while there is one."""
         time.sleep(_BREATH_S if self._runs else 0)
-
-    def _signatures(self, blob: str) -> list[SignatureRecord]:
-        """What the blob is used as; a load may finish before its model is prepared."""
-        if blob not in self._signatures_of:
-            for model in self._store.models().values():
-                self._remember_signatures(model)
-        if blob not in self._signatures_of:
-            raise StageError(f"no model of the store uses blob {blob[:12]}")
-        return list(self._signatures_of[blob].values())
-
-    def _remember_signatures(self, model: ModelRecord) -> None:
-        for component in model.components:
-            known = self._signatures_of.setdefault(component.blob.sha256, {})
-            known[component.signature] = self._store.signature(component.signature)
 
 
 def _drain(jobs: "SimpleQueue[Callable[[], None] | None]") -> None:

@@ -8,12 +8,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from understudyd.stage.errors import NotResident, StageError
-from understudyd.store.records import SignatureRecord, TensorRecord
+from understudyd.store.records import TensorRecord
 
 DTYPES = {
     "F64": torch.float64,
@@ -53,6 +54,18 @@ def dtype_of(record: TensorRecord) -> torch.dtype:
         raise StageError(
             f"{record.path} has dtype {record.dtype}, which this release cannot serve"
         ) from error
+
+
+class Layout(Protocol):
+    """Which tensors an extent holds: a component's signature, or an overlay's layout."""
+
+    @property
+    def id(self) -> str:
+        """Equal for equal layouts only."""
+
+    @property
+    def tensors(self) -> Sequence[TensorRecord]:
+        """Their places count from the start of the extent; ties come after what they point to."""
 
 
 class WeightArena:
@@ -100,15 +113,15 @@ def _contiguous_strides(shape: Sequence[int]) -> list[int]:
 
 
 class BlobViews:
-    """One blob's tensors in the order of its signature's records.
+    """One blob's tensors, or one overlay's, in the order of its layout's records.
 
     `bound` is what goes into the module: a `Parameter` or a plain tensor, the same object for tied
     paths. Parameters are mutable (`module.to` changes their `data` in place), so `_pristine` keeps plain
     tensors to set them right again.
     """
 
-    def __init__(self, signature: SignatureRecord, extent_offset: int) -> None:
-        self.signature = signature
+    def __init__(self, layout: Layout, extent_offset: int) -> None:
+        self.layout = layout
         self.extent_offset = extent_offset
         self.bound: list[Tensor] = []
         self._pristine: list[tuple[nn.Parameter, Tensor]] = []
@@ -117,14 +130,14 @@ class BlobViews:
     def build(
         cls,
         arena: WeightArena,
-        signature: SignatureRecord,
+        layout: Layout,
         extent_offset: int,
         breathe: Callable[[], None],
     ) -> "BlobViews":
         """Make all views, calling `breathe` between slices so that the stage is not held up."""
-        views = cls(signature, extent_offset)
+        views = cls(layout, extent_offset)
         by_path: dict[str, Tensor] = {}
-        for index, record in enumerate(signature.tensors):
+        for index, record in enumerate(layout.tensors):
             if index % TENSORS_PER_SLICE == TENSORS_PER_SLICE - 1:
                 breathe()
             if record.alias_of is None:
@@ -150,7 +163,7 @@ class BlobViews:
 class ViewShelf:
     """Views that no blob needs now, kept for the next one that fits.
 
-    Views depend on nothing but the signature and the offset: where fine-tunes replace each other at the
+    Views depend on nothing but the layout and the offset: where fine-tunes replace each other at the
     same places, building views becomes a look-up. Not thread-safe; forgets the longest unused beyond
     `capacity` tensors (about 1 KB each).
     """
@@ -160,16 +173,16 @@ class ViewShelf:
         self._tensors = 0
         self._views: OrderedDict[tuple[str, int], BlobViews] = OrderedDict()
 
-    def take(self, signature: SignatureRecord, extent_offset: int) -> BlobViews | None:
-        """Views for a blob of this signature at this offset, if there are any; they leave the shelf."""
-        views = self._views.pop((signature.id, extent_offset), None)
+    def take(self, layout: Layout, extent_offset: int) -> BlobViews | None:
+        """Views for a blob of this layout at this offset, if there are any; they leave the shelf."""
+        views = self._views.pop((layout.id, extent_offset), None)
         if views is not None:
             self._tensors -= len(views.bound)
         return views
 
     def put(self, views: BlobViews) -> None:
         """Keep views that are bound to nothing and point where they were built to point."""
-        key = (views.signature.id, views.extent_offset)
+        key = (views.layout.id, views.extent_offset)
         if key in self._views:
             return
         self._views[key] = views
@@ -183,11 +196,11 @@ class ViewShelf:
 class _Resident:
     offset: int
     generation: int
-    views: dict[str, BlobViews]  # by signature id; empty while they are being built
+    views: dict[str, BlobViews]  # by layout id; empty while they are being built
 
 
 class ResidentBlobs:
-    """The blobs that have views now. Thread-safe."""
+    """The blobs and overlays that have views now. Thread-safe."""
 
     def __init__(self, arena: WeightArena) -> None:
         self._arena = arena
@@ -206,37 +219,37 @@ class ResidentBlobs:
             self._blobs[blob] = _Resident(offset, generation, {})
 
     def build(
-        self, blob: str, generation: int, signatures: Sequence[SignatureRecord], breathe: Callable[[], None]
+        self, blob: str, generation: int, layouts: Sequence[Layout], breathe: Callable[[], None]
     ) -> None:
-        """Build the views of an expected blob, once for each signature it is used with.
+        """Build the views of an expected blob, once for each layout it is used with.
 
         A blob that was dropped meanwhile is left alone.
         """
         resident = self._blobs.get(blob)
         if resident is None or resident.generation != generation:
             return
-        for signature in signatures:
+        for layout in layouts:
             with self._lock:
-                views = self._shelf.take(signature, resident.offset)
+                views = self._shelf.take(layout, resident.offset)
             if views is None:
-                views = BlobViews.build(self._arena, signature, resident.offset, breathe)
+                views = BlobViews.build(self._arena, layout, resident.offset, breathe)
             with self._lock:
                 if self._blobs.get(blob) is resident:
-                    resident.views[signature.id] = views
+                    resident.views[layout.id] = views
                 else:
                     self._shelf.put(views)
 
-    def views(self, blob: str, signature: SignatureRecord) -> BlobViews:
+    def views(self, blob: str, layout: Layout) -> BlobViews:
         """The views to bind. Raises `NotResident`.
 
-        A signature that became known only after the blob was resident has its views built here and now.
+        A layout that became known only after the blob was resident has its views built here and now.
         """
         resident = self._blobs.get(blob)
         if resident is None or not resident.views:
             raise NotResident(f"blob {blob[:12]} has no views in the arena")
-        if signature.id not in resident.views:
-            self.build(blob, resident.generation, [signature], lambda: None)
-        return resident.views[signature.id]
+        if layout.id not in resident.views:
+            self.build(blob, resident.generation, [layout], lambda: None)
+        return resident.views[layout.id]
 
     def drop(self, blob: str, generation: int) -> list[BlobViews]:
         """Forget the blob if it is still of this generation; returns the views nobody may use any more."""

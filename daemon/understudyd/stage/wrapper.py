@@ -18,6 +18,7 @@ from understudyd.stage.batching import can_share
 from understudyd.stage.calls import CallFacts, read_call
 from understudyd.stage.classes import resolve
 from understudyd.stage.errors import BadRequest, UnknownClass
+from understudyd.stage.overlays import Overlay
 from understudyd.stage.parts import PartShelf, is_scheduler
 from understudyd.stage.schedulers import other_scheduler, own_scheduler
 from understudyd.stage.skeleton import Skeleton
@@ -30,6 +31,7 @@ from understudyd.stage.tasks import (
     task_classes,
     wanted_task,
 )
+from understudyd.stage.views import ResidentBlobs
 from understudyd.store.records import ModelRecord
 
 _log = logging.getLogger(__name__)
@@ -37,11 +39,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One component of a prepared model: where its weights are and what they are bound to."""
+    """One component of a prepared model: where its weights are and what they are bound to.
+
+    With an `overlay`, that one's weights come in place of some of the blob's.
+    """
 
     name: str
     blob: str
     skeleton: Skeleton
+    overlay: Overlay | None = None
+
+    def bind(self, resident: ResidentBlobs) -> bool:
+        """Bind what is resident; False when it is bound already. Raises `NotResident`."""
+        base = resident.views(self.blob, self.skeleton.signature)
+        if self.overlay is None:
+            return self.skeleton.bind(base)
+        return self.skeleton.bind(base, resident.views(self.overlay.key, self.overlay.layout))
 
 
 @dataclass(frozen=True, slots=True)
