@@ -1,4 +1,4 @@
-"""LoRAs through the real daemon: added while it serves, folded, evicted, replaced, removed: diffusers' images."""
+"""LoRAs through the real daemon: added while it serves, folded, evicted, replaced, removed."""
 
 import json
 import shutil
