@@ -190,6 +190,25 @@ def test_the_stage_gets_its_work_when_it_stands(own: Store) -> None:
     play(work)
 
 
+def test_adapters_have_no_views(own: Store) -> None:
+    kit.add_model(own, "base"), kit.add_adapter(own, "lora")
+
+    async def work() -> None:
+        shell = Shell(own)
+        await shell.keeper.rescan()
+        shell.runtime.attach_stage(shell.stage)
+        shell.ask("r", "base", ("lora", 0.5))
+        derived = shell.adapters.derived.current("base+lora@0.5")
+        lora, unet = derived.found[0].record.blob.sha256, derived.base.record.components[-1].blob.sha256
+        shell.machine.next += [ac.BuildViews(lora, 0, 3), ac.BuildViews(unet, 8192, 4)]
+        shell.runtime.handle(ev.Ticked())
+        shell.runtime.handle(ev.Ticked())
+        assert shell.stage.named("build_views") == [(unet,)]
+        assert ev.ViewsBuilt(lora, 3) in shell.machine.events
+
+    play(work)
+
+
 def test_the_answer_says_what_was_folded_and_everything_is_counted(own: Store) -> None:
     kit.add_model(own, "base"), kit.add_adapter(own, "lora", base="base"), kit.add_adapter(own, "more", b"m")
 

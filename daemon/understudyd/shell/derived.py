@@ -79,6 +79,7 @@ class DerivedModels:
         self._plans: dict[str, OverlayPlan] = {}
         self._labels: dict[str, str] = {}
         self._uses: Counter[str] = Counter()
+        self._adapters: Counter[str] = Counter()
         self._served = served
         self._book = book
         self._settings = settings
@@ -93,6 +94,10 @@ class DerivedModels:
     def plan(self, overlay: str) -> OverlayPlan:
         """What an overlay holds. Raises KeyError when no edition has it any more."""
         return self._plans[overlay]
+
+    def is_adapter(self, blob: str) -> bool:
+        """It is folded, and never bound."""
+        return self._adapters[blob] > 0
 
     def label(self, overlay: str) -> str | None:
         """What people know an overlay by."""
@@ -136,6 +141,7 @@ class DerivedModels:
         self.editions[derived.info.key] = self.latest[derived.info.name] = derived
         for blob, label, found in derived.blobs:
             self._served.places.claim(blob, label, found.home)
+        self._adapters.update(found.record.blob.sha256 for found in derived.found)
         for component, overlaid in derived.overlays.items():
             self._uses[overlaid.key] += 1
             self._plans[overlaid.key] = overlaid.plan
@@ -155,6 +161,8 @@ class DerivedModels:
         gone = self.editions.pop(key)
         for blob, _, _ in gone.blobs:
             self._served.places.release(blob.sha256)
+        self._adapters.subtract(found.record.blob.sha256 for found in gone.found)
+        self._adapters = +self._adapters  # without those that are gone
         for overlaid in gone.overlays.values():
             self._uses[overlaid.key] -= 1
             if not self._uses[overlaid.key]:

@@ -98,7 +98,7 @@ class Runtime:
         self._on_defect = on_defect
         self._thread = threading.get_ident()
         self._pool: LoadRunner | None = None
-        self._hands = StageHands(self.keeper.adapters.derived, self._asked)
+        self._hands = StageHands(self.keeper.adapters.derived, self._asked, self.handle)
         self._replies: ReplySink | None = None
         self._inbox: deque[ev.Event] = deque()
         self._is_handling = False

@@ -5,6 +5,7 @@ from typing import assert_never
 
 from understudy.wire import Generate
 from understudyd.core import actions as ac
+from understudyd.core import events as ev
 from understudyd.shell.derived import DerivedModels
 from understudyd.shell.ports import StageDoor
 
@@ -25,12 +26,18 @@ Asked = tuple[Generate, Sequence[bytes]]
 
 
 class StageHands:
-    """`asked` finds a request that has no answer yet by its id. Only the event loop's thread uses this."""
+    """`asked` finds a request that has no answer yet by its id. Only the event loop's thread uses this.
 
-    def __init__(self, derived: DerivedModels, asked: Callable[[str], Asked]) -> None:
+    Adapters are folded and never bound: they have no views, and the core hears at once that these are built.
+    """
+
+    def __init__(
+        self, derived: DerivedModels, asked: Callable[[str], Asked], emit: Callable[[ev.Event], None]
+    ) -> None:
         self.stage: StageDoor | None = None
         self._derived = derived
         self._asked = asked
+        self._emit = emit
         self._kept: list[Callable[[StageDoor], None]] = []
 
     def attach(self, stage: StageDoor) -> None:
@@ -42,6 +49,9 @@ class StageHands:
 
     def perform(self, action: StageAction) -> None:
         """Now, or as soon as there is a stage."""
+        if isinstance(action, ac.BuildViews) and self._derived.is_adapter(action.blob):
+            self._emit(ev.ViewsBuilt(action.blob, action.generation))
+            return
         order = self._order(action)
         if self.stage is None:
             self._kept.append(order)

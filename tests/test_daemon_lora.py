@@ -1,0 +1,238 @@
+"""LoRAs through the real daemon: added while it serves, folded, evicted, replaced, removed."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import adapter_kit as kit
+import understudy
+from adapter_kit import Making
+from daemon_kit import DaemonProcess, running_daemon
+from family_kit import Family, pixels
+from fold_kit import fused
+from ingest_kit import single_threaded
+from understudy import admin
+from understudy.ctl import main as ctl
+from understudy_demo import tiny
+from understudyd.store.store import Store
+
+PROMPT = "a red circle on blue"
+OPTIONS = {"seed": 7, "steps": 2, "width": 32, "height": 32, "guidance": 5.0}
+REFERENCE = {"num_inference_steps": 2, "width": 32, "height": 32, "guidance_scale": 5.0}
+Applied = Sequence[tuple[str, float]]
+
+
+class Loras:
+    """LoRA files for the family's `sd-c`, in a folder, and what diffusers makes of them."""
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.folder = folder
+        self.base = base
+        pipeline = tiny.stable_diffusion(3)
+        unet, conv = {"unet": kit.UNET_LAYERS}, {"unet": kit.CONV_LAYERS, "text_encoder": kit.TEXT_LAYERS}
+        self.write("plain", kit.make_adapter(pipeline, Making(unet, seed=1)))
+        self.write("whole", kit.make_adapter(pipeline, Making(conv, seed=2, rank=2)))
+        made = kit.make_adapter(pipeline, Making(unet, seed=3))
+        kit.write_kohya(made, folder / "kohya.safetensors", alphas=[3.0])
+        odd = kit.make_adapter(pipeline, Making(unet, seed=4)).state() | {"x.dora_scale": torch.ones(1)}
+        kit.write(folder / "dora.safetensors", odd)
+
+    def write(self, name: str, made: kit.MadeAdapter) -> Path:
+        return kit.write_diffusers(made, self.folder / f"{name}.safetensors")
+
+    def image(self, adapters: Applied, seed: int = 7) -> bytes:
+        """By load_lora_weights, set_adapters and fuse_lora."""
+        files = [(self.folder / f"{name}.safetensors", scale) for name, scale in adapters]
+        pipeline = fused(self.base, torch.float32, files)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return bytes(pipeline(PROMPT, generator=generator, **REFERENCE).images[0].convert("RGB").tobytes())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    yield from single_threaded()
+
+
+@pytest.fixture(scope="module")
+def loras(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Loras:
+    return Loras(tmp_path_factory.mktemp("loras"), family.folders["sd-c"])
+
+
+@pytest.fixture(scope="module")
+def store(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(family.store, tmp_path_factory.mktemp("lora") / "store"))
+
+
+@pytest.fixture(scope="module")
+def added(store: Path, loras: Loras, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """A daemon to which the folder was added while it served; room for a few combinations only."""
+    more: dict[str, Any] = {"stage": {"warm_up": False}, "policy": {"decisions": 500}}
+    with running_daemon(store, tmp_path_factory.mktemp("run"), arena="8MiB", **more) as daemon:
+        words = ["add-lora", str(loras.folder), "--base", "sd-c", "-o", "json"]
+        told = CliRunner().invoke(ctl, ["--socket", str(daemon.admin_socket), *words])
+        assert told.exit_code == 1, "one was refused"
+        outcomes = {r["name"]: (r["outcome"], r["code"]) for r in json.loads(told.stdout)["results"]}
+        assert outcomes == {
+            "plain": ("added", ""), "whole": ("added", ""), "kohya": ("added", ""),
+            "dora": ("refused", "not_plain_lora"),
+        }  # fmt: skip
+        yield daemon
+
+
+@pytest.fixture
+def client(added: DaemonProcess) -> Iterator[understudy.Client]:
+    with understudy.Client(endpoint=added.endpoint) as client:
+        yield client
+
+
+def image(client: understudy.Client, model: str, adapters: Applied = (), **more: Any) -> bytes:
+    result = client.generate(model, PROMPT, adapters=list(adapters), **(OPTIONS | more))
+    return pixels(result.images[0])
+
+
+CASES: list[Applied] = [
+    [("plain", 1.0)],
+    [("whole", 0.7)],
+    [("plain", 0.5), ("kohya", 1.3)],
+    [("kohya", 1.3), ("plain", 0.5)],
+    [("whole", -0.4), ("plain", 0.25), ("kohya", 1.0)],
+]
+
+
+def test_every_image_is_diffusers_there_and_back(
+    client: understudy.Client, loras: Loras, family: Family
+) -> None:
+    base = family.reference("sd-c", prompt=PROMPT, seed=7, **REFERENCE)[0]
+    expected = [loras.image(case) for case in CASES]
+    assert len({base, *expected}) >= len(CASES), "the images must differ, but for the one in another order"
+    for order in (range(len(CASES)), reversed(range(len(CASES)))):
+        for number in order:
+            assert image(client, "sd-c", CASES[number]) == expected[number], CASES[number]
+            assert image(client, "sd-c") == base, "the base is as it was"
+
+
+def test_a_lora_alone_is_a_model(client: understudy.Client, loras: Loras) -> None:
+    result = client.generate("plain", PROMPT, **OPTIONS)
+    assert pixels(result.images[0]) == loras.image([("plain", 1.0)])
+    assert result.model == "plain" and result.adapters == (understudy.Adapter("plain", 1.0),)
+
+
+def test_more_combinations_than_fit_are_all_right(client: understudy.Client, loras: Loras) -> None:
+    """Forty combinations at once, and other models between them, in an arena for a few."""
+    scales = [round(0.1 * number, 1) for number in range(1, 21)]
+    wishes = [
+        understudy.Request(
+            model="sd-c", prompt=PROMPT, adapters=[(name, scale)], request_id=f"{name}-{scale}", **OPTIONS
+        )
+        for scale in scales
+        for name in ("plain", "kohya")
+    ]
+    others = [
+        understudy.Request(model=m, prompt=PROMPT, request_id=m, **OPTIONS) for m in ("sd-a", "sd-b", "xl")
+    ]
+    wishes[5:5], wishes[20:20], wishes[30:30] = others[:1], others[1:2], others[2:]
+    made = {result.id: result for result in client.generate_many(wishes, in_flight=len(wishes))}
+    assert len(made) == len(wishes)
+    for name, scale in (("plain", 0.3), ("kohya", 2.0), ("kohya", 1.1)):
+        result = made[f"{name}-{scale}"]
+        assert isinstance(result, understudy.Result)
+        assert pixels(result.images[0]) == loras.image([(name, scale)])
+
+
+def test_what_cannot_be_had_is_told_by_type(client: understudy.Client) -> None:
+    with pytest.raises(understudy.UnknownAdapter, match="did you mean 'plain'"):
+        client.generate("sd-c", PROMPT, adapters=["plian"], **OPTIONS)
+    with pytest.raises(understudy.AdapterMisfit, match=r"unet\."):
+        client.generate("xl", PROMPT, adapters=["plain"], **OPTIONS)
+    with pytest.raises(understudy.AdapterMisfit, match="twice"):
+        client.generate("sd-c", PROMPT, adapters=["plain", "plain"], **OPTIONS)
+
+
+def test_operators_see_loras_and_combinations_and_pin_them(
+    added: DaemonProcess, client: understudy.Client
+) -> None:
+    name = "sd-c+plain@0.5"
+    assert added.ask(admin.Load(name=name))["tier"] in ("resident", "bound")
+    added.ask(admin.Pin(name=name))
+    document = added.ask(admin.Loras())
+    assert [lora["name"] for lora in document["loras"]] == ["kohya", "plain", "whole"]
+    assert {lora["base"] for lora in document["loras"]} == {"sd-c"}
+    (one,) = [c for c in document["combinations"] if c["name"] == name]
+    assert one["tier"] in ("resident", "bound") and one["pinned"] and one["size_bytes"] > 0
+    shown = added.ask(admin.Show(name=name))
+    assert [part["tier"] for part in shown["components"] if part["role"] == "overlay"] == ["resident"]
+    assert added.ask(admin.Show(name="plain"))["fits"] == ["sd-a", "sd-b", "sd-c", "sd-half"]
+    assert name not in [model["name"] for model in added.ask(admin.Models())]
+    for scale in (0.1, 0.2, 0.3, 0.4):
+        image(client, "sd-c", [("kohya", scale)])
+    assert added.ask(admin.Show(name=name))["tier"] in ("resident", "bound")
+    added.ask(admin.Unpin(name=name))
+    for view in (["loras"], ["show", "plain"], ["show", name], ["status"]):
+        told = CliRunner().invoke(ctl, ["--socket", str(added.admin_socket), *view])
+        assert told.exit_code == 0, told.output
+        assert view == ["status"] or "plain" in told.stdout
+    assert added.ask(admin.Show(arena=True))["tensors_outside"] == []
+
+
+def test_batches_of_one_combination(added: DaemonProcess, client: understudy.Client, loras: Loras) -> None:
+    added.ask(admin.Set(name="sd-c", max_batch=4))
+    try:
+        wishes = [
+            understudy.Request(model="sd-c", prompt=PROMPT, adapters=["plain"], **(OPTIONS | {"seed": seed}))
+            for seed in range(4)
+        ]
+        assert len(list(client.generate_many(wishes))) == 4
+    finally:
+        added.ask(admin.Set(name="sd-c", max_batch=1))
+
+
+def test_a_replaced_lora_is_another_from_then_on(
+    added: DaemonProcess, client: understudy.Client, loras: Loras
+) -> None:
+    path = loras.write(
+        "changing", kit.make_adapter(tiny.stable_diffusion(3), Making({"unet": ("to_q",)}, seed=8))
+    )
+    added.ask(admin.AddLora(source=str(path), base="sd-c"), timeout_s=90)
+    before = image(client, "changing")
+    assert before == loras.image([("changing", 1.0)])
+    loras.write("changing", kit.make_adapter(tiny.stable_diffusion(3), Making({"unet": ("to_v",)}, seed=9)))
+    (refused,) = added.ask(admin.AddLora(source=str(path), base="sd-c"), timeout_s=90)["results"]
+    assert refused["code"] == "exists" and image(client, "changing") == before
+    (replaced,) = added.ask(admin.AddLora(source=str(path), base="sd-c", replace=True), timeout_s=90)[
+        "results"
+    ]
+    assert replaced["outcome"] == "replaced"
+    assert image(client, "changing") == loras.image([("changing", 1.0)]) != before
+
+
+def test_a_removed_lora_serves_who_runs_and_nobody_after(
+    added: DaemonProcess, client: understudy.Client, loras: Loras, store: Path
+) -> None:
+    path = loras.write(
+        "leaving", kit.make_adapter(tiny.stable_diffusion(3), Making({"unet": ("to_k",)}, seed=10))
+    )
+    added.ask(admin.AddLora(name="leaving", source=str(path), base="sd-c"), timeout_s=90)
+    blobs = set((store / "blobs").iterdir())
+    runs, handle = threading.Event(), client.submit("leaving", PROMPT, **(OPTIONS | {"steps": 150}))
+    for event in handle.events():
+        if isinstance(event, understudy.Progress):
+            runs.set()
+            break
+    assert runs.is_set()
+    document = added.ask(admin.RemoveLora(name="leaving"))
+    assert handle.result().images, "it ran to its end"
+    assert document["freed_bytes"] > 0 and len(blobs - set((store / "blobs").iterdir())) == 1
+    with pytest.raises(understudy.UnderstudyError) as caught:
+        client.generate("leaving", PROMPT, **OPTIONS)
+    assert caught.value.code == "unknown_model"
+    with pytest.raises(understudy.UnknownAdapter):
+        client.generate("sd-c", PROMPT, adapters=["leaving"], **OPTIONS)
+    assert "leaving" not in Store(store).names()
