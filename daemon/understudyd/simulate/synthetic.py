@@ -38,7 +38,7 @@ class Shape:
 
     `session_every_s` is the mean of the quiet hour between a day's peak, `exp(peak)` times as busy, and its
     night. `stay` and `stray` are the chances that a client's next request is for the model it used last, or
-    for any; otherwise it is for one of its `favourites`. `lora_share` of what is chosen has one of the `loras`,
+    for any; otherwise it is for one of its `favourites`. `lora_share` of them have one of the `loras`,
     and `second_lora_share` of that a second.
     """
 
