@@ -13,7 +13,7 @@ from adapter_kit import Making
 from fold_kit import fused
 from stage_kit import ALIGN_BYTES, Family, Rig
 from understudy_demo import tiny
-from understudyd.core.events import FoldFinished, ViewsBuilt
+from understudyd.core.events import FoldFinished, ModelPrepared, ViewsBuilt
 from understudyd.store.adapters.files import AdapterFile
 from understudyd.store.adapters.ingest import AdapterOptions, add_adapter
 from understudyd.store.adapters.overlays import AppliedAdapter, OverlaidComponent, OverlayPlan, plan_overlays
@@ -116,8 +116,12 @@ class OverlayRig(Rig):
         return derived.key
 
     def prepare(self, derived: Derived) -> None:
+        already = self._times_prepared(derived.key)
         self.stage.prepare_derived(derived.key, derived.base, derived.overlays)
-        self.wait_until(lambda: self.is_prepared(derived.key), f"{derived.key} prepared")
+        self.wait_until(lambda: self._times_prepared(derived.key) > already, f"{derived.key} prepared")
+
+    def _times_prepared(self, key: str) -> int:
+        return sum(isinstance(event, ModelPrepared) and event.key == key for event in self.events)
 
     def fold(self, overlay: OverlaidComponent, offset: int | None = None) -> int:
         """Fold and build views; returns the generation."""

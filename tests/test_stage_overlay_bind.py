@@ -99,7 +99,7 @@ def test_an_overlay_lies_over_its_slots_and_nothing_else(scene: Scene) -> None:
 
 def test_from_one_overlay_to_another_only_their_slots_are_touched(scene: Scene) -> None:
     scene.skeleton._owners = [Slots(owner) for owner in scene.skeleton._owners]
-    first, second = scene.overlay(range(0, 10), 7), scene.overlay(range(5, 20), 8)
+    first, second = scene.overlay(range(10), 7), scene.overlay(range(5, 20), 8)
 
     def writes(base: BlobViews, overlay: BlobViews | None) -> int:
         before = Slots.writes
