@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ingest_kit import single_threaded
 from understudy import admin
 from understudy.ctl import main as ctl
 from understudy_demo import tiny
+from understudyd.store.adapters.shelf import AdapterShelf
 from understudyd.store.store import Store
 
 PROMPT = "a red circle on blue"
@@ -75,7 +75,7 @@ def store(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def added(store: Path, loras: Loras, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """A daemon to which the folder was added while it served; room for a few combinations only."""
     more: dict[str, Any] = {"stage": {"warm_up": False}, "policy": {"decisions": 500}}
-    with running_daemon(store, tmp_path_factory.mktemp("run"), arena="8MiB", **more) as daemon:
+    with running_daemon(store, tmp_path_factory.mktemp("run"), arena="12MiB", **more) as daemon:
         words = ["add-lora", str(loras.folder), "--base", "sd-c", "-o", "json"]
         told = CliRunner().invoke(ctl, ["--socket", str(daemon.admin_socket), *words])
         assert told.exit_code == 1, "one was refused"
@@ -220,19 +220,14 @@ def test_a_removed_lora_serves_who_runs_and_nobody_after(
         "leaving", kit.make_adapter(tiny.stable_diffusion(3), Making({"unet": ("to_k",)}, seed=10))
     )
     added.ask(admin.AddLora(name="leaving", source=str(path), base="sd-c"), timeout_s=90)
-    blobs = set((store / "blobs").iterdir())
-    runs, handle = threading.Event(), client.submit("leaving", PROMPT, **(OPTIONS | {"steps": 150}))
-    for event in handle.events():
-        if isinstance(event, understudy.Progress):
-            runs.set()
-            break
-    assert runs.is_set()
+    blob = Store(store).blob_path(AdapterShelf(Store(store)).adapter("leaving").blob.sha256)
+    handle = client.submit("leaving", PROMPT, **(OPTIONS | {"steps": 150}))
+    next(event for event in handle.events() if isinstance(event, understudy.Progress))
     document = added.ask(admin.RemoveLora(name="leaving"))
     assert handle.result().images, "it ran to its end"
-    assert document["freed_bytes"] > 0 and len(blobs - set((store / "blobs").iterdir())) == 1
+    assert document["freed_bytes"] > 0 and not blob.exists()
     with pytest.raises(understudy.UnderstudyError) as caught:
         client.generate("leaving", PROMPT, **OPTIONS)
     assert caught.value.code == "unknown_model"
     with pytest.raises(understudy.UnknownAdapter):
         client.generate("sd-c", PROMPT, adapters=["leaving"], **OPTIONS)
-    assert "leaving" not in Store(store).names()

@@ -57,7 +57,8 @@ def test_a_replaced_adapter_takes_its_unused_combinations_with_it(own: Store) ->
 
 
 def test_who_waits_gets_the_new_adapter_when_it_is_prepared(own: Store) -> None:
-    kit.add_model(own, "base"), kit.add_adapter(own, "lora")
+    kit.add_model(own, "base")
+    path = own.blob_path(kit.add_adapter(own, "lora").blob.sha256)
 
     async def work() -> None:
         shell = await open_shell(own)
@@ -69,7 +70,9 @@ def test_who_waits_gets_the_new_adapter_when_it_is_prepared(own: Store) -> None:
         await shell.adapters.refresh("lora")
         assert shell.told(ev.ModelReplaced) == [f"ModelReplaced {name}@1"]
         assert shell.adapters.derived.current(name) is old, "until the new one is prepared"
+        assert path.exists()
         shell.prepared(f"{name}@1")
+        await until(lambda: not path.exists())
         new = shell.adapters.derived.current(name)
         assert new.overlays["unet"].key != old.overlays["unet"].key and not shell.failures()
         assert list(shell.adapters.derived.editions) == [f"{name}@1"]

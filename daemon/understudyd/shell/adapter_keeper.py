@@ -42,7 +42,10 @@ class Wish:
 
 
 class AdapterKeeper:
-    """`lock` is held by whoever changes the own store; `in_use` are blobs that must stay on its disk."""
+    """`lock` is held by whoever changes the own store; `in_use` are blobs that must stay on its disk.
+
+    `tidy` has what nobody needs any more deleted there, sooner or later.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class AdapterKeeper:
         handle: Callable[[ev.Event], None],
         lock: asyncio.Lock,
         in_use: Callable[[], Collection[str]],
+        tidy: Callable[[], None],
     ) -> None:
         self.book = AdapterBook(served)
         self.derived = DerivedModels(served, self.book, settings)
@@ -62,6 +66,8 @@ class AdapterKeeper:
         self._handle = handle
         self._lock = lock
         self._in_use = in_use
+        self._tidy = tidy
+        self._replaced: set[str] = set()  # contents that editions may still have
         self._leaving: dict[str, asyncio.Future[None]] = {}  # adapters that are being removed
         self._removals: set[asyncio.Task[int]] = set()
 
@@ -119,7 +125,9 @@ class AdapterKeeper:
         self.book.put(name, found)
         if before is None or _is_same(before, found):
             return False
+        self._replaced.add(before.record.content)
         self._renew(self.derived.of_adapter(name))
+        self._look_who_left()
         return True
 
     async def refresh(self, name: str) -> AdapterRecord:
@@ -262,6 +270,11 @@ class AdapterKeeper:
         self._look_who_left()
 
     def _look_who_left(self) -> None:
+        if self._replaced:
+            still = {f.record.content for d in self.derived.editions.values() for f in d.found}
+            if self._replaced - still:
+                self._replaced &= still
+                self._tidy()
         for name, unused in self._leaving.items():
             if not unused.done() and not self.derived.uses_adapter(name):
                 unused.set_result(None)

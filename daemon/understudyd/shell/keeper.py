@@ -58,7 +58,14 @@ class Keeper:
         self.served = ServedModels(stores, self.settings)
         self.lock = asyncio.Lock()
         self.adapters = AdapterKeeper(
-            machine, stores, self.served, self.settings, handle, self.lock, self._blobs_in_use
+            machine,
+            stores,
+            self.served,
+            self.settings,
+            handle,
+            self.lock,
+            self._blobs_in_use,
+            lambda: self._start(self._collect_garbage()),
         )
         self._machine = machine
         self._loop = loop
@@ -252,7 +259,7 @@ class Keeper:
             async with self.lock:
                 await in_daemon_thread(self.stores.own.clean, self._blobs_in_use())
         except StoreError as error:
-            log.warning("what a replaced model left stays in the store for now: %s", error)
+            log.warning("what was replaced stays in the store for now: %s", error)
 
     def _blobs_in_use(self) -> frozenset[str]:
         """Those that an edition has which is not retired yet, whatever the store's manifests say.
