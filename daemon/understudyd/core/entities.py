@@ -115,20 +115,30 @@ class Model:
         """Its own, and the adapters of which its overlays are made."""
         return (*self.blobs, *self.adapters) if self.adapters else self.blobs
 
+    @property
+    def files(self) -> tuple[Blob, ...]:
+        """What of all that is loaded, not folded."""
+        return tuple(b for b in self.all_blobs if not b.info.made_of) if self.adapters else self.blobs
+
     def needed(self) -> tuple[Blob, ...]:
         """What must be there, or come, before it can run, in the order in which to fetch and make it."""
         if not self.adapters:
             return self.blobs
-        unmade = [blob for blob in self.blobs if blob.is_overlay and not blob.is_made]
+        unmade = [blob for blob in self.blobs if blob.info.made_of and not blob.is_made]
+        if not unmade:
+            return self.blobs
         adapters = [blob for blob in self.adapters if any(blob in overlay.sources for overlay in unmade)]
-        own = [blob for blob in self.blobs if not blob.is_overlay]
-        return (*own, *adapters, *(blob for blob in self.blobs if blob.is_overlay))
+        own = [blob for blob in self.blobs if blob not in unmade]
+        return (*own, *adapters, *unmade)
 
     @property
     def is_unfit(self) -> bool:
         """It cannot run until it is added anew: parts that cannot be built, or a damaged file or overlay."""
-        is_damaged = any(blob.state is BlobState.DAMAGED for blob in self.needed())
-        return is_damaged or self.parts.state is PartsState.BROKEN
+        if self.parts.state is PartsState.BROKEN:
+            return True
+        if not any(blob.life.state is BlobState.DAMAGED for blob in self.all_blobs):
+            return False
+        return any(blob.state is BlobState.DAMAGED for blob in self.needed())
 
     @property
     def is_ready(self) -> bool:
