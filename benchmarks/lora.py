@@ -41,6 +41,7 @@ from understudyd.store.adapters.ingest import write_targets
 from understudyd.store.adapters.overlays import AppliedAdapter, plan_overlays
 from understudyd.store.adapters.records import AdapterRecord, content_id
 from understudyd.store.pretrained import quiet_libraries
+from understudyd.store.records import SignatureRecord
 from understudyd.store.signature import Component
 
 RANKS = (16, 64)
@@ -61,8 +62,8 @@ class Scene:
         component = Component("unet", unet)
         self.signature = component.signature
         self.file = write_lora(unet, rank, folder / f"rank-{rank}.safetensors")
-        self.adapter = self._ingest(folder / f"rank-{rank}.blob")
         self.blob = folder / f"rank-{rank}.blob"
+        self.adapter = ingest_lora(self.file, self.signature, self.blob)
         (self.plan,) = plan_overlays({"unet": self.signature}, [AppliedAdapter(self.adapter, 1.0)])
         base_bytes, adapter_bytes = self.signature.size_bytes, self.adapter.blob.size_bytes
         memory = torch.zeros(base_bytes + adapter_bytes + self.plan.size_bytes, dtype=torch.uint8)
@@ -76,19 +77,6 @@ class Scene:
             parameter.data = view
         self.pipeline: Any = tiny.stable_diffusion(0)
         self.pipeline.register_modules(unet=unet)
-
-    def _ingest(self, blob: Path) -> AdapterRecord:
-        base = Base(StableDiffusionLoraLoaderMixin, {"unet": self.signature}, ("sd15",))
-        targets, record = write_targets(blob, convert(self.file, base))
-        return AdapterRecord(
-            name="lora",
-            family=base.family.__name__,
-            bases=base.records,
-            base_model="sd15",
-            targets=targets,
-            blob=record,
-            content=content_id(targets, record),
-        )
 
     def read(self) -> None:
         """What a loader does."""
@@ -157,6 +145,21 @@ def write_lora(unet: nn.Module, rank: int, path: Path) -> Path:
             state[f"unet.{name}.lora_B.weight"] = 0.05 * torch.randn(wide_out, rank)
     save_file({key: tensor.half() for key, tensor in state.items()}, path, metadata={"format": "pt"})
     return path
+
+
+def ingest_lora(file: Path, unet: SignatureRecord, blob: Path) -> AdapterRecord:
+    """As `add-lora` makes it for a UNet, its factors in `blob`."""
+    base = Base(StableDiffusionLoraLoaderMixin, {"unet": unet}, ("sd15",))
+    targets, record = write_targets(blob, convert(file, base))
+    return AdapterRecord(
+        name=file.stem,
+        family=base.family.__name__,
+        bases=base.records,
+        base_model="sd15",
+        targets=targets,
+        blob=record,
+        content=content_id(targets, record),
+    )
 
 
 def measure(scene: Scene, rounds: int) -> dict[str, float | int]:

@@ -45,11 +45,12 @@ class Architecture:
     tokenizers: tuple[str, ...]
     init_kwargs: dict[str, Any] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float16
 
     @cached_property
     def signatures(self) -> dict[str, SignatureRecord]:
-        """Each component's shape in fp16."""
-        return {part: _signature(build) for part, build in self.builders.items()}
+        """Each component's shape."""
+        return {part: _signature(build, self.dtype) for part, build in self.builders.items()}
 
     @property
     def tensor_count(self) -> int:
@@ -142,10 +143,10 @@ def _vae(narrow: bool, **changes: Any) -> nn.Module:
     return module
 
 
-def _signature(build: Callable[[], nn.Module]) -> SignatureRecord:
-    """What ingest would record of this module in fp16, read off a module without memory."""
+def _signature(build: Callable[[], nn.Module], dtype: torch.dtype) -> SignatureRecord:
+    """What ingest would record of this module, read off a module without memory."""
     with torch.device("meta"):
-        module = build().half()
+        module = build().to(dtype)
     held = list(held_tensors(module))
     layout = plan_blob((path, dtype_name(tensor.dtype), tuple(tensor.shape)) for path, _, tensor in held)
     spans = {span.name: span for span in layout.tensors}

@@ -1,0 +1,253 @@
+"""Changes of adapters on the real stage: part of `python -m benchmarks.lora`.
+
+One Stable Diffusion 1.5 model of real size and two models derived from it, adapters of rank 16 and 64 folded
+beside it by the stage. Requests alternate between the two; each is stopped at its first stage operation, with
+everything bound, as in `benchmarks.switch`.
+
+* `visible_switch_ms_*`: from the end of one request's last stage operation to the first one of the next.
+* `stage_fold_ms`: a fold asked of the idle stage, until the event comes.
+* `step_ms`, `step_beside_fold_ms`: a call of the UNet inside a run, without a fold and with folds all along;
+  `fold_beside_step_ms`: how long each of these folds took.
+
+What is bound is looked at after each kind of change: overlay tensors where there are any, the base's elsewhere.
+"""
+
+import gc
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.kit import percentile
+from benchmarks.real_size import Architecture, RealSizeStore
+from understudyd.core.events import Event, FoldFinished, LeaseEnded, ModelPrepared, RunStarted, ViewsBuilt
+from understudyd.core.types import ErrorCode
+from understudyd.stage.run import RunParams
+from understudyd.stage.stage import Stage
+from understudyd.store.adapters.overlays import AppliedAdapter, OverlaidComponent, plan_overlays
+from understudyd.store.adapters.records import AdapterRecord
+
+SETTLE_S = 0.002
+TIMEOUT_S = 300.0
+BASE = "base"
+
+
+class WrongBind(Exception):
+    """A slot holds another tensor than it should."""
+
+
+class LoraTheatre:
+    """The base, adapters and their overlays in an arena, and a stage over them."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        adapters: Sequence[tuple[AdapterRecord, Path]],
+        folder: Path,
+        threads: int,
+    ) -> None:
+        self._store = RealSizeStore(architecture, (BASE,), folder)
+        signature = architecture.signatures["unet"]
+        record = self._store.model(BASE)
+        base_blob = next(c.blob.sha256 for c in record.components if c.name == "unet")
+        plans = [plan_overlays({"unet": signature}, [AppliedAdapter(a, 1.0)])[0] for a, _ in adapters]
+        self._overlays = {
+            a.name: OverlaidComponent(plan.key(base_blob), plan, base_blob)
+            for (a, _), plan in zip(adapters, plans, strict=True)
+        }
+        room = architecture.size_bytes + sum(a.blob.size_bytes for a, _ in adapters)
+        self.arena = torch.empty(room + sum(plan.size_bytes for plan in plans), dtype=torch.uint8)
+        self._changed = threading.Condition()
+        self._seen: set[Event] = set()
+        self._generations = itertools.count(2)
+        self._requests = itertools.count()
+        self.spans: list[tuple[str, str, float, float]] = []
+        self.stage = Stage(
+            self.arena,
+            self._store,
+            threads=threads,
+            emit=self._emit,
+            record=lambda *span: self.spans.append(span),
+        )
+        self._offsets: dict[str, int] = {}
+        self._fill(architecture.dtype, adapters)
+        self.stage.prepare_model(BASE)
+        self._wait(ModelPrepared(BASE, True))
+        for name, overlay in self._overlays.items():
+            self.stage.prepare_derived(name, BASE, {"unet": overlay})
+            self._wait(ModelPrepared(name, True))
+
+    def _fill(self, dtype: torch.dtype, adapters: Sequence[tuple[AdapterRecord, Path]]) -> None:
+        block = (0.02 * torch.randn(1 << 20)).to(dtype).view(torch.uint8)
+        offset = 0
+        for component in self._store.model(BASE).components:
+            size_bytes = component.blob.size_bytes
+            for piece in self.arena[offset : offset + size_bytes].split(block.numel()):
+                piece.copy_(block[: piece.numel()])
+            self._offsets[component.blob.sha256] = offset
+            self.stage.build_views(component.blob.sha256, offset, 1)
+            self._wait(ViewsBuilt(component.blob.sha256, 1))
+            offset += size_bytes
+        for adapter, path in adapters:
+            data = path.read_bytes()[adapter.blob.data_start_bytes :]
+            extent = self.arena[offset : offset + adapter.blob.size_bytes]
+            extent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            self._offsets[adapter.blob.sha256] = offset
+            offset += adapter.blob.size_bytes
+        for overlay in self._overlays.values():
+            self._offsets[overlay.key] = offset
+            offset += overlay.plan.size_bytes
+
+    # -- folds -------------------------------------------------------------------------------------
+
+    def fold(self, name: str) -> float:
+        """Ask for a fold and wait for it; milliseconds."""
+        overlay = self._overlays[name]
+        key, generation = overlay.key, next(self._generations)
+        sources = [overlay.base_blob, *(a.record.blob.sha256 for a in overlay.plan.adapters)]
+        started_s = time.perf_counter()
+        offsets = [(source, self._offsets[source]) for source in sources]
+        self.stage.fold(key, generation, self._offsets[key], overlay.plan, offsets)
+        self._wait(FoldFinished(key, generation))
+        return (time.perf_counter() - started_s) * 1e3
+
+    def show(self, name: str) -> None:
+        """Build the views of a folded overlay."""
+        key, generation = self._overlays[name].key, next(self._generations)
+        self.stage.build_views(key, self._offsets[key], generation)
+        self._wait(ViewsBuilt(key, generation))
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def switch(self, models: Sequence[str]) -> list[float]:
+        """Request the models in turn, back to back; the visible switches between them in milliseconds."""
+        self.spans.clear()
+        last = len(models) - 1
+        playing = enumerate(models)
+
+        def look_and_stop(request_id: str) -> None:
+            number, model = next(playing)
+            self._check(model)
+            while number != last and not self.stage.someone_waits():
+                time.sleep(SETTLE_S / 10)
+            time.sleep(SETTLE_S)
+
+        self._run(models, look_and_stop)
+        runs = [(start, end) for lane, _, start, end in self.spans if lane == "stage"]
+        return [(after[0] - before[1]) * 1e3 for before, after in itertools.pairwise(runs)]
+
+    def on_stage(self, act: Callable[[Any], None]) -> None:
+        """Run one request of the base whose first operation is `act(unet)`."""
+        unet = next(s for s in self.stage.skeletons() if s.signature.class_name.startswith("UNet"))
+        self._run([BASE], lambda request_id: act(unet.module))
+
+    def _run(self, models: Sequence[str], act: Callable[[str], None]) -> None:
+        order = [f"r{next(self._requests)}" for _ in models]
+        playing = iter(order)
+
+        def stop_here(_module: Any, _args: Any) -> None:
+            request_id = next(playing)
+            act(request_id)
+            self.stage.cancel_run(request_id, ErrorCode.CANCELLED)  # the next checkpoint is a call away
+
+        encoder = next(s for s in self.stage.skeletons() if s.signature.class_name.startswith("CLIP"))
+        hook = encoder.module.register_forward_pre_hook(stop_here)
+        try:
+            for request_id, model in zip(order, models, strict=True):
+                self.stage.put_on_deck(request_id, model, RunParams(prompt="a red circle", seed=1))
+                self._wait(RunStarted(request_id))
+            self._wait(LeaseEnded(order[-1]))
+        finally:
+            hook.remove()
+
+    def _check(self, model: str) -> None:
+        """Every tensor of the UNet is where this model has it."""
+        unet = next(s for s in self.stage.skeletons() if s.signature.class_name.startswith("UNet"))
+        start = self.arena.data_ptr()
+        overlay = self._overlays.get(model)
+        base_offset = self._offsets[next(iter(self._overlays.values())).base_blob]
+        places = {record.path: base_offset + record.offset for record in unet.signature.tensors}
+        if overlay is not None:
+            offset = self._offsets[overlay.key]
+            places |= {w.base.path: offset + w.folded.offset for w in overlay.plan.weights}
+        for record, tensor in unet.tensors():
+            if tensor.data_ptr() - start != places[record.path]:
+                raise WrongBind(f"{model}: {record.path} is bound to another place")
+
+    def _emit(self, event: Event) -> None:
+        with self._changed:
+            self._seen.add(event)
+            self._changed.notify_all()
+
+    def _wait(self, event: Event) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: event in self._seen, TIMEOUT_S):
+                raise TimeoutError(f"never came: {event}")
+
+
+def measure_stage(theatre: LoraTheatre, names: Sequence[str], switches: int, calls: int) -> dict[str, float]:
+    """Medians in milliseconds; see the module."""
+    folds = {}
+    for name in names:
+        theatre.fold(name)  # first touch of the overlay's pages
+        folds[name] = statistics.median(theatre.fold(name) for _ in range(3))
+        theatre.show(name)
+    gc.collect()
+    gc.freeze()  # as the daemon does once it has started
+    try:
+        theatre.switch([names[i % 2] for i in range(6)])
+        hot = theatre.switch([names[i % 2] for i in range(switches + 1)])
+        back = theatre.switch([(names[0], BASE)[i % 2] for i in range(switches // 2 + 1)])
+    finally:
+        gc.unfreeze()
+    found = {
+        "visible_switch_ms_p50": statistics.median(hot),
+        "visible_switch_ms_p99": percentile(hot, 99),
+        "visible_to_base_ms_p50": statistics.median(back),
+        **{f"stage_fold_ms_{name}": fold_ms for name, fold_ms in folds.items()},
+    }
+    return found | (_steps(theatre, names[-1], calls) if calls else {})
+
+
+def _steps(theatre: LoraTheatre, name: str, calls: int) -> dict[str, float]:
+    alone: list[float] = []
+    beside: list[float] = []
+    folds: list[float] = []
+    is_over = threading.Event()
+
+    def call(unet: Any, times: list[float]) -> None:
+        side = unet.config.sample_size
+        sample = torch.zeros(2, 4, side, side, dtype=unet.dtype)
+        words = torch.zeros(2, 77, unet.config.cross_attention_dim, dtype=unet.dtype)
+        started_s = time.perf_counter()
+        unet(sample, 1, words)
+        times.append((time.perf_counter() - started_s) * 1e3)
+
+    def keep_folding() -> None:
+        while not is_over.is_set():
+            folds.append(theatre.fold(name))
+
+    def act(unet: Any) -> None:
+        call(unet, [])
+        for _ in range(calls):
+            call(unet, alone)
+        folder = threading.Thread(target=keep_folding)
+        folder.start()
+        for _ in range(calls):
+            call(unet, beside)
+        is_over.set()
+        has_ended.append(folder)
+
+    has_ended: list[threading.Thread] = []
+    theatre.on_stage(act)
+    has_ended[0].join()
+    return {
+        "step_ms": statistics.median(alone),
+        "step_beside_fold_ms": statistics.median(beside),
+        "fold_beside_step_ms": statistics.median(folds),
+    }
