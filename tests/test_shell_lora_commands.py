@@ -184,7 +184,7 @@ def test_the_ingest_process_reports_what_it_cannot_find(own: Store) -> None:
 def test_each_lora_is_served_as_soon_as_it_is_there(own: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process is played: one is added, one replaced, one refused, one went before it could be served."""
 
-    async def ingest(store: Path, command: admin.AddLora, on_note: Any) -> Any:
+    async def ingest(store: Path, command: admin.AddLora, on_note: Any, read_only: list[Path]) -> Any:
         assert command.source == "/loras"
         kit.add_adapter(own, "new", b"n")
         kit.add_adapter(own, "more", b"M", replace=True)
