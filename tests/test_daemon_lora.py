@@ -221,9 +221,9 @@ def test_a_removed_lora_serves_who_runs_and_nobody_after(
     )
     added.ask(admin.AddLora(name="leaving", source=str(path), base="sd-c"), timeout_s=90)
     blob = Store(store).blob_path(AdapterShelf(Store(store)).adapter("leaving").blob.sha256)
-    handle = client.submit("leaving", PROMPT, **(OPTIONS | {"steps": 150}))
+    handle = client.submit("leaving", PROMPT, **(OPTIONS | {"steps": 60}))
     next(event for event in handle.events() if isinstance(event, understudy.Progress))
-    document = added.ask(admin.RemoveLora(name="leaving"))
+    document = added.ask(admin.RemoveLora(name="leaving"), timeout_s=120)
     assert handle.result().images, "it ran to its end"
     assert document["freed_bytes"] > 0 and not blob.exists()
     with pytest.raises(understudy.UnderstudyError) as caught:

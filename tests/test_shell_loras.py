@@ -8,10 +8,13 @@ import pytest
 import lora_kit as kit
 from lora_shell_kit import Shell, play
 from understudy.wire import Adapter, Finished, Generate
+from understudyd.config import Config, ConfigError, StartupConfig, StoreConfig, check_startup
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.types import BlobInfo
 from understudyd.shell.derived import derived_name, parse_name
+from understudyd.shell.forecast_file import ForecastFile
+from understudyd.shell.start_up import StartUp
 from understudyd.store.store import Store
 
 
@@ -273,3 +276,65 @@ def test_clients_see_models_then_adapters_and_no_combinations(own: Store) -> Non
         assert entries[1].pipeline == kit.FAMILY and entries[1].size_bytes > 0
 
     play(work)
+
+
+# -- an earlier life, and the start ----------------------------------------------------------------
+
+
+def test_combinations_of_an_earlier_life_are_known_again(own: Store, tmp_path: Path) -> None:
+    kit.add_model(own, "base"), kit.add_adapter(own, "lora"), kit.add_adapter(own, "gone", b"g")
+
+    async def live() -> Shell:
+        shell = Shell(own)
+        await shell.keeper.rescan()
+        file = ForecastFile(tmp_path, shell.machine, revive=shell.adapters.revive)
+        await file.read()
+        file.start()
+        if not shell.added():
+            for number in range(5):
+                shell.ask(f"r{number}", "base", ("lora", 0.5))
+            shell.ask("g", "base", ("gone", 1.0))
+        await file.close()
+        return shell
+
+    async def work() -> None:
+        before = await live()
+        kit.remove_adapter(own, "gone")
+        after = await live()
+        name = "base+lora@0.5"
+        assert [info.name for info in after.added()] == [name]
+        assert after.machine.forecast.chance(name) == pytest.approx(before.machine.forecast.chance(name), 0.1)
+        assert not after.runtime.pending
+
+    play(work)
+
+
+def test_combinations_may_be_chosen_for_the_start(own: Store) -> None:
+    (
+        kit.add_model(own, "base"),
+        kit.add_adapter(own, "lora", base="base"),
+        kit.add_model(own, "other", width=6),
+    )
+
+    async def work() -> None:
+        shell = Shell(own)
+        await shell.keeper.rescan()
+        chosen = StartupConfig(models=("base+lora@0.5", "lora", "base+gone", "nobody"), prompts=("x",))
+        start_up = StartUp(shell.runtime, Config(startup=chosen), lambda status: None)
+        combinations = {"base+lora@0.5", "base+lora@1.0"}
+        assert start_up.load_ahead() == combinations | {"other"}, "the other architecture is warmed up"
+        assert {info.name for info in shell.added()} == combinations
+        assert start_up.missing == {"base+gone": "unknown_adapter", "nobody": "unknown"}
+
+    play(work)
+
+
+def test_the_configuration_check_knows_combinations(own: Store) -> None:
+    kit.add_model(own, "base"), kit.add_adapter(own, "lora")
+
+    def check(*models: str) -> None:
+        check_startup(Config(store=StoreConfig(path=own.path), startup=StartupConfig(models=models)))
+
+    check("base", "base+lora@0.5", "lora")
+    with pytest.raises(ConfigError, match="'gone' unknown"):
+        check("base+gone@0.5")

@@ -253,18 +253,23 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
 
 
 def check_startup(config: Config) -> None:
-    """Look for the models of `[startup]` in the stores, if all of these can be read. Raises `ConfigError`."""
+    """Look for the models of `[startup]` in the stores, if all of these can be read. Raises `ConfigError`.
+
+    One may be a model with LoRAs, "sd15+pixel-art@0.8", or a LoRA alone.
+    """
+    from understudyd.store.adapters.shelf import AdapterShelf
     from understudyd.store.store import Store
 
     names: set[str] = set()
     for path in (config.store.path, *config.store.read_only):
         try:
-            names |= set(Store(path).names())
+            names |= {*Store(path).names(), *AdapterShelf(Store(path)).names()}
         except OSError:
             return
     for name in config.startup.models:
-        if name not in names:
-            raise ConfigError(f"startup.models: {unknown_model(name, names, 'add it first')}")
+        for part in (term.partition("@")[0] for term in name.split("+")):
+            if part not in names:
+                raise ConfigError(f"startup.models: {unknown_model(part, names, 'add it first')}")
 
 
 def _override(document: dict[str, Any], key: str, text: str) -> None:

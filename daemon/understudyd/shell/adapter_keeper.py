@@ -6,6 +6,7 @@ made anew when it is asked for. What runs finishes with what it began with.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,12 @@ class AdapterKeeper:
             self.derived.adopt(name, derived.info.key)
             self._handle(ev.ModelAdded(derived.info))
         return Wish(name, base, wanted)
+
+    def revive(self, name: str) -> None:
+        """Have the core know a derived model of an earlier life, if there is all that it takes."""
+        if parse_name(name) is not None:
+            with contextlib.suppress(AdapterRefused):
+                self.wish(name)
 
     def name_of(self, model: str) -> str:
         """What the core calls what may be asked for as `model`, whether or not it knows it yet.

@@ -7,7 +7,7 @@ touch the process that serves.
 import asyncio
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,15 @@ class IngestFailed(Exception):
         self.code = code
 
 
-async def ingest(store: Path, command: Add | Scan | AddLora, on_note: Callable[[Note], None]) -> Any:
+async def ingest(
+    store: Path,
+    command: Add | Scan | AddLora,
+    on_note: Callable[[Note], None],
+    read_only: Sequence[Path] = (),
+) -> Any:
     """Ingest what `command` names into the store folder; the document that the process answers with.
+
+    A LoRA may be for a model of the `read_only` stores.
 
     Raises `IngestFailed`; nothing of what failed is left behind then. A scan is done when its tree is: what
     became of each model is in its results.
@@ -36,6 +43,8 @@ async def ingest(store: Path, command: Add | Scan | AddLora, on_note: Callable[[
     module = "understudyd.store.adapters.cli" if isinstance(command, AddLora) else "understudyd.store.ingest"
     argv = [sys.executable, "-m", module, "--json", "--store", str(store)]
     argv += ingest_arguments(command)
+    if isinstance(command, AddLora):
+        argv += [f"--models-of={path}" for path in read_only]
     child = await asyncio.create_subprocess_exec(
         *argv,
         stdin=asyncio.subprocess.DEVNULL,

@@ -55,7 +55,8 @@ async def _serve_what_comes(
 
     try:
         async with keeper.lock:  # one writer at a time
-            document = await ingest(keeper.stores.own.path, command, on_note)
+            read_only = [store.path for store in keeper.stores.read_only]
+            document = await ingest(keeper.stores.own.path, command, on_note, read_only)
     finally:
         await asyncio.gather(*serving)
     return sorted(results, key=lambda result: result.path), document

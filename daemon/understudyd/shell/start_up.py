@@ -14,6 +14,7 @@ from understudyd.config import Config
 from understudyd.core import events as ev
 from understudyd.core.types import ErrorCode
 from understudyd.names import unknown_model
+from understudyd.shell.adapter_book import AdapterRefused
 from understudyd.shell.families import family, representatives
 from understudyd.shell.runtime import RunFailed, Runtime
 from understudyd.store.records import ModelRecord
@@ -33,13 +34,21 @@ class StartUp:
         self._stage = config.stage
         self._say = say
         self._names: list[str] = []
+        self._families: set[tuple[str, ...]] = set()  # of the chosen models
 
     def load_ahead(self) -> set[str]:
         """Have what will be needed on its way while torch is imported; the models' names."""
         records = self._runtime.records
         for name in dict.fromkeys(self._chosen.models):
-            if name in records:
-                self._names.append(name)
+            try:
+                wish = self._runtime.keeper.adapters.wish(name)
+            except AdapterRefused as error:
+                self.missing[name] = error.code
+                log.warning("startup.models: %s", error)
+                continue
+            if wish.base in records:
+                self._names.append(wish.model)
+                self._families.add(family(records[wish.base]))
             else:
                 self.missing[name] = "unknown"
                 log.warning("startup.models: %s", unknown_model(name, records, "add it first"))
@@ -70,9 +79,9 @@ class StartUp:
         """One model of each, but for those that a chosen model will have run."""
         if not self._stage.warm_up:
             return []
-        records = self._runtime.records
-        chosen = {family(records[name]) for name in self._names if self._chosen.prompts}
-        return [record for record in representatives(records.values()) if family(record) not in chosen]
+        chosen = self._families if self._chosen.prompts else set()
+        models = representatives(self._runtime.records.values())
+        return [record for record in models if family(record) not in chosen]
 
     async def _warm_architectures(self) -> None:
         """First-use kernels and autotuning must not meet a client."""
