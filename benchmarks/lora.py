@@ -7,7 +7,9 @@ the same threads and read the same factors from the page cache; rounds alternate
 * `read_ms`: the adapter's blob into the arena; `fold_ms`: every weight of its overlay.
 * `diffusers_load_fuse_unfuse_ms`: `load_lora_weights`, `fuse_lora`, `unfuse_lora` and `unload_lora_weights`,
   which is what a change of adapters costs there.
-* `ratio_cold`: that divided by read and fold together. A bind comes on top: see `benchmarks.switch`.
+* `ratio_cold`: that divided by read and fold together; the visible switch comes on top.
+* `visible_switch_ms_p50`: between two models of the base with other adapters, both folded, on the real stage
+  (`benchmarks.lora_stage`); `ratio_hot`: diffusers' change divided by that.
 * `*_cpu*`: the same in processor time, which a busy machine distorts less; with `--threads 1`.
 * `drift_tensors`, `diffusers_drift_tensors`: base weights whose bytes are others after one round.
 
@@ -17,6 +19,7 @@ Expected before the first run on two cores, fp32: 110 ms for rank 16, somewhat m
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import tempfile
@@ -31,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.kit import json_line, say, show_table, timed
+from benchmarks.lora_stage import LoraTheatre, measure_stage
 from benchmarks.real_size import checksums, sd15
 from understudy_demo import tiny
 from understudyd.stage.folding import ArenaFoldMemory, fold_steps
@@ -46,6 +50,7 @@ from understudyd.store.signature import Component
 
 RANKS = (16, 64)
 SHIFT = 997
+LATENT_SIDE = 16
 THEIRS = ("load", "fuse", "unfuse", "unload")
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -213,6 +218,25 @@ def measure(scene: Scene, rounds: int) -> dict[str, float | int]:
     }
 
 
+def changes_on_stage(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Both adapters over one model on a stage; see `benchmarks.lora_stage`."""
+    plain = sd15(narrow=options.quick, sample_size=LATENT_SIDE)
+    architecture = dataclasses.replace(plain, dtype=DTYPES[options.dtype])
+    with torch.device("meta"):
+        unet = architecture.builders["unet"]()
+    adapters = []
+    for rank in RANKS:
+        file, blob = folder / f"rank_{rank}.safetensors", folder / f"rank_{rank}.blob"
+        write_lora(unet, rank, file)
+        adapters.append((ingest_lora(file, architecture.signatures["unet"], blob), blob))
+    theatre = LoraTheatre(architecture, adapters, folder, options.threads)
+    try:
+        names = [adapter.name for adapter, _ in adapters]
+        return measure_stage(theatre, names, *((10, 1) if options.quick else (100, 3)))
+    finally:
+        theatre.stage.close()
+
+
 def _differences(one: dict[str, int], other: dict[str, int]) -> int:
     return sum(one[path] != other[path] for path in one)
 
@@ -227,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     rounds = options.rounds or (1 if options.quick else 5)
-    found = {}
+    found: dict[str, dict[str, float | int]] = {}
     for rank in RANKS:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             with timed(f"rank {rank}: the scene"):
@@ -235,12 +259,18 @@ def main(arguments: list[str] | None = None) -> None:
             with timed(f"rank {rank}: {rounds} rounds"):
                 found[f"sd15_rank_{rank}"] = measure(scene, rounds)
             del scene
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), timed("changes on the stage"):
+        on_stage = changes_on_stage(options, Path(folder))
+    for figures in found.values():
+        figures["visible_switch_ms_p50"] = on_stage["visible_switch_ms_p50"]
+        figures["ratio_hot"] = figures["diffusers_load_fuse_unfuse_ms"] / on_stage["visible_switch_ms_p50"]
     say(f"Stable Diffusion 1.5, {options.dtype}, {options.threads} threads")
     keys = list(next(iter(found.values())))
     rows = [[key, *(f"{figures[key]:,.5g}" for figures in found.values())] for key in keys]
     show_table("LoRA", ["", *found], rows)
+    show_table("On the stage", ["", "ms"], [[key, f"{value:,.5g}"] for key, value in on_stage.items()])
     if options.json:
-        json_line(found)
+        json_line(found | {"sd15_on_stage": on_stage})
 
 
 if __name__ == "__main__":

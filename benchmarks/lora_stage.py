@@ -6,10 +6,10 @@ everything bound, as in `benchmarks.switch`.
 
 * `visible_switch_ms_*`: from the end of one request's last stage operation to the first one of the next.
 * `stage_fold_ms`: a fold asked of the idle stage, until the event comes.
-* `step_ms`, `step_beside_fold_ms`: a call of the UNet inside a run, without a fold and with folds all along;
-  `fold_beside_step_ms`: how long each of these folds took.
+* `step_ms`, `step_beside_fold_ms`: a call of the UNet inside a run, for two images of 128 x 128 pixels,
+  without a fold and with a whole one beside it; `fold_beside_step_ms`: how long that took.
 
-What is bound is looked at after each kind of change: overlay tensors where there are any, the base's elsewhere.
+After each change every tensor is looked up: it must lie in the overlay where there is one, else in the base.
 """
 
 import gc
@@ -191,11 +191,11 @@ class LoraTheatre:
 
 
 def measure_stage(theatre: LoraTheatre, names: Sequence[str], switches: int, calls: int) -> dict[str, float]:
-    """Medians in milliseconds; see the module."""
+    """Medians in milliseconds, of changes between two adapters by name; see the module."""
     folds = {}
     for name in names:
         theatre.fold(name)  # first touch of the overlay's pages
-        folds[name] = statistics.median(theatre.fold(name) for _ in range(3))
+        folds[f"stage_fold_ms_{name}"] = statistics.median(theatre.fold(name) for _ in range(3))
         theatre.show(name)
     gc.collect()
     gc.freeze()  # as the daemon does once it has started
@@ -205,47 +205,39 @@ def measure_stage(theatre: LoraTheatre, names: Sequence[str], switches: int, cal
         back = theatre.switch([(names[0], BASE)[i % 2] for i in range(switches // 2 + 1)])
     finally:
         gc.unfreeze()
-    found = {
+    return {
         "visible_switch_ms_p50": statistics.median(hot),
         "visible_switch_ms_p99": percentile(hot, 99),
         "visible_to_base_ms_p50": statistics.median(back),
-        **{f"stage_fold_ms_{name}": fold_ms for name, fold_ms in folds.items()},
+        **folds,
+        **_steps(theatre, names[-1], calls),
     }
-    return found | (_steps(theatre, names[-1], calls) if calls else {})
 
 
 def _steps(theatre: LoraTheatre, name: str, calls: int) -> dict[str, float]:
+    """Steps alone and with one fold each in turn, so that a busy machine tells on both."""
     alone: list[float] = []
     beside: list[float] = []
     folds: list[float] = []
-    is_over = threading.Event()
 
-    def call(unet: Any, times: list[float]) -> None:
+    def call(unet: Any) -> float:
         side = unet.config.sample_size
         sample = torch.zeros(2, 4, side, side, dtype=unet.dtype)
         words = torch.zeros(2, 77, unet.config.cross_attention_dim, dtype=unet.dtype)
         started_s = time.perf_counter()
         unet(sample, 1, words)
-        times.append((time.perf_counter() - started_s) * 1e3)
-
-    def keep_folding() -> None:
-        while not is_over.is_set():
-            folds.append(theatre.fold(name))
+        return (time.perf_counter() - started_s) * 1e3
 
     def act(unet: Any) -> None:
-        call(unet, [])
+        call(unet)
         for _ in range(calls):
-            call(unet, alone)
-        folder = threading.Thread(target=keep_folding)
-        folder.start()
-        for _ in range(calls):
-            call(unet, beside)
-        is_over.set()
-        has_ended.append(folder)
+            alone.append(call(unet))
+            folder = threading.Thread(target=lambda: folds.append(theatre.fold(name)))
+            folder.start()
+            beside.append(call(unet))
+            folder.join()
 
-    has_ended: list[threading.Thread] = []
     theatre.on_stage(act)
-    has_ended[0].join()
     return {
         "step_ms": statistics.median(alone),
         "step_beside_fold_ms": statistics.median(beside),

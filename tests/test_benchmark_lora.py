@@ -1,5 +1,6 @@
 """The LoRA benchmark works at all, and fails when a folded weight is another than the fused one."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -20,6 +21,15 @@ def test_figures_of_one_round(scene: lora.Scene) -> None:
     assert found["targets"] == 128
     assert (found["drift_tensors"], found["diffusers_drift_tensors"]) == (0, 128)
     assert found["ratio_cold"] > 1
+
+
+def test_changes_on_the_stage(tmp_path: Path) -> None:
+    options = argparse.Namespace(quick=True, dtype="fp32", threads=1)
+    with torch.no_grad():
+        found = lora.changes_on_stage(options, tmp_path)
+    json.dumps(found)
+    assert 0 < found["visible_switch_ms_p50"] < found["stage_fold_ms_rank_16"]
+    assert found["step_ms"] > 0 and found["fold_beside_step_ms"] > 0
 
 
 def test_a_wrong_fold_is_noticed(scene: lora.Scene) -> None:
