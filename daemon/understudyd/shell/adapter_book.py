@@ -17,6 +17,7 @@ from understudyd.store.records import SignatureRecord
 from understudyd.store.union import FoundAdapter, FoundModel
 
 _KEPT_PLANS = 128
+_KEPT_MISFITS = 10_000
 _LISTED = 5
 
 Refusal = Literal["unknown_adapter", "adapter_misfit", "bad_request", "load_failed"]
@@ -55,8 +56,6 @@ class AdapterBook:
             del self.found[name]
         else:
             self.found[name] = found
-        contents = {f.record.content for f in self.found.values()}
-        self._misfits = {key: why for key, why in self._misfits.items() if key[0] in contents}
 
     # -- which models -------------------------------------------------------------------------------
 
@@ -94,7 +93,12 @@ class AdapterBook:
         shapes = tuple(component.signature for component in model.record.components)
         key = (record.content, shapes)
         if key not in self._misfits:
-            self._misfits[key] = misfit(record, signatures_of(model))
+            if len(self._misfits) >= _KEPT_MISFITS:
+                self._misfits.clear()
+            try:
+                self._misfits[key] = misfit(record, signatures_of(model))
+            except StoreError:  # its store is away, and was never read whole
+                return False
         return self._misfits[key] is None
 
     # -- what is changed ----------------------------------------------------------------------------

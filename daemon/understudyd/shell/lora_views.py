@@ -1,5 +1,7 @@
 """Adapters, and models with adapters, as documents for people and as entries for clients. Changes nothing."""
 
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from understudy.wire import ModelEntry
@@ -54,8 +56,12 @@ class LoraViews:
     def listing(self, now_s: float) -> dict[str, Any]:
         """Every adapter, and every combination of a model and adapters that the core knows."""
         derived = self._keeper.derived
+        overlays = self._overlays_by_adapter(derived.latest.values())
         return {
-            "loras": [self._row(found, now_s) for _, found in sorted(self._keeper.book.found.items())],
+            "loras": [
+                self._row(found, overlays[name], now_s)
+                for name, found in sorted(self._keeper.book.found.items())
+            ],
             "combinations": [
                 self._combination(derived.current(name), now_s) for name in sorted(derived.latest)
             ],
@@ -68,7 +74,8 @@ class LoraViews:
         combinations = [
             self._keeper.derived.current(n) for n in sorted(self._keeper.derived.of_adapter(name))
         ]
-        return self._row(found, now_s) | {
+        overlays = self._overlays_by_adapter(combinations)[name]
+        return self._row(found, overlays, now_s) | {
             "family": record.family,
             "fits": self._keeper.book.bases(record),
             "weights": len(record.targets),
@@ -123,14 +130,17 @@ class LoraViews:
             "history": "" if blob is None else blob.life.story(),
         }
 
-    def _row(self, found: FoundAdapter, now_s: float) -> dict[str, Any]:
+    def _overlays_by_adapter(self, combinations: Iterable[Derived]) -> defaultdict[str, set[str]]:
+        """Keys of the overlays that have each adapter in them."""
+        overlays: defaultdict[str, set[str]] = defaultdict(set)
+        for derived in combinations:
+            for found in derived.found:
+                changed = (derived.overlays[part].key for part in found.record.components)
+                overlays[found.record.name].update(changed)
+        return overlays
+
+    def _row(self, found: FoundAdapter, overlays: Collection[str], now_s: float) -> dict[str, Any]:
         record = found.record
-        overlays = {
-            overlaid.key
-            for name in self._keeper.derived.of_adapter(record.name)
-            for overlaid in self._keeper.derived.latest[name].overlays.values()
-            if any(applied.record.name == record.name for applied in overlaid.plan.adapters)
-        }
         resident = sum(blob_tier(self._machine, key) is Tier.RESIDENT for key in overlays)
         return {
             "name": record.name,
