@@ -136,9 +136,10 @@ class Model:
         """It cannot run until it is added anew: parts that cannot be built, or a damaged file or overlay."""
         if self.parts.state is PartsState.BROKEN:
             return True
-        if not any(blob.life.state is BlobState.DAMAGED for blob in self.all_blobs):
-            return False
-        return any(blob.state is BlobState.DAMAGED for blob in self.needed())
+        for blob in self.all_blobs:
+            if blob.life.state is BlobState.DAMAGED:  # seldom, and this is asked as often as the above
+                return any(blob.state is BlobState.DAMAGED for blob in self.needed())
+        return False
 
     @property
     def is_ready(self) -> bool:

@@ -107,5 +107,5 @@ class Fetching:
     def _history(self) -> object:
         """While this stands, nothing else is likely that has no copy yet, or there is no gap for it."""
         residency = self._residency
-        changes = (residency.copies.changes, residency.evictions, residency.retries.pauses)
+        changes = (residency.copies.changes, residency.losses, residency.retries.pauses)
         return (*changes, residency.replacements, len(residency.models))

@@ -42,7 +42,7 @@ class Residency:
     `book` has the loads under way and the loaders, `folds` the overlay that is being made. `ready` are the
     models that can go on deck, as `Model.is_ready` says; it is asked of very many at every event. `changes`
     counts what may make room: while it stands, what found no room finds none. `replacements` counts models
-    that stand for other blobs now.
+    that stand for other blobs now, `losses` evicted blobs of which nothing is left but the file.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Residency:
         self.loaders = self.book.loaders
         self.idle_loaders = self.book.idle_loaders
         self.folds = Folds(actions, decisions)
-        self.evictions = 0
+        self.evictions = self.losses = 0
         self.arrivals = 0
         self.readiness = 0
         self.retries = Retries()
@@ -219,6 +219,7 @@ class Residency:
         self.evictables.mark(blob.sources)
         self._no_longer_ready(blob)
         self.evictions += 1
+        self.losses += not (blob.has_copy or blob.is_overlay)
         self.changes += 1
 
     def _no_longer_ready(self, blob: Blob) -> None:
