@@ -6,8 +6,8 @@ everything bound, as in `benchmarks.switch`.
 
 * `visible_switch_ms_*`: from the end of one request's last stage operation to the first one of the next.
 * `stage_fold_ms`: a fold asked of the idle stage, until the event comes.
-* `step_ms`, `step_beside_fold_ms`: a call of the UNet inside a run, for two images of the model's size, without
-  a fold and with a whole one beside it; `fold_beside_step_ms`: how long that took.
+* `step_ms`, `step_beside_fold_ms`: a call of the UNet inside a run, for two images of the model's size, alone
+  and with a whole fold beside it; `fold_beside_step_ms`: how long that took.
 
 After each change every tensor is looked up: it must lie in the overlay where there is one, else in the base.
 """
@@ -34,7 +34,7 @@ from understudyd.store.adapters.overlays import AppliedAdapter, OverlaidComponen
 from understudyd.store.adapters.records import AdapterRecord
 
 SETTLE_S = 0.002
-TIMEOUT_S = 300.0
+TIMEOUT_S = 900.0
 BASE = "base"
 
 
