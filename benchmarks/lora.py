@@ -35,11 +35,11 @@ from torch import Tensor, nn
 
 from benchmarks.kit import json_line, say, show_table, timed
 from benchmarks.lora_stage import LoraTheatre, measure_stage
-from benchmarks.real_size import checksums, sd15
+from benchmarks.real_size import Architecture, checksums, sd15
 from understudy_demo import tiny
 from understudyd.stage.folding import ArenaFoldMemory, fold_steps
 from understudyd.stage.views import WeightArena
-from understudyd.store.adapters.bases import Base
+from understudyd.store.adapters.bases import Base, loader_family
 from understudyd.store.adapters.conversion import convert
 from understudyd.store.adapters.ingest import write_targets
 from understudyd.store.adapters.overlays import AppliedAdapter, plan_overlays
@@ -152,15 +152,17 @@ def write_lora(unet: nn.Module, rank: int, path: Path) -> Path:
     return path
 
 
-def ingest_lora(file: Path, unet: SignatureRecord, blob: Path) -> AdapterRecord:
-    """As `add-lora` makes it for a UNet, its factors in `blob`."""
-    base = Base(StableDiffusionLoraLoaderMixin, {"unet": unet}, ("sd15",))
+def ingest_lora(
+    file: Path, unet: SignatureRecord, blob: Path, family: type[Any] = StableDiffusionLoraLoaderMixin
+) -> AdapterRecord:
+    """As ingest makes it for the UNet of a pipeline of this family, its factors in `blob`."""
+    base = Base(family, {"unet": unet}, ("base",))
     targets, record = write_targets(blob, convert(file, base))
     return AdapterRecord(
         name=file.stem,
         family=base.family.__name__,
         bases=base.records,
-        base_model="sd15",
+        base_model="base",
         targets=targets,
         blob=record,
         content=content_id(targets, record),
@@ -218,21 +220,28 @@ def measure(scene: Scene, rounds: int) -> dict[str, float | int]:
     }
 
 
+def make_adapters(architecture: Architecture, folder: Path) -> list[tuple[AdapterRecord, Path]]:
+    """One of each rank for the architecture's UNet, and where its factors are."""
+    family = loader_family(architecture.pipeline_class)
+    assert family is not None
+    with torch.device("meta"):
+        unet = architecture.builders["unet"]()
+    made = []
+    for rank in RANKS:
+        file = write_lora(unet, rank, folder / f"rank_{rank}.safetensors")
+        blob = folder / f"rank_{rank}.blob"
+        made.append((ingest_lora(file, architecture.signatures["unet"], blob, family), blob))
+    return made
+
+
 def changes_on_stage(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Both adapters over one model on a stage; see `benchmarks.lora_stage`."""
     plain = sd15(narrow=options.quick, sample_size=LATENT_SIDE)
     architecture = dataclasses.replace(plain, dtype=DTYPES[options.dtype])
-    with torch.device("meta"):
-        unet = architecture.builders["unet"]()
-    adapters = []
-    for rank in RANKS:
-        file, blob = folder / f"rank_{rank}.safetensors", folder / f"rank_{rank}.blob"
-        write_lora(unet, rank, file)
-        adapters.append((ingest_lora(file, architecture.signatures["unet"], blob), blob))
-    theatre = LoraTheatre(architecture, adapters, folder, options.threads)
+    adapters = make_adapters(architecture, folder)
+    theatre = LoraTheatre(architecture, adapters, folder, threads=options.threads)
     try:
-        names = [adapter.name for adapter, _ in adapters]
-        return measure_stage(theatre, names, *((10, 1) if options.quick else (100, 3)))
+        return measure_stage(theatre, *((10, 1) if options.quick else (100, 3)))
     finally:
         theatre.stage.close()
 

@@ -1,13 +1,13 @@
-"""Changes of adapters on the real stage: part of `python -m benchmarks.lora`.
+"""Changes of adapters on the real stage: part of `python -m benchmarks.lora` and of the GPU check.
 
-One Stable Diffusion 1.5 model of real size and two models derived from it, adapters of rank 16 and 64 folded
+One model of real size and two models derived from it, adapters of rank 16 and 64 folded
 beside it by the stage. Requests alternate between the two; each is stopped at its first stage operation, with
 everything bound, as in `benchmarks.switch`.
 
 * `visible_switch_ms_*`: from the end of one request's last stage operation to the first one of the next.
 * `stage_fold_ms`: a fold asked of the idle stage, until the event comes.
-* `step_ms`, `step_beside_fold_ms`: a call of the UNet inside a run, for two images of 128 x 128 pixels,
-  without a fold and with a whole one beside it; `fold_beside_step_ms`: how long that took.
+* `step_ms`, `step_beside_fold_ms`: a call of the UNet inside a run, for two images of the model's size, alone
+  and with a whole fold beside it; `fold_beside_step_ms`: how long that took.
 
 After each change every tensor is looked up: it must lie in the overlay where there is one, else in the base.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.kit import percentile
 from benchmarks.real_size import Architecture, RealSizeStore
@@ -33,7 +34,7 @@ from understudyd.store.adapters.overlays import AppliedAdapter, OverlaidComponen
 from understudyd.store.adapters.records import AdapterRecord
 
 SETTLE_S = 0.002
-TIMEOUT_S = 300.0
+TIMEOUT_S = 900.0
 BASE = "base"
 
 
@@ -49,8 +50,12 @@ class LoraTheatre:
         architecture: Architecture,
         adapters: Sequence[tuple[AdapterRecord, Path]],
         folder: Path,
-        threads: int,
+        *,
+        threads: int = 1,
+        device: str = "cpu",
+        make_arena: Callable[[int], Tensor] = lambda size_bytes: torch.empty(size_bytes, dtype=torch.uint8),
     ) -> None:
+        """`adapters` and the files that hold their factors. `make_arena` is on `device`."""
         self._store = RealSizeStore(architecture, (BASE,), folder)
         signature = architecture.signatures["unet"]
         record = self._store.model(BASE)
@@ -60,8 +65,8 @@ class LoraTheatre:
             a.name: OverlaidComponent(plan.key(base_blob), plan, base_blob)
             for (a, _), plan in zip(adapters, plans, strict=True)
         }
-        room = architecture.size_bytes + sum(a.blob.size_bytes for a, _ in adapters)
-        self.arena = torch.empty(room + sum(plan.size_bytes for plan in plans), dtype=torch.uint8)
+        self.names = list(self._overlays)
+        self.arena = make_arena(arena_bytes(architecture, adapters))
         self._changed = threading.Condition()
         self._seen: set[Event] = set()
         self._generations = itertools.count(2)
@@ -70,6 +75,7 @@ class LoraTheatre:
         self.stage = Stage(
             self.arena,
             self._store,
+            device=device,
             threads=threads,
             emit=self._emit,
             record=lambda *span: self.spans.append(span),
@@ -102,6 +108,7 @@ class LoraTheatre:
         for overlay in self._overlays.values():
             self._offsets[overlay.key] = offset
             offset += overlay.plan.size_bytes
+        synchronise(self.arena.device)
 
     # -- folds -------------------------------------------------------------------------------------
 
@@ -190,8 +197,23 @@ class LoraTheatre:
                 raise TimeoutError(f"never came: {event}")
 
 
-def measure_stage(theatre: LoraTheatre, names: Sequence[str], switches: int, calls: int) -> dict[str, float]:
-    """Medians in milliseconds, of changes between two adapters by name; see the module."""
+def synchronise(device: torch.device) -> None:
+    """The device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def arena_bytes(architecture: Architecture, adapters: Sequence[tuple[AdapterRecord, Path]]) -> int:
+    """What a theatre takes."""
+    signature = architecture.signatures["unet"]
+    plans = (plan_overlays({"unet": signature}, [AppliedAdapter(a, 1.0)])[0] for a, _ in adapters)
+    overlays = sum(plan.size_bytes for plan in plans)
+    return architecture.size_bytes + sum(a.blob.size_bytes for a, _ in adapters) + overlays
+
+
+def measure_stage(theatre: LoraTheatre, switches: int, calls: int) -> dict[str, float]:
+    """Medians in milliseconds, of changes between the two adapters; see the module."""
+    names = theatre.names
     folds = {}
     for name in names:
         theatre.fold(name)  # first touch of the overlay's pages
@@ -221,11 +243,11 @@ def _steps(theatre: LoraTheatre, name: str, calls: int) -> dict[str, float]:
     folds: list[float] = []
 
     def call(unet: Any) -> float:
-        side = unet.config.sample_size
-        sample = torch.zeros(2, 4, side, side, dtype=unet.dtype)
-        words = torch.zeros(2, 77, unet.config.cross_attention_dim, dtype=unet.dtype)
+        given = _inputs(unet)
         started_s = time.perf_counter()
-        unet(sample, 1, words)
+        unet(**given)
+        if unet.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # not the fold's
         return (time.perf_counter() - started_s) * 1e3
 
     def act(unet: Any) -> None:
@@ -243,3 +265,18 @@ def _steps(theatre: LoraTheatre, name: str, calls: int) -> dict[str, float]:
         "step_beside_fold_ms": statistics.median(beside),
         "fold_beside_step_ms": statistics.median(folds),
     }
+
+
+def _inputs(unet: Any) -> dict[str, Any]:
+    """What a step gives a UNet of either architecture, for two images."""
+    config, like = unet.config, {"dtype": unet.dtype, "device": unet.device}
+    given: dict[str, Any] = {
+        "sample": torch.zeros(2, 4, config.sample_size, config.sample_size, **like),
+        "timestep": 1,
+        "encoder_hidden_states": torch.zeros(2, 77, config.cross_attention_dim, **like),
+    }
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        times, text = torch.zeros(2, 6, **like), torch.zeros(2, width, **like)
+        given["added_cond_kwargs"] = {"text_embeds": text, "time_ids": times}
+    return given

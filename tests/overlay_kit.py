@@ -12,7 +12,6 @@ import adapter_kit as lora
 from adapter_kit import Making
 from fold_kit import fused
 from stage_kit import ALIGN_BYTES, Family, Rig
-from understudy_demo import tiny
 from understudyd.core.events import FoldFinished, ModelPrepared, ViewsBuilt
 from understudyd.store.adapters.files import AdapterFile
 from understudyd.store.adapters.ingest import AdapterOptions, add_adapter
@@ -156,12 +155,3 @@ class OverlayRig(Rig):
     def extent(self, blob: str, size_bytes: int) -> Tensor:
         offset = self.offsets[blob]
         return self.arena[offset : offset + size_bytes]
-
-
-def stable_diffusion(family: AdaptedFamily) -> str:
-    """A base with three adapters: for attention, for convolutions, for the text encoder too."""
-    family.add("sd", tiny.stable_diffusion(1))
-    family.adapt("sd", "style", Making(UNET))
-    family.adapt("sd", "shape", Making(CONV, rank=5, alpha=3, seed=2))
-    family.adapt("sd", "words", Making(UNET | TEXT, alpha=3, seed=3))
-    return "sd"

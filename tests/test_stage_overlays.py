@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, StableDiffusionPipeline
 
 import adapter_kit as lora
 from adapter_kit import Making
@@ -14,6 +14,8 @@ from input_kit import mask, picture, sent
 from overlay_kit import CONV, TEXT, TRANSFORMER, UNET, XL_TEXT, AdaptedFamily, OverlayRig, Write
 from stage_kit import pixels, plain_images
 from understudy_demo import tiny
+from understudyd.core.events import ImagesEncoded
+from understudyd.core.types import ErrorCode, Outcome
 from zoo import diffusion_transformers
 
 IMAGE, MASK = picture(1), mask()
@@ -43,6 +45,7 @@ CASES = [
     Case("kohya", "sd", (("kohya", 0.8),), ("text_encoder", "unet")),
     Case("half", "sd-half", (("style", 0.8), ("words", 0.5)), ("text_encoder", "unet")),
     Case("xl", "xl", (("xl-words", 0.6),), ("text_encoder", "text_encoder_2", "unet")),
+    Case("xl half", "xl-half", (("xl-words", 0.6),), ("text_encoder", "text_encoder_2", "unet")),
     Case("xl civitai", "xl", (("civitai", 0.6),), ("unet",)),
     Case("sd3", "sd3", (("sd3-style", 0.6),), ("text_encoder", "text_encoder_2", "transformer")),
     Case("flux", "flux", (("flux-style", 0.7), ("flux-words", 0.4)), ("text_encoder", "transformer")),
@@ -57,6 +60,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> AdaptedFamily:
     family.add("sd", tiny.stable_diffusion(1))
     family.add("sd-half", tiny.stable_diffusion(1), "fp16")
     family.add("xl", tiny.stable_diffusion_xl(1))
+    family.add("xl-half", tiny.stable_diffusion_xl(1), "fp16")  # its autoencoder is cast for a while
     family.add("sd3", diffusion_transformers.stable_diffusion_3(1))
     family.add("flux", diffusion_transformers.flux(1))
     family.adapt("sd", "style", Making(UNET))
@@ -91,6 +95,57 @@ def test_images_equal_the_fused_pipelines(rig: OverlayRig, family: AdaptedFamily
     back = rig.run(case.base, **case.params)
     assert pixels(back) == pixels(plain) and set(back.components_bound) == set(case.bound)
     assert rig.strays() == rig.stage.strays() == []
+
+
+def test_models_of_one_base_take_turns_back_to_back(rig: OverlayRig) -> None:
+    names = ["sd", *(rig.serve_derived("sd", ((name, 0.7),)) for name in ("style", "shape", "words"))]
+    alone = {name: pixels(rig.run(name)) for name in names}
+    assert len(set(map(tuple, alone.values()))) == len(names)
+    order = [names[i] for i in (1, 2, 0, 3, 3, 1, 0, 2)]
+    for request_id, name in [(rig.submit(name), name) for name in order]:
+        rig.wait_for(ImagesEncoded(request_id))
+        assert pixels(rig.stage.take_result(request_id)) == alone[name]
+    assert rig.stage.strays() == []
+
+
+def test_a_cancelled_run_leaves_the_base_and_other_overlays_alone(rig: OverlayRig) -> None:
+    """In fp16 SDXL's autoencoder has just been cast when the run ends."""
+    model = rig.serve_derived("xl-half", (("xl-words", 0.6),))
+    plain, expected = pixels(rig.run("xl-half")), pixels(rig.run(model))
+    (vae,) = [part for part in rig.stage._repertoire.find(model).components if part.name == "vae"]
+    hook = vae.skeleton.module.decoder.register_forward_pre_hook(
+        lambda *_: rig.stage.cancel_run(request_id, ErrorCode.CANCELLED)
+    )
+    request_id = f"r{rig._requests + 1}"
+    assert rig.ended(rig.submit(model)).outcome is Outcome.CANCELLED
+    hook.remove()
+    assert rig.stage.strays() == []
+    assert pixels(rig.run("xl-half")) == plain
+    assert pixels(rig.run(model)) == expected
+
+
+def test_a_pipeline_that_reads_weights_early_reads_the_overlays(
+    rig: OverlayRig, family: AdaptedFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = (("style", 0.8),)
+    path = family.plans("sd", adapters)[0].weights[0].base.path
+    sums: list[float] = []
+    own = StableDiffusionPipeline.check_inputs
+
+    def reads(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+        sums.append(pipeline.unet.get_parameter(path).sum().item())
+        return own(pipeline, *args, **kwargs)
+
+    reads.__wrapped__ = own  # type: ignore[attr-defined]
+    monkeypatch.setattr(StableDiffusionPipeline, "check_inputs", reads)
+    layer = path.removesuffix(".weight")
+    fused = family.fused("sd", adapters).unet.get_parameter(f"{layer}.base_layer.weight").sum().item()
+    plain = family._plain("sd").unet.get_parameter(path).sum().item()
+    model = rig.serve_derived("sd", adapters)
+    for name, expected in ((model, fused), ("sd", plain), (model, fused)):
+        sums.clear()
+        rig.run(name)
+        assert sums == [expected], "read once, and on stage"
 
 
 def test_image_to_image_and_inpainting_take_adapters_too(rig: OverlayRig, family: AdaptedFamily) -> None:

@@ -3,6 +3,7 @@
 from functools import partial
 
 from benchmarks.gpu.runner import Section
+from benchmarks.gpu.sections.adapters import measure_adapters
 from benchmarks.gpu.sections.full_arena import open_full_arena
 from benchmarks.gpu.sections.images import compare_images
 from benchmarks.gpu.sections.killed_loader import kill_loaders
@@ -28,5 +29,6 @@ SECTIONS = (
     Section("switch_sd15", partial(measure_switches, kind="sd15"), 60.0),
     Section("switch_sdxl", partial(measure_switches, kind="sdxl"), 90.0),
     Section("steps", measure_steps, 120.0),
+    Section("adapters_sdxl", measure_adapters, 90.0),
     Section("upcast", look_for_strays, 90.0),
 )

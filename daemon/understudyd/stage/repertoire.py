@@ -18,7 +18,7 @@ from understudyd.pipelines.installed import PipelineUnavailable
 from understudyd.stage.custom import CustomModel, blaming, prepare_custom
 from understudyd.stage.custom_classes import CustomClasses, is_custom
 from understudyd.stage.errors import NotPrepared, StageError
-from understudyd.stage.overlays import Overlay, OverlayLayout, OverlayLayouts
+from understudyd.stage.overlays import Overlay, OverlayLayouts
 from understudyd.stage.parts import PartShelf
 from understudyd.stage.skeleton import Skeleton
 from understudyd.stage.views import Layout
@@ -133,12 +133,11 @@ class Repertoire:
             for model in self._store.models().values():
                 self._learn_signatures(model)
             for prepared in list(self._prepared.values()):
-                for part in prepared.components:
-                    if part.overlay is not None:
-                        self._learn(part.overlay.key, part.overlay.layout)
-        if blob not in self._layouts_of:
+                self._learn_parts(prepared)
+        known = self._layouts_of.get(blob)
+        if known is None:
             raise StageError(f"no model of the store uses blob {blob[:12]}")
-        return list(self._layouts_of[blob].values())
+        return list(known.values())
 
     def learn(self, overlay: str, plan: OverlayPlan) -> None:
         """An overlay is being made that no derived model may have been prepared for yet."""
@@ -150,6 +149,12 @@ class Repertoire:
     def _learn_signatures(self, model: ModelRecord) -> None:
         for component in model.components:
             self._learn(component.blob.sha256, self._store.signature(component.signature))
+
+    def _learn_parts(self, prepared: Prepared) -> None:
+        for part in prepared.components:
+            self._learn(part.blob, part.skeleton.signature)
+            if part.overlay is not None:
+                self._learn(part.overlay.key, part.overlay.layout)
 
     # -- assembling --------------------------------------------------------------------------------
 
@@ -170,7 +175,7 @@ class Repertoire:
             return part
         if given.base_blob != part.blob:
             raise StageError(f"an overlay over blob {given.base_blob[:12]} does not fit {part.blob[:12]}")
-        layout: OverlayLayout = self._overlay_layouts.of(given.plan)
+        layout = self._overlay_layouts.of(given.plan)
         part.skeleton.fit(layout)
         self._learn(given.key, layout)
         return replace(part, overlay=Overlay(given.key, layout))

@@ -41,6 +41,7 @@ WORKERS = 4
 """One computes, one is on deck, the others encode."""
 
 _BREATH_S = 0.0005
+_SLICE_S = 0.001
 _JOIN_S = 30.0
 
 NOBODY: Mapping[str, RunParams] = MappingProxyType({})
@@ -271,7 +272,7 @@ class Stage:
 
     def _fold(self, job: FoldJob) -> None:
         self._repertoire.learn(job.overlay, job.plan)
-        outcome = job.run(self._arena, self._device, self._breathe)
+        outcome = job.run(self._arena, self._device, self._breathing())
         del self._folds[job.overlay, job.generation]
         self._announcer.announce(outcome)
 
@@ -288,6 +289,18 @@ class Stage:
     def _breathe(self) -> None:
         """Let a computing thread have the interpreter; longer while there is one."""
         time.sleep(_BREATH_S if self._runs else 0)
+
+    def _breathing(self) -> Callable[[], None]:
+        """To be called more often than is worth a breath: takes one after every slice of work."""
+        due_at_s = time.monotonic() + _SLICE_S
+
+        def breathe_when_due() -> None:
+            nonlocal due_at_s
+            if time.monotonic() >= due_at_s:
+                self._breathe()
+                due_at_s = time.monotonic() + _SLICE_S
+
+        return breathe_when_due
 
 
 def _drain(jobs: "SimpleQueue[Callable[[], None] | None]") -> None:
