@@ -75,18 +75,6 @@ class OverlaidComponent:
     base_blob: str
 
 
-@dataclass(frozen=True, slots=True)
-class OverlaidComponent:
-    """What a derived model has in place of some of a component's weights.
-
-    `key` is the overlay's, as `plan.key(base_blob)` gives it; `base_blob` the component's blob.
-    """
-
-    key: str
-    plan: OverlayPlan
-    base_blob: str
-
-
 def plan_overlays(
     components: Mapping[str, SignatureRecord], adapters: Sequence[AppliedAdapter]
 ) -> tuple[OverlayPlan, ...]:
