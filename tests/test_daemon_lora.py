@@ -217,6 +217,19 @@ def test_a_replaced_lora_is_another_from_then_on(
     assert image(client, "changing") == loras.image([("changing", 1.0)]) != before
 
 
+def test_weights_that_are_not_finite_are_the_callers_fault(
+    added: DaemonProcess, client: understudy.Client, loras: Loras, store: Path
+) -> None:
+    made = kit.make_adapter(tiny.stable_diffusion(3), Making({"unet": ("to_q",)}, seed=11))
+    next(iter(made.layers["unet"].values()))[0, 0] = torch.inf
+    put(added, store, loras.write("broken", made))
+    for _ in range(2):
+        with pytest.raises(understudy.CallerError, match="finite") as caught:
+            client.generate("sd-c", PROMPT, adapters=["broken"], **OPTIONS)
+        assert caught.value.code == "bad_request"
+    assert image(client, "sd-c", [("plain", 1.0)]) == loras.image([("plain", 1.0)])
+
+
 def test_a_removed_lora_serves_who_runs_and_nobody_after(
     added: DaemonProcess, client: understudy.Client, loras: Loras, store: Path
 ) -> None:
