@@ -13,7 +13,7 @@ Need = tuple[int, int, bool, float, int]
 
 _STRICT = _PRESSING = 0
 _READY, _REST, _WISHED = range(1, 4)
-LOOKED_AT = 4
+LOOKED_AT = 8
 LAST: Need = (_WISHED + 1, 0, False, 0.0, 0)
 
 

@@ -87,12 +87,14 @@ class Evictables:
             return
         self._extents[blob], self._blobs[extent] = extent, blob
         was_spare, was_partial = extent in self.spare, extent in self.partial
-        self.spare.discard(extent)
         self.partial.discard(extent)
         if not self._demand.awaits(blob):
-            self.spare.put(extent)
-            self.arrivals += not was_spare
-        elif not self._demand.ready_awaits(blob):
+            if not was_spare:
+                self.spare.put(extent)
+                self.arrivals += 1
+            return
+        self.spare.discard(extent)
+        if not self._demand.ready_awaits(blob):
             self.partial.put(extent)
             self.arrivals += not (was_spare or was_partial)
 
@@ -115,7 +117,8 @@ class Evictables:
             self._blobs.pop(copy, None)
             return
         self._copies[blob], self._blobs[copy] = copy, blob
-        self.copies.put(copy)
+        if copy not in self.copies:
+            self.copies.put(copy)
 
     def check(self, blobs: Iterable[Blob]) -> None:
         """What is not marked lies where it belongs, and nothing else is filed."""

@@ -5,7 +5,7 @@ belongs to exactly one extent or one gap; `check` proves it.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from understudyd.core.states import EXTENT_TABLE, ExtentState, Lifecycle
@@ -64,9 +64,10 @@ class ArenaMap:
         """Where the extents begin, in order."""
         return self._offsets
 
-    def at(self, offset: int) -> Extent:
-        """The extent that begins here."""
-        return self._extents[offset]
+    @property
+    def extents(self) -> Mapping[int, Extent]:
+        """By where they begin."""
+        return self._extents
 
     @property
     def free_bytes(self) -> int:

@@ -23,7 +23,7 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from typing import Literal
 
@@ -185,7 +185,7 @@ class Policy:
         later: Iterator[tuple[Need, Extent]] = reversed(evictables.partial)
         if is_pressing(limit):
             missed = self._missed(residency, demand, limit, on_stage)
-            later = heapq.merge(later, missed, key=itemgetter(0), reverse=True)
+            later = _merged(later, missed)
         price, last = _LATER, None
         for need, extent in later:
             if need <= limit:
@@ -205,3 +205,15 @@ class Policy:
                 if residency.evictables.may_leave(blob) and demand.soonest(blob, on_stage) == need:
                     assert blob.extent is not None
                     yield need, blob.extent
+
+
+def _merged(
+    partial: Iterator[tuple[Need, Extent]], missed: Iterator[tuple[Need, Extent]]
+) -> Iterator[tuple[Need, Extent]]:
+    """Both, last needed first. Nearly all that is partial comes before all that is missed."""
+    for found in partial:
+        if is_pressing(found[0]):
+            yield from heapq.merge(chain([found], partial), missed, key=itemgetter(0), reverse=True)
+            return
+        yield found
+    yield from missed
