@@ -1,7 +1,7 @@
 """Things sorted by what they are worth, without ever sorting them all."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -21,13 +21,14 @@ class Ranking(Generic[Item]):
         """How many there are."""
         return len(self._sorted)
 
+    @property
+    def entries(self) -> Sequence[tuple[Any, int, Item]]:
+        """Keys, ties and items, the least first: for those who count every microsecond."""
+        return self._sorted
+
     def __iter__(self) -> Iterator[tuple[Any, Item]]:
         """Keys and items, the least first; of equal ones who was put first."""
         return ((key, item) for key, _, item in self._sorted)
-
-    def __reversed__(self) -> Iterator[tuple[Any, Item]]:
-        """The greatest first."""
-        return ((key, item) for key, _, item in reversed(self._sorted))
 
     def __contains__(self, item: Item) -> bool:
         """It is among them."""
