@@ -66,6 +66,11 @@ class Demand:
         """The chance that the next request needs it."""
         return self.forecast.chance(blob.key)
 
+    @property
+    def moment(self) -> object:
+        """While it is the same, so are all chances."""
+        return self._queue.arrivals
+
     # -- how soon -----------------------------------------------------------------------------------
 
     def need(self, name: str, on_stage: str | None = None) -> Need:

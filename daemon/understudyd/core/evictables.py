@@ -104,11 +104,10 @@ class Evictables:
         self._blobs.pop(extent, None)
 
     def _file_copy(self, blob: Blob) -> None:
-        filed = self._copies.pop(blob, None)
-        if filed is not None and filed is not blob.copy:
+        copy, filed = blob.copy, self._copies.pop(blob, None)
+        if filed is not None and filed is not copy:
             self.copies.discard(filed)
             self._blobs.pop(filed, None)
-        copy = blob.copy
         if copy is None:
             return
         is_coming = blob.state is not BlobState.RESIDENT and self._demand.awaits(blob)

@@ -179,7 +179,7 @@ class Policy:
         """
         evictables = residency.evictables
         evictables.file()
-        evictables.spare.refresh(demand.looked_at)
+        evictables.spare.refresh(demand.looked_at, demand.moment)
         yield from evictables.spare
         limit = demand.need(requester, on_stage)
         later: Iterable[tuple[Need, int, Extent]] = reversed(evictables.partial.entries)

@@ -14,6 +14,7 @@ class Ranking(Generic[Item]):
     def __init__(self, key_of: Callable[[Item], Any]) -> None:
         self._key_of = key_of
         self._puts = 0
+        self._moment: object = None
         self._entries: dict[Item, tuple[Any, int, Item]] = {}  # whose key is the oldest comes first
         self._sorted: list[tuple[Any, int, Item]] = []
 
@@ -47,8 +48,11 @@ class Ranking(Generic[Item]):
         if entry is not None:
             del self._sorted[bisect_left(self._sorted, entry)]
 
-    def refresh(self, most: int) -> None:
-        """Look again at the `most` keys that are the oldest."""
+    def refresh(self, most: int, moment: object) -> None:
+        """Look again at the `most` keys that are the oldest, once in a moment."""
+        if self._moment == moment:
+            return
+        self._moment = moment
         for item in list(islice(self._entries, most)):
             self.put(item)
 
