@@ -12,6 +12,7 @@ from understudyd.core.policy import Policy
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState
+from understudyd.core.transit import Transit
 
 HORIZON_MODELS = 32
 """So many of the models that wait for weights are looked at: enough for minutes, and a bounded effort."""
@@ -20,11 +21,14 @@ HORIZON_MODELS = 32
 class Fetching:
     """Starts loads that end in the host pool."""
 
-    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency, demand: Demand) -> None:
+    def __init__(
+        self, policy: Policy, queue: RequestQueue, residency: Residency, transit: Transit, demand: Demand
+    ) -> None:
         self._policy = policy
         self._demand = demand
         self._queue = queue
         self._residency = residency
+        self._transit = transit
         self._no_room: object = None
         self._settled: object = None
         self._nothing_likely: object = None
@@ -65,7 +69,7 @@ class Fetching:
                 loader = next(self._residency.idle_loaders(), None)
                 if loader is None:
                     return True
-                if not self._residency.begin_fetch(blob, loader, limit, now_s):
+                if not self._transit.begin_fetch(blob, loader, limit, now_s):
                     return False
         return True
 

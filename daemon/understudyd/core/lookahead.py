@@ -17,6 +17,7 @@ from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState
 from understudyd.core.timely import Timely
+from understudyd.core.transit import Transit
 from understudyd.core.windows import Priced, cheapest_window
 
 
@@ -24,14 +25,21 @@ class Lookahead:
     """Starts and stops loads."""
 
     def __init__(
-        self, policy: Policy, queue: RequestQueue, residency: Residency, demand: Demand, timely: Timely
+        self,
+        policy: Policy,
+        queue: RequestQueue,
+        residency: Residency,
+        transit: Transit,
+        demand: Demand,
+        timely: Timely,
     ) -> None:
         self._timely = timely
         self._demand, self._wanted = demand, demand.wanted
         self._policy = policy
         self._queue = queue
         self._residency = residency
-        self._fetching = Fetching(policy, queue, residency, demand)
+        self._transit = transit
+        self._fetching = Fetching(policy, queue, residency, transit, demand)
         self._no_room: object = None
         self._settled: object = None
         self._guessed_at: int | None = None
@@ -60,7 +68,7 @@ class Lookahead:
 
     def stuck_on(self, stage_is_busy: bool, now_s: float) -> Model | None:
         """The model that cannot be loaded though nothing is under way that would change this."""
-        if stage_is_busy or not (self._queue or self._wanted) or not self._residency.is_still():
+        if stage_is_busy or not (self._queue or self._wanted) or not self._transit.is_still():
             return None
         models = self._residency.models
         names = self._to_load(stage_is_busy, now_s) or list(self._wanted)
@@ -74,7 +82,7 @@ class Lookahead:
         """Stop loading blobs of this model that nobody waits for."""
         for blob in model.blobs:
             if blob.load_id is not None and not self._is_needed(blob):
-                self._residency.cancel_load(self._residency.loads[blob.load_id])
+                self._residency.book.cancel(self._residency.loads[blob.load_id])
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -139,7 +147,7 @@ class Lookahead:
         if self._no_room == self._situation(model, blob, on_stage):
             return False
         beside = [b.info.size_bytes for b in model.blobs if b.state is BlobState.ABSENT and b is not blob]
-        if self._residency.begin_load(blob, loader, self._candidates(model, on_stage), now_s, beside):
+        if self._transit.begin_load(blob, loader, self._candidates(model, on_stage), now_s, beside):
             return True
         self._no_room = self._situation(model, blob, on_stage)
         return False
@@ -188,14 +196,14 @@ class Lookahead:
             return
         fetch = self._fetch_but_for(model.blobs)
         if (needless := self._needless_load()) is not None:
-            self._residency.cancel_load(needless)
+            self._residency.book.cancel(needless)
         elif fetch is not None and self._has_room(model, blob, on_stage):
-            self._residency.cancel_load(fetch)
+            self._residency.book.cancel(fetch)
 
     def _make_way(self) -> None:
         """What waits finds no room: stop a load that nobody waits for."""
         if not self._is_stopping() and (needless := self._needless_load()) is not None:
-            self._residency.cancel_load(needless)
+            self._residency.book.cancel(needless)
 
     def _is_stopping(self) -> bool:
         return any(load.is_cancelling for load in self._residency.loads.values())
@@ -246,5 +254,5 @@ class Lookahead:
             residency.prepare(model, now_s)
             for blob in (b for b in model.blobs if b in lacking and b.state is BlobState.ABSENT):
                 loader = next(residency.idle_loaders(), None)
-                if loader is None or not residency.begin_load(blob, loader, None, now_s):
+                if loader is None or not self._transit.begin_load(blob, loader, None, now_s):
                     return

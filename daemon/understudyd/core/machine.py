@@ -24,6 +24,7 @@ from understudyd.core.residency import Residency
 from understudyd.core.room import make_room
 from understudyd.core.states import IllegalEvent, RequestState
 from understudyd.core.timely import Timely
+from understudyd.core.transit import Transit
 from understudyd.core.types import ErrorCode, ModelInfo, RequestInfo, Tier
 
 ANSWERING = (ev.ImagesEncoded, ev.EncodingFailed)
@@ -60,6 +61,7 @@ class Machine:
         self.residency = Residency(
             arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self.demand, self.decisions
         )
+        self.transit = Transit(self.residency, quarantine_grace_s, self.decisions)
         self.catalogue = Catalogue(self.residency, self.policy, self._actions)
         self._deck = Deck(
             self.policy,
@@ -75,7 +77,9 @@ class Machine:
         self.outlook = Outlook(self.queue, self.residency, self.catalogue, self.running, self.on_deck)
         may_change = self.policy.settings.order != "fcfs"
         self.timely = Timely(self.queue, self.residency, self.outlook, may_change=may_change)
-        self._lookahead = Lookahead(self.policy, self.queue, self.residency, self.demand, self.timely)
+        self._lookahead = Lookahead(
+            self.policy, self.queue, self.residency, self.transit, self.demand, self.timely
+        )
         self.is_open = True
         self._loads_rest = False
 
@@ -106,7 +110,7 @@ class Machine:
         What came due since the last event is still due, however late this is asked.
         """
         times = [
-            *self.residency.deadlines(),
+            *self.transit.deadlines(),
             self.queue.next_deadline_s(),
             self.queue.pressing.next_change_s(),
         ]
@@ -269,24 +273,24 @@ class Machine:
     def _loader_changed(self, event: ev.LoaderReady | ev.LoaderLost | ev.LoaderReaped, now_s: float) -> None:
         match event:
             case ev.LoaderReady(loader_id=loader_id):
-                self.residency.loader_ready(loader_id)
+                self.residency.book.loader_ready(loader_id)
             case ev.LoaderLost(loader_id=loader_id, reason=reason):
-                blob = self.residency.loader_lost(loader_id, now_s, reason)
+                blob = self.transit.loader_lost(loader_id, now_s, reason)
                 if blob is not None:
                     message = f"{blob.key[:12]} killed its loader several times: {reason}"
                     self._count_failure(blob, ErrorCode.LOAD_FAILED, message, now_s)
             case ev.LoaderReaped(loader_id=loader_id):
-                self.residency.loader_reaped(loader_id, now_s)
+                self.transit.loader_reaped(loader_id, now_s)
 
     def _load_ended(self, event: ev.LoadFinished | ev.LoadFailed | ev.LoadCancelled, now_s: float) -> None:
-        load = self.residency.load(event.load_id)
+        load = self.residency.book.find(event.load_id)
         match event:
             case ev.LoadFinished():
-                self.residency.load_finished(load, now_s)
+                self.transit.load_finished(load, now_s)
             case ev.LoadCancelled():
-                self.residency.load_ended_empty(load, now_s, "cancelled")
+                self.transit.load_ended_empty(load, now_s, "cancelled")
             case ev.LoadFailed(code=code, message=message):
-                self.residency.load_failed(load, now_s, message)
+                self.transit.load_failed(load, now_s, message)
                 self._count_failure(load.blob, code, message, now_s)
 
     def _count_failure(self, blob: Blob, code: ErrorCode, message: str, now_s: float) -> None:
@@ -297,7 +301,7 @@ class Machine:
     # -- settling -----------------------------------------------------------------------------------
 
     def _settle(self, now_s: float) -> None:
-        self.residency.pass_time(now_s)
+        self.transit.pass_time(now_s)
         self.queue.pass_time(now_s)
         for request in self.queue.expired(now_s):
             self._cancel(request, ErrorCode.DEADLINE_EXCEEDED, request.deadline_message, now_s)
