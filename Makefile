@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest bench-lora \
-  gpu-check docs-models docs-configuration clean
+  gpu-check docs-models docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
@@ -55,6 +55,12 @@ gpu-check:  ## everything that needs a real GPU, in under ten minutes; without o
 
 docs-models: $(STAMP)  ## docs/models.md, from the table of pipeline kinds that the tests serve
 	@PYTHONPATH=tests $(BIN)/python -m zoo.document docs/models.md
+
+docs-policy: $(STAMP)  ## the pictures of docs/policy.md, from the shipped example trace
+	@$(BIN)/understudyd plan daemon/understudyd/simulate/example.csv.gz --gpu a100-80 --host-pool all \
+	  --utilisation 85% --plot docs/policy-plan.png
+	@$(BIN)/understudyd simulate daemon/understudyd/simulate/example.csv.gz --host-pool all --utilisation 85% \
+	  --plot docs/policy-waits.png
 
 docs-configuration: $(STAMP)  ## docs/configuration.md, from the configuration's own types
 	@$(BIN)/python -m understudyd.config_reference docs/configuration.md

@@ -72,11 +72,13 @@ class StoreConfig(_Section, frozen=True, kw_only=True):
 class StartupConfig(_Section, frozen=True, kw_only=True):
     """Models that are loaded and prepared, and that run each of `prompts` once, before the daemon is ready.
 
-    Runs take the pipeline's own `size` ("512x512") and `steps` where none are given. After `limit_s` the
-    daemon serves without what is missing, and says what that is.
+    With `forecast` they are followed by those that the last life's requests make likeliest, as many as the
+    arena has room for. Runs take the pipeline's own `size` ("512x512") and `steps` where none are given.
+    After `limit_s` the daemon serves without what is missing, and says what that is.
     """
 
     models: tuple[str, ...] = ()
+    forecast: bool = False
     prompts: tuple[str, ...] = ()
     size: str | None = None
     steps: Positive | None = None

@@ -56,7 +56,7 @@ class HostCopies:
 
     def _replace(self, blob: Blob, limit: float, now_s: float) -> Extent | None:
         self._evictables.file()
-        self._evictables.copies.refresh(self._demand.looked_at)
+        self._evictables.copies.refresh(self._demand.looked_at, self._demand.moment)
         window = cheapest_window(self.pool, blob.info.size_bytes, self._evictables.copies, limit)
         if window is None:
             return None

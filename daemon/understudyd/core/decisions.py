@@ -185,7 +185,7 @@ class Decisions:
             was_on_stage=chosen.model == on_stage,
             overtook=len(overtaken),
             longest_wait_s=max(waits_s, default=0.0),
-            most_skips=max((r.skips for r in overtaken), default=0),
+            most_skips=max(map(self._queue.skips_of, overtaken), default=0),
             max_wait_s=self._max_wait_s,
             max_skips=self._max_skips,
             along_with=along_with,

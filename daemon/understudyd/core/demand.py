@@ -13,7 +13,7 @@ Need = tuple[int, int, bool, float, int]
 
 _STRICT = _PRESSING = 0
 _READY, _REST, _WISHED = range(1, 4)
-LOOKED_AT = 4
+LOOKED_AT = 8
 LAST: Need = (_WISHED + 1, 0, False, 0.0, 0)
 
 
@@ -25,9 +25,9 @@ def is_pressing(need: Need) -> bool:
 class Demand:
     """`wanted` are the models that an operator wants resident, once; `ready` those that can go on deck.
 
-    In a strict order nothing goes before what came earlier, ready or not. What somebody waits for and is not
-    ready is kept sorted: whatever may change a model's place is marked, here or by the queue. Chances change
-    with every request: those that things are sorted by are looked at again by turns, `looked_at` at once.
+    In a strict order nothing goes before what came earlier, ready or not. What somebody waits for is kept
+    sorted: whatever may change a model's place is marked, here or by the queue. Chances change with every
+    request: those that things are sorted by are looked at again by turns, `looked_at` at once.
     """
 
     def __init__(self, queue: RequestQueue, forecast: Forecast, *, is_strict: bool) -> None:
@@ -41,6 +41,7 @@ class Demand:
         self._marked = queue.turned
         self._turned: dict[str, None] = {}
         self._lacking: Ranking[str] = Ranking(self.need)
+        self._staging: Ranking[str] = Ranking(self.need)
 
     @property
     def awaited(self) -> Set[str]:
@@ -65,6 +66,11 @@ class Demand:
     def chance(self, blob: Blob) -> float:
         """The chance that the next request needs it."""
         return self.forecast.chance(blob.key)
+
+    @property
+    def moment(self) -> object:
+        """While it is the same, so are all chances."""
+        return self._queue.arrivals
 
     # -- how soon -----------------------------------------------------------------------------------
 
@@ -92,25 +98,17 @@ class Demand:
 
     def ready_last_first(self, on_stage: str | None) -> Iterator[tuple[Need, str]]:
         """Models that somebody waits for and that are ready, who is expected to run last first."""
-        ready, pressing = self.ready, self._queue.pressing.ended
-        staged: Need | None = None
-        for urgency, _, _, request in self._queue.last_first():
-            if staged is not None and on_stage is not None and urgency < staged[1]:
-                yield staged, on_stage
-                staged = None
-            name = request.model
-            if name not in ready or pressing.first(name) is not None:
+        self._sort()
+        staged = self.need(on_stage, on_stage) if on_stage is not None and on_stage in self._staging else LAST
+        for need, _, name in reversed(self._staging.entries):
+            if name == on_stage:
                 continue
-            need = self.need(name, on_stage)
-            if name == on_stage and not self._is_strict:
-                staged = need  # the first of its priority
-            else:
-                yield need, name
-        if staged is not None and on_stage is not None:
+            if on_stage is not None and need < staged < LAST:
+                yield staged, on_stage
+                staged = LAST
+            yield need, name
+        if on_stage is not None and staged < LAST:
             yield staged, on_stage
-        for _, _, request in reversed(pressing.heads):
-            if request.model in ready:
-                yield self.need(request.model, on_stage), request.model
 
     def lacking(self) -> Iterator[str]:
         """Models that somebody waits for and that are not ready, as they are expected to run."""
@@ -136,10 +134,10 @@ class Demand:
     def _sort(self) -> None:
         for name in self._marked:
             self._turned[name] = None
-            if name not in self.ready and self._queue.first_place(name) is not None:
-                self._lacking.put(name)
-            else:
-                self._lacking.discard(name)
+            self._lacking.discard(name)
+            self._staging.discard(name)
+            if self._queue.first_place(name) is not None:
+                (self._staging if name in self.ready else self._lacking).put(name)
         self._marked.clear()
 
     def _wish(self, name: str) -> int:
@@ -153,7 +151,8 @@ class Demand:
 
     def check(self) -> None:
         """Who lacks something is known, each in its place, but for those that are marked."""
-        self._lacking.check()
-        lacking = {name for name in self._queue.models() if name not in self.ready}
-        assert {name for _, name in self._lacking} ^ lacking <= self._marked.keys()
-        assert all(need == self.need(name) or name in self._marked for need, name in self._lacking)
+        for ranking, is_ready in ((self._lacking, False), (self._staging, True)):
+            ranking.check()
+            names = {name for name in self._queue.models() if (name in self.ready) is is_ready}
+            assert {name for _, name in ranking} ^ names <= self._marked.keys()
+            assert all(need == self.need(name) or name in self._marked for need, name in ranking)

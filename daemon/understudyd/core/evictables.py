@@ -96,12 +96,14 @@ class Evictables:
             return
         self._extents[blob], self._blobs[extent] = extent, blob
         was_spare, was_partial = extent in self.spare, extent in self.partial
-        self.spare.discard(extent)
         self.partial.discard(extent)
         if not self._demand.awaits(blob):
-            self.spare.put(extent)
-            self.arrivals += not was_spare
-        elif not self._demand.ready_awaits(blob):
+            if not was_spare:
+                self.spare.put(extent)
+                self.arrivals += 1
+            return
+        self.spare.discard(extent)
+        if not self._demand.ready_awaits(blob):
             self.partial.put(extent)
             self.arrivals += not (was_spare or was_partial)
 
@@ -111,11 +113,10 @@ class Evictables:
         self._blobs.pop(extent, None)
 
     def _file_copy(self, blob: Blob) -> None:
-        filed = self._copies.pop(blob, None)
-        if filed is not None and filed is not blob.copy:
+        copy, filed = blob.copy, self._copies.pop(blob, None)
+        if filed is not None and filed is not copy:
             self.copies.discard(filed)
             self._blobs.pop(filed, None)
-        copy = blob.copy
         if copy is None:
             return
         is_coming = blob.state is not BlobState.RESIDENT and self._demand.awaits(blob)
@@ -124,7 +125,8 @@ class Evictables:
             self._blobs.pop(copy, None)
             return
         self._copies[blob], self._blobs[copy] = copy, blob
-        self.copies.put(copy)
+        if copy not in self.copies:
+            self.copies.put(copy)
 
     def check(self, blobs: Iterable[Blob]) -> None:
         """What is not marked lies where it belongs, and nothing else is filed."""

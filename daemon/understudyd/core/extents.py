@@ -5,7 +5,7 @@ belongs to exactly one extent or one gap; `check` proves it.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from understudyd.core.states import EXTENT_TABLE, ExtentState, Lifecycle
@@ -45,6 +45,7 @@ class ArenaMap:
     _offsets: list[int] = field(default_factory=list)
     _gaps: dict[int, int] = field(default_factory=dict)
     _gap_offsets: list[int] = field(default_factory=list)
+    _gap_sizes: list[tuple[int, int]] = field(default_factory=list)
     _generation: int = 0
     releases: int = 0
 
@@ -64,9 +65,10 @@ class ArenaMap:
         """Where the extents begin, in order."""
         return self._offsets
 
-    def at(self, offset: int) -> Extent:
-        """The extent that begins here."""
-        return self._extents[offset]
+    @property
+    def extents(self) -> Mapping[int, Extent]:
+        """By where they begin."""
+        return self._extents
 
     @property
     def free_bytes(self) -> int:
@@ -76,7 +78,7 @@ class ArenaMap:
     @property
     def largest_gap_bytes(self) -> int:
         """The largest blob that fits without eviction."""
-        return max(self._gaps.values(), default=0)
+        return self._gap_sizes[-1][0] if self._gap_sizes else 0
 
     def gaps(self) -> list[tuple[int, int]]:
         """`(offset, size_bytes)` of every gap, by offset."""
@@ -95,10 +97,10 @@ class ArenaMap:
     def allocate(self, size_bytes: int, blob: str, room_bytes: int = 0) -> Extent | None:
         """A FILLING extent in the smallest gap that fits and has so much room behind it, or None."""
         need = self.rounded(size_bytes)
-        fitting = [(size, offset) for offset, size in self._gaps.items() if size >= need + room_bytes]
-        if not fitting:
+        fitting = bisect_left(self._gap_sizes, (need + room_bytes, 0))
+        if fitting == len(self._gap_sizes):
             return None
-        size, offset = min(fitting)
+        size, offset = self._gap_sizes[fitting]
         self._drop_gap(offset)
         if size > need:
             self._add_gap(offset + need, size - need)
@@ -207,6 +209,7 @@ class ArenaMap:
         """Every byte has one owner, gaps are merged, leases and states agree."""
         assert self._offsets == sorted(self._extents)
         assert self._gap_offsets == sorted(self._gaps)
+        assert self._gap_sizes == sorted((size, offset) for offset, size in self._gaps.items())
         pieces = [*((e.offset, e.size_bytes, e) for e in self), *((o, s, None) for o, s in self.gaps())]
         position, was_gap = 0, False
         for offset, size, extent in sorted(pieces, key=lambda piece: piece[0]):
@@ -233,7 +236,10 @@ class ArenaMap:
     def _add_gap(self, offset: int, size: int) -> None:
         self._gaps[offset] = size
         insort(self._gap_offsets, offset)
+        insort(self._gap_sizes, (size, offset))
 
     def _drop_gap(self, offset: int) -> int:
         del self._gap_offsets[bisect_left(self._gap_offsets, offset)]
-        return self._gaps.pop(offset)
+        size = self._gaps.pop(offset)
+        del self._gap_sizes[bisect_left(self._gap_sizes, (size, offset))]
+        return size

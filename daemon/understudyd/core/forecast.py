@@ -49,7 +49,6 @@ class Forecast:
         self._models: dict[str, None] = {}
         self._chances: dict[str, float] = {}
         self._ranking: Ranking[str] = Ranking(lambda name: (-self.chance(name), name))
-        self._ranked_at = -1
         self._asked: dict[str, None] = {}
 
     def saw(self, *names: str, client: str = "", now_s: float = 0.0) -> None:
@@ -106,9 +105,7 @@ class Forecast:
         for name in self._asked:
             self._ranking.put(name)
         self._asked.clear()
-        if self._ranked_at != self.requests:
-            self._ranked_at = self.requests
-            self._ranking.refresh(_LOOKED_AT)
+        self._ranking.refresh(_LOOKED_AT, self.requests)
         return (name for _, name in self._ranking)
 
     def knows(self, name: str) -> bool:

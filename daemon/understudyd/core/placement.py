@@ -34,12 +34,13 @@ def cheapest(
     apart = [alone, *others] if alone.size_bytes > gap_bytes else others
 
     def ceiling() -> float:
+        apart_cost = sum([want.ceiling for want in apart])
         if not is_scarce:
-            together.limit = (sum(want.ceiling for want in apart) + 1e-9) * _ROUNDING
-        return max(want.ceiling for want in (*apart, together))
+            together.ceiling = min(together.ceiling, (apart_cost + 1e-9) * _ROUNDING)
+        return max([want.ceiling for want in (*apart, together)])
 
     find_windows(arena, [*apart, together], candidates, ceiling)
     window = together.window
-    if window is not None and window.cost < together.limit:
+    if window is not None and window.cost <= together.ceiling:
         return window, room_bytes
     return alone.window, 0

@@ -21,9 +21,9 @@ everybody would learn to ask for it: urgency is what priorities are for.
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from typing import Literal
 
@@ -179,24 +179,23 @@ class Policy:
         """
         evictables = residency.evictables
         evictables.file()
-        evictables.spare.refresh(demand.looked_at)
+        evictables.spare.refresh(demand.looked_at, demand.moment)
         yield from evictables.spare
         limit = demand.need(requester, on_stage)
-        later: Iterator[tuple[Need, Extent]] = reversed(evictables.partial)
+        later: Iterable[tuple[Need, int, Extent]] = reversed(evictables.partial.entries)
         if is_pressing(limit):
-            missed = self._missed(residency, demand, limit, on_stage)
-            later = heapq.merge(later, missed, key=itemgetter(0), reverse=True)
+            later = _merged(later, self._missed(residency, demand, limit, on_stage))
         price, last = _LATER, None
-        for need, extent in later:
+        for need, _, extent in later:
             if need <= limit:
                 return
             if need != last:
-                price, last = min(price * _SOONER, _SOONEST), need
+                price, last = price * _SOONER if price < _SOONEST else price, need
             yield price, extent
 
     def _missed(
         self, residency: Residency, demand: Demand, limit: Need, on_stage: str | None
-    ) -> Iterator[tuple[Need, Extent]]:
+    ) -> Iterator[tuple[Need, int, Extent]]:
         """What models wait for that are ready: whoever is needed last loses first."""
         for need, name in demand.ready_last_first(on_stage):
             if need <= limit:
@@ -204,4 +203,17 @@ class Policy:
             for blob in residency.models[name].blobs:
                 if residency.evictables.may_leave(blob) and demand.soonest(blob, on_stage) == need:
                     assert blob.extent is not None
-                    yield need, blob.extent
+                    yield need, 0, blob.extent
+
+
+def _merged(
+    partial: Iterable[tuple[Need, int, Extent]], missed: Iterator[tuple[Need, int, Extent]]
+) -> Iterator[tuple[Need, int, Extent]]:
+    """Both, last needed first. Nearly all that is partial comes before all that is missed."""
+    rest = iter(partial)
+    for found in rest:
+        if is_pressing(found[0]):
+            yield from heapq.merge(chain([found], rest), missed, key=itemgetter(0), reverse=True)
+            return
+        yield found
+    yield from missed

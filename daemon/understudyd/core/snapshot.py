@@ -273,13 +273,13 @@ def requests(machine: Machine, now_s: float) -> list[RequestView]:
             case RequestState.WAITING:
                 model = machine.residency.models[request.model]
                 starts_in_s = max(starts_in_s, free_s, outlook.ready_in_s(model, now_s))
-        views.append(_request(request, now_s, starts_in_s))
+        views.append(_request(request, machine.queue.skips_of(request), now_s, starts_in_s))
         if request.state is RequestState.WAITING:
             starts_in_s += outlook.run_s(request)
     return views
 
 
-def _request(request: Request, now_s: float, starts_in_s: float) -> RequestView:
+def _request(request: Request, skips: int, now_s: float, starts_in_s: float) -> RequestView:
     return RequestView(
         id=request.id,
         client=request.info.client,
@@ -287,7 +287,7 @@ def _request(request: Request, now_s: float, starts_in_s: float) -> RequestView:
         state=request.state.value,
         waited_s=now_s - request.received_at_s,
         priority=request.info.priority,
-        skips=request.skips,
+        skips=skips,
         tier=request.tier,
         starts_in_s=starts_in_s,
     )

@@ -24,16 +24,11 @@ class Window:
 
 @dataclass(eq=False, slots=True)
 class Wanted:
-    """So many bytes in one piece, for less than `limit`; `window` is the cheapest one found."""
+    """So many bytes in one piece for less than `ceiling`; `window` is the cheapest one found."""
 
     size_bytes: int
-    limit: float = math.inf
+    ceiling: float = math.inf
     window: Window | None = None
-
-    @property
-    def ceiling(self) -> float:
-        """What is dearer is of no use."""
-        return self.limit if self.window is None else min(self.limit, self.window.cost)
 
 
 def cheapest_window(
@@ -58,30 +53,33 @@ def find_windows(
     that no gap alone has room for.
     """
     prices: dict[int, float] = {}
-    offsets, highest = arena.offsets, ceiling()
-    least_bytes = min((want.size_bytes for want in wanted), default=0)
+    offsets, extents, highest = arena.offsets, arena.extents, ceiling()
+    sizes = [want.size_bytes for want in wanted]
+    least_bytes, most_bytes = min(sizes), max(sizes)
     for price, candidate in candidates:
         if price >= highest:
             return
-        prices[candidate.offset] = price
-        first = bisect_left(offsets, candidate.offset)
+        prices[offset := candidate.offset] = price
+        first = bisect_left(offsets, offset)
         after = first + 1
-        while first and offsets[first - 1] in prices:
+        lowest, farthest = offset + candidate.size_bytes - most_bytes, offset + most_bytes
+        while first and offsets[first] > lowest and offsets[first - 1] in prices:
             first -= 1
-        while after < len(offsets) and offsets[after] in prices:
+        while after < len(offsets) and offsets[after] < farthest and offsets[after] in prices:
             after += 1
-        start = arena.at(offsets[first - 1]).end if first else 0
+        start = extents[offsets[first - 1]].end if first else 0
         end = offsets[after] if after < len(offsets) else arena.size_bytes
         if end - start < least_bytes:
             continue
-        run = [arena.at(offset) for offset in offsets[first:after]]
+        run = [extents[offset] for offset in offsets[first:after]]
         for want in wanted:
-            if end - start >= want.size_bytes and _narrow(want, run, start, end, prices):
+            if end - start >= want.size_bytes and price < want.ceiling:
+                _narrow(want, run, start, end, prices)
                 highest = ceiling()
 
 
-def _narrow(want: Wanted, run: Sequence[Extent], start: int, end: int, prices: Mapping[int, float]) -> bool:
-    """Whether part of a run, from one kept neighbour to the next, is cheaper than what was found."""
+def _narrow(want: Wanted, run: Sequence[Extent], start: int, end: int, prices: Mapping[int, float]) -> None:
+    """Part of a run, from one kept neighbour to the next, may be cheaper than what was found."""
     starts = [start, *(extent.end for extent in run)]  # of the gap, if any, before each extent
     ends = [*(extent.offset for extent in run[1:]), end]  # of the one behind it
     found: tuple[int, int] | None = None
@@ -96,8 +94,8 @@ def _narrow(want: Wanted, run: Sequence[Extent], start: int, end: int, prices: M
         if length >= want.size_bytes and (cost, length) < best:
             best, found = (cost, length), (left, right + 1)
     if found is None:
-        return False
+        return
     victims = tuple(run[slice(*found)])
     costs = tuple(prices[victim.offset] for victim in victims)
     want.window = Window(starts[found[0]], best[1], victims, costs, best[0])
-    return True
+    want.ceiling = best[0]

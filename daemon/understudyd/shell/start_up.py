@@ -1,4 +1,4 @@
-"""What is done before clients come: every architecture runs once, and `[startup] models` are made ready.
+"""What is done before clients come: every architecture runs once, and what `[startup]` wants is made ready.
 
 Each part has its time limit, after which the daemon serves without the rest and says what that is.
 """
@@ -52,10 +52,26 @@ class StartUp:
             else:
                 self.missing[name] = "unknown"
                 log.warning("startup.models: %s", unknown_model(name, records, "add it first"))
+        if self._chosen.forecast:
+            self._names += self._expected()
         names = [*self._names, *(record.name for record in self._architectures())]
         for name in dict.fromkeys(names):
             self._runtime.handle(ev.LoadWanted(name))
         return set(names)
+
+    def _expected(self) -> list[str]:
+        """What the forecast makes likeliest, beside what is chosen, as far as there is room."""
+        residency, forecast = self._runtime.machine.residency, self._runtime.machine.forecast
+        blobs = {blob for name in self._names for blob in residency.models[name].blobs}
+        names = []
+        for name in forecast.ranked():
+            needed = blobs.union(residency.models[name].blobs)
+            if sum(residency.arena.rounded(b.info.size_bytes) for b in needed) > residency.arena.size_bytes:
+                break
+            if name not in self._names:
+                names.append(name)
+            blobs = needed
+        return names
 
     async def warm_up(self) -> None:
         """Run each architecture, then the chosen models; returns when all is done or its time is over."""
