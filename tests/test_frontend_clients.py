@@ -89,7 +89,7 @@ def test_a_client_that_closed_is_gone_with_the_next_progress(tmp_path: Path) -> 
 
 
 def test_a_silent_client_with_an_open_request_expires_and_a_talking_one_does_not(tmp_path: Path) -> None:
-    limits = Limits(client_timeout_s=0.4)
+    limits = Limits(client_timeout_s=1.5)
     with (
         serving(ipc(tmp_path), FakeSink(accepts), limits=limits) as served,
         Dealer(served.endpoint, b"silent") as silent,
