@@ -89,15 +89,20 @@ def test_a_client_that_closed_is_gone_with_the_next_progress(tmp_path: Path) -> 
 
 
 def test_a_silent_client_with_an_open_request_expires_and_a_talking_one_does_not(tmp_path: Path) -> None:
-    limits = Limits(client_timeout_s=1.5)
+    limits = Limits(client_timeout_s=0.4)
     with (
         serving(ipc(tmp_path), FakeSink(accepts), limits=limits) as served,
         Dealer(served.endpoint, b"silent") as silent,
         Dealer(served.endpoint, b"alive") as alive,
     ):
+
+        def talk() -> None:  # and listen: who reads nothing goes, too
+            alive.send(Ping(id="p"))
+            alive.receive_until(Pong)
+
         silent.send(request("s"))
         alive.send(request("a"))
-        served.until(lambda: bool(served.sink.gone), lambda: alive.send(Ping(id="p")))
+        served.until(lambda: bool(served.sink.gone), talk)
         assert [name.partition("#")[0] for name in served.sink.gone] == ["silent"]
         # The same id runs anew under another name, and the old one's answer does not reach it.
         silent.send(request("s", seed=8))
