@@ -57,7 +57,7 @@ def test_it_is_written_every_now_and_then_and_only_if_there_is_news(tmp_path: Pa
         life = Life(tmp_path, period_s=0.001)
         life.file.start()
         life.ask("a")
-        while life.file._written != 1:  # when the file is there, its thread may not have come back yet
+        while not (tmp_path / NAME).exists():
             await asyncio.sleep(0.001)
         (tmp_path / NAME).unlink()
         await life.file.close()

@@ -156,6 +156,12 @@ def test_a_bad_profile_is_refused_with_a_reason(change: tuple[str, str], says: s
         profiles.load(str(tmp_path / "again.toml"))
 
 
+def test_components_of_one_name_would_be_one_blob() -> None:
+    (component, *_) = profile().components
+    with pytest.raises(profiles.ProfileError, match="two components have one name"):
+        profiles.check(msgspec.structs.replace(profile(), components=(component, component)))
+
+
 def test_gpus_name_profiles_that_are_there() -> None:
     for name in ("a100-40", "a100-80", "h100-80"):
         card = profiles.gpu(name)
