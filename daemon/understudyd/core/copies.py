@@ -12,7 +12,7 @@ from understudyd.core.entities import Blob, Load
 from understudyd.core.evictables import Evictables
 from understudyd.core.extents import ArenaMap, Extent
 from understudyd.core.quarantine import Quarantine
-from understudyd.core.states import BlobState, ExtentState
+from understudyd.core.states import ExtentState
 from understudyd.core.windows import cheapest_window
 
 
@@ -41,8 +41,7 @@ class HostCopies:
 
     def worth(self, blob: Blob) -> float:
         """The chance that a copy of the blob saves a read; infinite while somebody waits for it."""
-        is_coming = blob.state is not BlobState.RESIDENT and self._demand.awaits(blob)
-        return math.inf if is_coming else self._demand.chance(blob)
+        return math.inf if self._demand.is_coming(blob) else self._demand.chance(blob)
 
     def make(self, blob: Blob, limit: float, now_s: float) -> Extent | None:
         """A copy to be filled: a gap, or a window of copies that are worth less than `limit` together."""

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Set
 from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
 from understudyd.core.queueing import RequestQueue
-from understudyd.core.ranking import Ranking
+from understudyd.core.ranking import LOOKED_AT, Ranking
+from understudyd.core.states import BlobState
 
 Need = tuple[int, int, bool, float, int]
 """Class, negative priority, whether the stage changes over, tag, arrival: sorts as things should run."""
 
 _STRICT = _PRESSING = 0
 _READY, _REST, _WISHED = range(1, 4)
-LOOKED_AT = 8
 LAST: Need = (_WISHED + 1, 0, False, 0.0, 0)
 
 
@@ -55,6 +55,10 @@ class Demand:
         if not self._queue.models().isdisjoint(users):
             return True
         return bool(self.wanted) and not self.wanted.keys().isdisjoint(users)
+
+    def is_coming(self, blob: Blob) -> bool:
+        """Somebody waits for it, and it is not in the arena: a host copy of it is about to be read."""
+        return blob.state is not BlobState.RESIDENT and self.awaits(blob)
 
     def ready_awaits(self, blob: Blob) -> bool:
         """One of its users is awaited and ready."""

@@ -119,8 +119,7 @@ class Evictables:
             self._blobs.pop(filed, None)
         if copy is None:
             return
-        is_coming = blob.state is not BlobState.RESIDENT and self._demand.awaits(blob)
-        if copy.life.state is not ExtentState.READY or is_coming:
+        if copy.life.state is not ExtentState.READY or self._demand.is_coming(blob):
             self.copies.discard(copy)
             self._blobs.pop(copy, None)
             return
@@ -143,8 +142,7 @@ class Evictables:
                 assert (extent in self.spare) == (may_leave and not is_awaited), f"{blob.key}: spare"
                 assert (extent in self.partial) == (may_leave and is_awaited and not missed), blob.key
             if (copy := blob.copy) is not None:
-                is_coming = blob.state is not BlobState.RESIDENT and is_awaited
-                is_free = copy.life.state is ExtentState.READY and not is_coming
+                is_free = copy.life.state is ExtentState.READY and not self._demand.is_coming(blob)
                 assert (copy in self.copies) == is_free, f"{blob.key}: copy"
         filed = {blob.extent for blob in self._extents} | {blob.copy for blob in self._copies}
         for ranking in (self.spare, self.partial, self.copies):

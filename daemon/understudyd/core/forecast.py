@@ -13,7 +13,7 @@ from heapq import nlargest
 from typing import Any
 
 from understudyd.core.predictors import Popularity, Predictor, Succession
-from understudyd.core.ranking import Ranking
+from understudyd.core.ranking import LOOKED_AT, Ranking
 from understudyd.core.remembered import DIGITS, DamagedDocument, field, numbers, rows, text, whole
 from understudyd.core.returns import Returns
 
@@ -25,7 +25,6 @@ HALF_LIVES_S = (60.0, 300.0, 1800.0)
 _STEP = 0.01
 _FLOOR = 1e-3
 _SURPRISE = 1e-6
-_LOOKED_AT = 8
 
 
 class Forecast:
@@ -105,7 +104,7 @@ class Forecast:
         for name in self._asked:
             self._ranking.put(name)
         self._asked.clear()
-        self._ranking.refresh(_LOOKED_AT, self.requests)
+        self._ranking.refresh(LOOKED_AT, self.requests)
         return (name for _, name in self._ranking)
 
     def knows(self, name: str) -> bool:

@@ -7,6 +7,9 @@ from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 
+LOOKED_AT = 8
+"""So many keys are looked at again at a time, where they change with every request."""
+
 
 class Ranking(Generic[Item]):
     """Items by key. A key stands until the item is put again, or looked at by `refresh`, by turns."""

@@ -50,6 +50,7 @@ class ForecastFile:
         self._revive = revive
         self._written = 0
         self._task: asyncio.Task[None] | None = None
+        self._leaving = asyncio.Event()
 
     async def read(self) -> None:
         """Have the machine's forecast know what the file says of models that are here; before any request."""
@@ -81,19 +82,21 @@ class ForecastFile:
     async def close(self) -> None:
         """Write once more."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            self._leaving.set()
             try:
                 async with asyncio.timeout(_LEAVING_S):
-                    await self._write()
+                    await self._task
             except TimeoutError:
                 log.warning("%s was not written in time", self._path)
 
     async def _keep_writing(self) -> None:
-        while True:
-            await asyncio.sleep(self._period_s)
+        """One after the other, to the end: an older file must not replace a newer one."""
+        while not self._leaving.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._period_s):
+                    await self._leaving.wait()
             await self._write()
+        await self._write()
 
     async def _write(self) -> None:
         forecast = self._machine.forecast

@@ -213,7 +213,10 @@ def load(name_or_path: str) -> Profile:
 
 
 def check(profile: Profile) -> Profile:
-    """Rates that time is divided by are not 0. Raises `ProfileError`."""
+    """Rates that time is divided by are not 0, components have names of their own. Raises `ProfileError`."""
+    names = [component.name for component in profile.components]
+    if len(set(names)) < len(names):
+        raise ProfileError(f"{profile.name}: two components have one name; give each its own")
     for name in ("bus_bytes_per_s", "disk_bytes_per_s", "loader_bytes_per_s", "move_bytes_per_s", "step_s"):
         if getattr(profile, name).value == 0:
             raise ProfileError(f"{profile.name}: {name} must not be 0")
