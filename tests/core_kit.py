@@ -38,7 +38,7 @@ def overlay(base: BlobInfo, *adapters: BlobInfo, scale: float = 1.0) -> BlobInfo
     """Half as large as what it lies over, rounded up."""
     pages = -(-base.size_bytes // PAGE)
     key = "*".join([base.key, *(adapter.key for adapter in adapters)]) + f"@{scale:g}"
-    return BlobInfo(key, -(-pages // 2) * PAGE, (base, *adapters))
+    return BlobInfo(key, -(-pages // 2) * PAGE, (base, *dict.fromkeys(adapters)))
 
 
 def derived(

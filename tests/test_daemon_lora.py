@@ -2,12 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 import adapter_kit as kit
@@ -15,47 +14,13 @@ import understudy
 from adapter_kit import Making
 from daemon_kit import DaemonProcess, running_daemon
 from family_kit import Family, pixels
-from fold_kit import fused
 from ingest_kit import single_threaded
+from lora_family_kit import OPTIONS, PROMPT, REFERENCE, Applied, Loras
 from understudy import admin
 from understudy.ctl import main as ctl
 from understudy_demo import tiny
-from understudyd.store.adapters.files import AdapterFile
-from understudyd.store.adapters.ingest import AdapterOptions, add_adapter
 from understudyd.store.adapters.shelf import AdapterShelf
 from understudyd.store.store import Store
-
-PROMPT = "a red circle on blue"
-OPTIONS = {"seed": 7, "steps": 2, "width": 32, "height": 32, "guidance": 5.0}
-REFERENCE = {"num_inference_steps": 2, "width": 32, "height": 32, "guidance_scale": 5.0}
-Applied = Sequence[tuple[str, float]]
-
-
-class Loras:
-    """LoRA files for the family's `sd-c`, in a folder, and what diffusers makes of them."""
-
-    def __init__(self, folder: Path, base: Path) -> None:
-        self.folder = folder
-        self.base = base
-        pipeline = tiny.stable_diffusion(3)
-        unet, conv = {"unet": kit.UNET_LAYERS}, {"unet": kit.CONV_LAYERS, "text_encoder": kit.TEXT_LAYERS}
-        self.write("plain", kit.make_adapter(pipeline, Making(unet, seed=1)))
-        self.write("whole", kit.make_adapter(pipeline, Making(conv, seed=2, rank=2)))
-        made = kit.make_adapter(pipeline, Making(unet, seed=3))
-        kit.write_kohya(made, folder / "kohya.safetensors", alphas=[3.0])
-        odd = kit.make_adapter(pipeline, Making(unet, seed=4)).state() | {"x.dora_scale": torch.ones(1)}
-        kit.write(folder / "dora.safetensors", odd)
-
-    def write(self, name: str, made: kit.MadeAdapter) -> Path:
-        return kit.write_diffusers(made, self.folder / f"{name}.safetensors")
-
-    def image(self, adapters: Applied, seed: int = 7) -> bytes:
-        """By load_lora_weights, set_adapters and fuse_lora."""
-        files = [(self.folder / f"{name}.safetensors", scale) for name, scale in adapters]
-        pipeline = fused(self.base, torch.float32, files)
-        pipeline.set_progress_bar_config(disable=True)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        return bytes(pipeline(PROMPT, generator=generator, **REFERENCE).images[0].convert("RGB").tobytes())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +30,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def loras(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Loras:
-    return Loras(tmp_path_factory.mktemp("loras"), family.folders["sd-c"])
+    loras = Loras(tmp_path_factory.mktemp("loras"), family.folders["sd-c"])
+    loras.write_dora()
+    return loras
 
 
 @pytest.fixture(scope="module")
@@ -196,24 +163,23 @@ def test_batches_of_one_combination(added: DaemonProcess, client: understudy.Cli
         added.ask(admin.Set(name="sd-c", max_batch=1))
 
 
-def put(daemon: DaemonProcess, store: Path, path: Path) -> str:
+def put(daemon: DaemonProcess, store: Path, loras: Loras, name: str) -> str:
     """Add a LoRA to the store beside the daemon, and have it look: cheaper than a process for each."""
-    file = AdapterFile(path, path.stem, str(path), path.stat().st_size)
-    add_adapter(Store.open(store, writable=True), file, AdapterOptions(base="sd-c", replace=True))
+    loras.add(store, name)
     report = daemon.ask(admin.Rescan())
-    return next(change for change in ("added", "replaced") if path.stem in report[change])
+    return next(change for change in ("added", "replaced") if name in report[change])
 
 
 def test_a_replaced_lora_is_another_from_then_on(
     added: DaemonProcess, client: understudy.Client, loras: Loras, store: Path
 ) -> None:
     pipeline = tiny.stable_diffusion(3)
-    path = loras.write("changing", kit.make_adapter(pipeline, Making({"unet": ("to_q",)}, seed=8)))
-    assert put(added, store, path) == "added"
+    loras.write("changing", kit.make_adapter(pipeline, Making({"unet": ("to_q",)}, seed=8)))
+    assert put(added, store, loras, "changing") == "added"
     before = image(client, "changing")
     assert before == loras.image([("changing", 1.0)])
     loras.write("changing", kit.make_adapter(pipeline, Making({"unet": ("to_v",)}, seed=9)))
-    assert put(added, store, path) == "replaced"
+    assert put(added, store, loras, "changing") == "replaced"
     assert image(client, "changing") == loras.image([("changing", 1.0)]) != before
 
 
@@ -223,7 +189,8 @@ def test_weights_that_are_not_finite_are_the_callers_fault(
     made = kit.make_adapter(tiny.stable_diffusion(3), Making({"unet": ("to_q",)}, seed=11))
     for factor in made.layers["unet"].values():
         factor.mul_(1e30)  # finite itself: it is the product that overflows
-    put(added, store, loras.write("broken", made))
+    loras.write("broken", made)
+    put(added, store, loras, "broken")
     for _ in range(2):
         with pytest.raises(understudy.CallerError, match="finite") as caught:
             client.generate("sd-c", PROMPT, adapters=["broken"], **OPTIONS)
@@ -235,8 +202,8 @@ def test_a_removed_lora_serves_who_runs_and_nobody_after(
     added: DaemonProcess, client: understudy.Client, loras: Loras, store: Path
 ) -> None:
     pipeline = tiny.stable_diffusion(3)
-    path = loras.write("leaving", kit.make_adapter(pipeline, Making({"unet": ("to_k",)}, seed=10)))
-    assert put(added, store, path) == "added"
+    loras.write("leaving", kit.make_adapter(pipeline, Making({"unet": ("to_k",)}, seed=10)))
+    assert put(added, store, loras, "leaving") == "added"
     blob = Store(store).blob_path(AdapterShelf(Store(store)).adapter("leaving").blob.sha256)
     handle = client.submit("leaving", PROMPT, **(OPTIONS | {"steps": 60}))
     next(event for event in handle.events() if isinstance(event, understudy.Progress))

@@ -93,6 +93,35 @@ def test_one_combination_is_one_model_and_order_and_scale_tell_others_apart(own:
     play(work)
 
 
+def test_two_adapters_of_one_blob_are_one_source_and_count_twice(own: Store) -> None:
+    """Here with other alphas: the blob is the same, what it does is not."""
+    kit.add_model(own, "base")
+    one, two = kit.add_adapter(own, "a"), kit.add_adapter(own, "b", alpha=3.0)
+    assert one.blob == two.blob and one.content != two.content
+
+    async def work() -> None:
+        shell = Shell(own)
+        await shell.keeper.rescan()
+        wishes = [("a", "b"), ("b", "a"), ("a",), ("b",)]
+        for number, wish in enumerate(wishes):
+            shell.ask(f"r{number}", "base", *((name, 1.0) for name in wish))
+        overlays = [info.blobs[-1] for info in shell.added()]
+        assert len({overlay.key for overlay in overlays}) == len(wishes)
+        for overlay in overlays:
+            assert overlay.made_of[1:] == (BlobInfo(one.blob.sha256, one.blob.size_bytes),)
+        assert {overlay.size_bytes for overlay in overlays} == {overlays[0].size_bytes}
+        plan = shell.adapters.derived.plan(overlays[0].key)
+        assert [applied.record.name for applied in plan.adapters] == ["a", "b"]
+        assert all(len(weight.terms) == 2 for weight in plan.weights)
+        for info in shell.added():
+            shell.prepared(info.key)
+            shell.runtime.handle(ev.ModelRemoved(info.name))
+        assert one.blob.sha256 not in shell.machine.residency.blobs
+        assert not shell.adapters.derived.is_adapter(one.blob.sha256)
+
+    play(work)
+
+
 def test_what_cannot_be_had_is_refused_and_the_core_hears_nothing(own: Store) -> None:
     kit.add_model(own, "base"), kit.add_model(own, "wide", width=6)
     kit.add_adapter(own, "pixel-art", base="base")

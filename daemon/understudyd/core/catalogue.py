@@ -103,6 +103,8 @@ class Catalogue:
                 raise IllegalEvent(f"blob {blob.key[:12]} of {info.name} has another size than before")
             if blob.made_of and blob.made_of[0] not in info.blobs:
                 raise IllegalEvent(f"{info.name} has no component for its overlay {blob.key[:12]}")
+            if len({source.key for source in blob.made_of}) < len(blob.made_of):
+                raise IllegalEvent(f"overlay {blob.key[:12]} of {info.name} is made of one blob twice")
 
     def _edition(self, info: ModelInfo) -> Model:
         """An edition without blobs: they count as the name's only once it has taken over."""

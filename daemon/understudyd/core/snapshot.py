@@ -6,7 +6,7 @@ from understudyd.core.entities import Blob
 from understudyd.core.extents import ArenaMap
 from understudyd.core.machine import Machine
 from understudyd.core.request import Request
-from understudyd.core.states import BlobState, ExtentState, RequestState
+from understudyd.core.states import ExtentState, RequestState
 from understudyd.core.types import Tier
 
 
@@ -87,24 +87,6 @@ class BlobView:
     shared_by: tuple[str, ...]
     story: str
     made_of: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class OverlayView:
-    """Base weights with adapters folded in: the keys of the blobs it is made of, and where it is.
-
-    `tier`: "host" means that all it is made of is at hand, "disk" that some of that must be read first,
-    "loading" that it is being made. `fold_s` is what making it takes, by estimate.
-    """
-
-    key: str
-    base: str
-    adapters: tuple[str, ...]
-    models: tuple[str, ...]
-    size_bytes: int
-    tier: Tier
-    chance: float
-    fold_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,31 +190,6 @@ def models(machine: Machine) -> list[ModelView]:
 def derived(machine: Machine) -> list[ModelView]:
     """Derived models, who was asked for last first."""
     return [model(machine, name) for name in reversed(machine.catalogue.derived)]
-
-
-def overlays(machine: Machine) -> list[OverlayView]:
-    """All overlays that some model has, the likeliest first."""
-    views = [_overlay(machine, blob) for blob in machine.residency.overlays.values() if blob.models]
-    return sorted(views, key=lambda view: (-view.chance, view.key))
-
-
-def _overlay(machine: Machine, blob: Blob) -> OverlayView:
-    if blob.state is BlobState.ABSENT:
-        is_at_hand = all(b.state is BlobState.RESIDENT or b.has_copy for b in blob.sources)
-        tier = Tier.HOST if is_at_hand else Tier.DISK
-    else:
-        tier = Tier.RESIDENT if blob.state is BlobState.RESIDENT else Tier.LOADING
-    base, *adapters = (source.key for source in blob.sources)
-    return OverlayView(
-        key=blob.key,
-        base=base,
-        adapters=tuple(adapters),
-        models=tuple(sorted(blob.models)),
-        size_bytes=blob.info.size_bytes,
-        tier=tier,
-        chance=machine.forecast.chance(blob.key),
-        fold_s=machine.outlook.estimates.fold_s(blob.info.size_bytes),
-    )
 
 
 def blobs(machine: Machine, name: str) -> list[BlobView]:

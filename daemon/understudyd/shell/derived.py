@@ -175,5 +175,6 @@ def _blob_info(blob: BlobRecord) -> BlobInfo:
 
 
 def _overlay_info(overlaid: OverlaidComponent, base: BlobRecord) -> BlobInfo:
-    adapters = (_blob_info(applied.record.blob) for applied in overlaid.plan.adapters)
+    """Two adapters may have one blob, of which the core is told once; `plan.key` has both."""
+    adapters = dict.fromkeys(_blob_info(applied.record.blob) for applied in overlaid.plan.adapters)
     return BlobInfo(overlaid.key, overlaid.plan.size_bytes, made_of=(_blob_info(base), *adapters))

@@ -145,7 +145,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         overlays = []
         for overlay in self.loras.overlays:
             under = base.blobs[places[overlay.component]]
-            made_of = (under, *sources)
+            made_of = (under, *dict.fromkeys(sources))
             overlays.append(BlobInfo(f"{under.key}{combination}", overlay.size_bytes, made_of))
         blobs = (*base.blobs, *overlays)
         return ModelInfo(derived_name(name, adapters), blobs, max_batch=max_batch, is_derived=True)
