@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest bench-lora \
+.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest bench-lora bench-lora-serve \
   gpu-check docs-models docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -48,6 +48,9 @@ bench-ingest: $(STAMP)  ## a scan of 200 models, a single-file checkpoint of rea
 
 bench-lora: $(STAMP)  ## a LoRA folded, beside diffusers' load, fuse and unfuse
 	@$(BIN)/python -m benchmarks.lora --json
+
+bench-lora-serve: $(STAMP)  ## 300 adapters over 3 bases, room for 20 overlays
+	@$(BIN)/python -m benchmarks.lora_serve --json
 
 # Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
 gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so
