@@ -137,7 +137,9 @@ def test_operators_see_loras_and_combinations_and_pin_them(
     (one,) = [c for c in document["combinations"] if c["name"] == name]
     assert one["tier"] in ("resident", "bound") and one["pinned"] and one["size_bytes"] > 0
     shown = added.ask(admin.Show(name=name))
-    assert [part["tier"] for part in shown["components"] if part["role"] == "overlay"] == ["resident"]
+    (overlay,) = [part for part in shown["components"] if part["role"] == "overlay"]
+    assert (overlay["tier"], overlay["made_of"]) == ("resident", [["plain", 0.5]])
+    assert 0 < overlay["fold_s"] < 5 and 0 <= overlay["chance_next"] <= 1
     assert added.ask(admin.Show(name="plain"))["fits"] == ["sd-a", "sd-b", "sd-c", "sd-half"]
     assert name not in [model["name"] for model in added.ask(admin.Models())]
     for scale in (0.1, 0.2, 0.3, 0.4):
