@@ -119,7 +119,7 @@ class LoraViews:
         return rows
 
     def _overlay(self, component: str, overlaid: OverlaidComponent) -> dict[str, Any]:
-        """What it is made of beside the base, how long that takes by estimate, how likely it is needed next."""
+        """What it is made of beside the base, how long that takes, how likely it is needed next."""
         size_bytes = overlaid.plan.size_bytes
         return self._part(component, "overlay", overlaid.key, size_bytes) | {
             "made_of": [[applied.record.name, applied.scale] for applied in overlaid.plan.adapters],
