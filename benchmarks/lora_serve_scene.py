@@ -38,6 +38,8 @@ class LoraPlan(Plan):
     bases: int = 3
     rank: int = 32
     size: int = 16
+    steps: tuple[int, ...] = (2, 3)
+    rounds: int = 10
     widths: tuple[int, int] = (32, 192)
 
     @property
