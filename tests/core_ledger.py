@@ -330,6 +330,9 @@ class Ledger:
         """The first model that waits for weights lacks nothing that an idle loader could load now."""
         if self.moves:
             return  # who was ready before the move is not now, but will be again
+        if self.machine.is_unsettled:
+            assert self.machine.next_deadline_s(now_s) == now_s
+            return  # the rest follows at the next event
         residency, queue, policy = self.machine.residency, self.machine.queue, self.machine.policy
         stage_is_busy = bool(self.running or self.deck)
         expected = policy.expected_order(queue, self.machine.demand, self.machine.on_stage)

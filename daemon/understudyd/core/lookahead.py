@@ -12,6 +12,7 @@ from understudyd.core.demand import Demand, is_pressing
 from understudyd.core.entities import Blob, Load, Loader, Model
 from understudyd.core.extents import Extent
 from understudyd.core.fetching import Fetching
+from understudyd.core.pace import Pace
 from understudyd.core.policy import Policy
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
@@ -19,6 +20,8 @@ from understudyd.core.states import BlobState
 from understudyd.core.timely import Timely
 from understudyd.core.transit import Transit
 from understudyd.core.windows import Priced, cheapest_window
+
+_MOST_NOTED = 1000
 
 
 class Lookahead:
@@ -32,15 +35,17 @@ class Lookahead:
         transit: Transit,
         demand: Demand,
         timely: Timely,
+        pace: Pace,
     ) -> None:
+        self._pace = pace
         self._timely = timely
         self._demand, self._wanted = demand, demand.wanted
         self._policy = policy
         self._queue = queue
         self._residency = residency
         self._transit = transit
-        self._fetching = Fetching(policy, queue, residency, transit, demand)
-        self._no_room: object = None
+        self._fetching = Fetching(policy, queue, residency, transit, demand, pace)
+        self._no_room: dict[tuple[str, str], object] = {}
         self._settled: object = None
         self._guessed_at: int | None = None
 
@@ -54,6 +59,8 @@ class Lookahead:
         while evictions != self._residency.evictions:  # what was evicted may be missed: look again
             evictions = self._residency.evictions
             self._start_loads(on_stage, stage_is_busy, now_s)
+            if self._pace.has_more:
+                return
         self._settled = self._state(on_stage, stage_is_busy)
 
     def fetch(self, now_s: float) -> None:
@@ -109,6 +116,8 @@ class Lookahead:
             return
         for name in self._to_load(stage_is_busy, now_s):
             if not self._load(models[name], on_stage, now_s):
+                if self._pace.has_more:
+                    return
                 if next(residency.idle_loaders(), None) is None:
                     self._make_way_for_a_loader(on_stage, stage_is_busy, now_s)
                 else:
@@ -120,6 +129,8 @@ class Lookahead:
         for model in residency.pinned.values():
             if not (model.name in residency.ready or model.is_unfit):
                 self._load(model, on_stage, now_s)
+        if self._pace.has_more:
+            return
         if settings.prefetch and settings.lookahead:
             self._prefetch(now_s)
 
@@ -143,14 +154,26 @@ class Lookahead:
         return True
 
     def _begin(self, model: Model, blob: Blob, loader: Loader, on_stage: str | None, now_s: float) -> bool:
-        """Start one load; False when there is no room for it."""
-        if self._no_room == self._situation(model, blob, on_stage):
-            return False
+        """Start one load; False when there is no room for it, or none is looked for at this event."""
+        arena = self._residency.arena
         beside = [b.info.size_bytes for b in model.blobs if b.state is BlobState.ABSENT and b is not blob]
+        if sum(map(arena.rounded, (blob.info.size_bytes, *beside))) > arena.largest_gap_bytes:
+            if self._finds_no_room(model, blob, on_stage) or not self._pace.may_go_on():
+                return False
+            self._pace.went_over(arena.extent_count)
         if self._transit.begin_load(blob, loader, self._candidates(model, on_stage), now_s, beside):
             return True
-        self._no_room = self._situation(model, blob, on_stage)
+        self._note_no_room(model, blob, on_stage)
         return False
+
+    def _finds_no_room(self, model: Model, blob: Blob, on_stage: str | None) -> bool:
+        """It found none, and nothing has changed since."""
+        return self._no_room.get((model.name, blob.key)) == self._situation(model, blob, on_stage)
+
+    def _note_no_room(self, model: Model, blob: Blob, on_stage: str | None) -> None:
+        if len(self._no_room) >= _MOST_NOTED:
+            self._no_room.clear()
+        self._no_room[model.name, blob.key] = self._situation(model, blob, on_stage)
 
     def _candidates(self, model: Model, on_stage: str | None) -> Iterator[Priced]:
         """What may be evicted for it: nothing of what is loaded before it, also if it will run later."""
@@ -219,14 +242,15 @@ class Lookahead:
         return next((x for x in loads if x.extent is None and x.blob not in blobs), None)
 
     def _has_room(self, model: Model, blob: Blob, on_stage: str | None) -> bool:
-        if self._no_room == (situation := self._situation(model, blob, on_stage)):
+        if self._finds_no_room(model, blob, on_stage):
             return False
         arena, size_bytes = self._residency.arena, blob.info.size_bytes
         if arena.largest_gap_bytes >= arena.rounded(size_bytes):
             return True
+        self._pace.went_over(arena.extent_count)
         if cheapest_window(arena, size_bytes, self._candidates(model, on_stage)) is not None:
             return True
-        self._no_room = situation
+        self._note_no_room(model, blob, on_stage)
         return False
 
     def _is_needed(self, blob: Blob) -> bool:

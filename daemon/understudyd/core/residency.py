@@ -263,6 +263,7 @@ class Residency:
             self.changes += 1
             blob.extent = None
         blob.life.to(BlobState.ABSENT, now_s, why)
+        self.evictables.mark([blob])
         self.forget_if_unused(blob, now_s)
 
     # -- views --------------------------------------------------------------------------------------
