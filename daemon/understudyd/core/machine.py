@@ -341,11 +341,11 @@ class Machine:
             self._actions.append(PauseLoads(should_rest))
 
     def _advance(self, now_s: float) -> None:
-        if self._deck.fill(now_s):
+        if is_filled := self._deck.fill(now_s):
             self._pace.went_over(len(self.queue))
         if self._pace.may_go_on():
             self._lookahead.start_loads(self.on_stage, self._deck.is_busy, now_s)
-        else:
+        elif is_filled:
             self.residency.evictables.file()  # so much less is left for the next event
 
     # -- inside -------------------------------------------------------------------------------------
