@@ -18,6 +18,9 @@ def check_no_idle_hands(ledger: Ledger, now_s: float) -> None:
     if ledger.moves:
         return  # who was ready before the move is not now, but will be again
     machine = ledger.machine
+    if machine.is_unsettled:
+        assert machine.next_deadline_s(now_s) == now_s
+        return  # the rest follows at the next event
     models, policy = machine.residency.models, machine.policy
     stage_is_busy = bool(ledger.running or ledger.deck)
     expected = policy.expected_order(machine.queue, machine.demand, machine.on_stage)

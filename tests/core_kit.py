@@ -19,6 +19,7 @@ from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core import invariants
 from understudyd.core.machine import Machine
+from understudyd.core.pace import MUCH
 from understudyd.core.policy import PolicySettings
 from understudyd.core.types import BlobInfo, ErrorCode, ModelInfo, RequestInfo
 
@@ -79,6 +80,7 @@ class World:
         grace_s: float = 1.0,
         pool_pages: int = 0,
         max_derived: int = 1000,
+        much: int = MUCH,
     ) -> None:
         self.clock = VirtualClock()
         self.machine = Machine(
@@ -88,6 +90,7 @@ class World:
             max_waiting=max_waiting,
             quarantine_grace_s=grace_s,
             max_derived=max_derived,
+            much=much,
         )
         pool = PoolLedger(self.machine, pool_pages * PAGE)
         self.ledger = Ledger(self.machine, pages * PAGE, grace_s, pool)

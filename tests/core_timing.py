@@ -50,12 +50,14 @@ def measure(
         start = thread_time_ns()
         actions = machine.handle(event, now_s)
         middle = thread_time_ns()
-        machine.next_deadline_s(now_s)
+        due_s = machine.next_deadline_s(now_s)
         end = thread_time_ns()
         took[type(event).__name__].append(middle - start)
         deadline.append(end - middle)
         for action in actions:
             perform(action)
+        if due_s is not None and due_s <= now_s:
+            tell(ev.Ticked())
 
     def perform(action: ac.Action) -> None:
         match action:

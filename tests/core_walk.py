@@ -12,6 +12,7 @@ import pytest
 
 from core_kit import World, blob, derived, model, overlay, photograph
 from understudyd.core import events as ev
+from understudyd.core.pace import MUCH
 from understudyd.core.policy import PolicySettings
 from understudyd.core.states import IllegalEvent
 from understudyd.core.types import BlobInfo, ErrorCode, ModelInfo, Outcome, RequestInfo
@@ -51,11 +52,18 @@ class Walk:
         pages: int,
         loaders: int,
         pool_pages: int = 0,
+        much: int = MUCH,
     ) -> None:
         self.infos = infos
         first = list(infos.values())[:4]
         self.world = World(
-            pages, pool_pages=pool_pages, models=first, policy=policy, max_waiting=6, max_derived=MAX_DERIVED
+            pages,
+            pool_pages=pool_pages,
+            models=first,
+            policy=policy,
+            max_waiting=6,
+            max_derived=MAX_DERIVED,
+            much=much,
         )
         self.ledger = self.world.ledger
         self.next_loader_id = self.editions = 0

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from core_walk import Walk, family
+from understudyd.core.pace import MUCH
 from understudyd.core.policy import PolicySettings
 
 WALKS = int(os.environ.get("UNDERSTUDY_WALKS", "150"))  # more of them, other ones: hunt by hand
@@ -39,12 +40,19 @@ class Anything(RuleBasedStateMachine):
         pages=st.integers(6, 20),
         loaders=st.integers(1, 2),
         pool_pages=st.sampled_from([0, 4, 12, 40]),
+        much=st.sampled_from([MUCH, 1]),
     )
     def begin(
-        self, data: st.DataObject, policy: PolicySettings, pages: int, loaders: int, pool_pages: int
+        self,
+        data: st.DataObject,
+        policy: PolicySettings,
+        pages: int,
+        loaders: int,
+        pool_pages: int,
+        much: int,
     ) -> None:
         infos = family(lambda options: data.draw(st.sampled_from(options)))
-        self.walk = Walk(infos, policy, pages, loaders, pool_pages)
+        self.walk = Walk(infos, policy, pages, loaders, pool_pages, much)
 
     @rule(data=st.data(), kind=st.sampled_from(["ask", "take_back", "administer", "what_cannot_be"]))
     def somebody_acts(self, data: st.DataObject, kind: str) -> None:
@@ -94,7 +102,8 @@ def random_walk(seed: int) -> Walk:
         pause_priority=chance.choice([None, 1]),
     )
     pages, loaders, pool_pages = chance.randint(6, 24), chance.randint(1, 3), chance.choice([0, 4, 12, 40])
-    walk = Walk(family(chance.choice), policy, pages, loaders, pool_pages)
+    much = chance.choice([MUCH, 1])
+    walk = Walk(family(chance.choice), policy, pages, loaders, pool_pages, much)
     trouble = chance.choice([0.1, 0.5, 2.0])
     kinds = {
         "ask": chance.choice([1.0, 3.0, 6.0]),

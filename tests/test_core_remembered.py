@@ -53,7 +53,9 @@ def test_another_life_predicts_the_same_and_learns_the_same(
     learn(old, before, 0.0)
     new.restore(written(old), MODELS, BLOBS, LAST_S + clock_s)
     assert chances(new) == pytest.approx(chances(old), abs=1e-4)
-    assert set(new.ranked()) == set(old.ranked())
+    for _ in MODELS:
+        ranked = set(old.ranked())
+    assert set(new.ranked()) == ranked
     learn(old, after, old.last_request_s)
     learn(new, after, new.last_request_s)
     assert chances(new) == pytest.approx(chances(old), abs=1e-4)
@@ -154,7 +156,7 @@ def test_a_damaged_document_is_refused_or_does_no_harm(path: tuple[Any, ...], va
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 2}, "another version"),
+        ({"version": 1}, "another version"),
         ({"names": DOCUMENT["names"] * 2}, "twice"),
         ({"predictors": []}, "list of 8"),
         ({"weights": [float("nan")] * 8}, "no number"),

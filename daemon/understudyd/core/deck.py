@@ -60,17 +60,18 @@ class Deck:
 
     # -- going on deck ------------------------------------------------------------------------------
 
-    def fill(self, now_s: float) -> None:
-        """Put the next request on deck, if that is free, and with it who comes along."""
+    def fill(self, now_s: float) -> bool:
+        """Put the next request on deck, if that is free, and with it who comes along; whether it did."""
         if self.on_deck:
-            return
+            return False
         first = self._policy.next_to_run(self._queue, self._residency, self.on_stage, now_s)
         if first is None:
-            return
+            return False
         model = self._residency.models[first.model]
         self._take(first, model, "", now_s)
         companions = self._find_companions(first, model, now_s)
         self._actions.append(PutOnDeck(first.id, model.key, companions))
+        return True
 
     def _find_companions(self, first: Request, model: Model, now_s: float) -> tuple[str, ...]:
         """In the fair order, up to the first that would make the batch too large or pass who may not be."""

@@ -16,6 +16,7 @@ What was learned outlives the machine as a document in JSON's types. Nothing her
 import math
 from collections import deque
 from collections.abc import Container
+from itertools import chain
 from statistics import median
 from typing import Any, Self
 
@@ -41,18 +42,14 @@ _LEAST_WAIT_S = 1.0
 
 
 class Level:
-    """A positive quantity as it usually is; `seen` of its values count, at most sixteen."""
+    """A positive quantity: `value` is what is usual, `seen` of those it saw count, at most sixteen."""
 
-    __slots__ = ("_log", "seen")
+    __slots__ = ("_log", "seen", "value")
 
     def __init__(self, guess: float) -> None:
         self._log = math.log(guess)
+        self.value = guess
         self.seen = 0
-
-    @property
-    def value(self) -> float:
-        """What is usual."""
-        return math.exp(self._log)
 
     def saw(self, value: float) -> None:
         """One more; the first is believed as it is."""
@@ -61,6 +58,7 @@ class Level:
             error = max(-_OUTLIER, min(_OUTLIER, error))
         self.seen = min(self.seen + 1, _MOST_SEEN)
         self._log += error / self.seen
+        self.value = math.exp(self._log)
 
     def document(self) -> list[float | int]:
         """What it has learned."""
@@ -72,6 +70,7 @@ class Level:
         log, seen = rows(document, what, 2)
         level, most = cls(1.0), math.log(_MOST)
         level._log, level.seen = number(log, what, -most, most), whole(seen, what, _MOST_SEEN)
+        level.value = math.exp(level._log)
         return level
 
 
@@ -79,12 +78,20 @@ class LoadTimes:
     """Seconds of loads over one route, by their bytes."""
 
     def __init__(self) -> None:
-        self.seen: deque[tuple[int, float]] = deque(maxlen=_KEPT_LOADS)
+        self.seen: deque[tuple[int, float]] = deque()
         self.fixed_s, self.s_a_byte = 0.0, _FIRST_LOAD_S_A_BYTE
+        self._slopes: deque[list[tuple[float, int]]] = deque()  # to each that came later
 
     def saw(self, size_bytes: int, seconds: float) -> None:
         """One more load."""
+        if len(self.seen) == _KEPT_LOADS:
+            self.seen.popleft()
+            self._slopes.popleft()
+        for (x, y), slopes in zip(self.seen, self._slopes):
+            if x != size_bytes:
+                slopes.append(((seconds - y) / (size_bytes - x), abs(size_bytes - x)))
         self.seen.append((size_bytes, seconds))
+        self._slopes.append([])
         self._fit()
 
     def seconds(self, size_bytes: int) -> float:
@@ -92,22 +99,16 @@ class LoadTimes:
         return self.fixed_s + size_bytes * self.s_a_byte
 
     def _fit(self) -> None:
-        slopes = [
-            ((y - b) / (x - a), abs(x - a))
-            for i, (x, y) in enumerate(self.seen)
-            for a, b in list(self.seen)[:i]
-            if x != a
-        ]
-        slope = _weighted_median(slopes)
+        slope = _weighted_median(list(chain.from_iterable(self._slopes)))
         if slope <= 0.0:  # all of one size, or the size did not matter
-            slope = median(y / max(1, x) for x, y in self.seen)
+            slope = median([y / max(1, x) for x, y in self.seen])
         self.s_a_byte = slope
-        self.fixed_s = max(0.0, median(y - x * slope for x, y in self.seen))
+        self.fixed_s = max(0.0, median([y - x * slope for x, y in self.seen]))
 
 
 def _weighted_median(values: list[tuple[float, int]]) -> float:
     """The value with half the weight on either side; 0 without any."""
-    half, passed = sum(weight for _, weight in values) / 2.0, 0
+    half, passed = sum([weight for _, weight in values]) / 2.0, 0
     for value, weight in sorted(values):
         passed += weight
         if passed >= half:

@@ -1,4 +1,4 @@
-"""What may leave the arena and the host pool, filed by who would miss it.
+"""What may leave the arena and the host pool, filed by who would miss it, and what is in neither.
 
 Going over hundreds of extents whenever one is wanted takes longer than anybody should wait. So whatever may
 change a blob's place only marks the blob, and whoever wants an extent has those blobs filed anew first.
@@ -24,6 +24,8 @@ class Evictables:
     `spare` are those that nobody waits for, `partial` those that only models wait for which lack others
     still. What a ready model waits for is found by its model (`policy.py`). `copies` are copies in the host
     pool that are not about to be read. `arrivals` counts who joined `spare` or `partial`.
+
+    `away` are blobs of models, the likeliest first, that are nowhere and not on their way.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Evictables:
         self.spare: Ranking[Extent] = Ranking(self._price)
         self.partial: Ranking[Extent] = Ranking(lambda extent: demand.soonest(self._blobs[extent]))
         self.copies: Ranking[Extent] = Ranking(lambda copy: demand.chance(self._blobs[copy]))
+        self.away: Ranking[Blob] = Ranking(lambda blob: -demand.chance(blob))
 
     def mark(self, blobs: Iterable[Blob]) -> None:
         """Something about these blobs may have changed."""
@@ -54,8 +57,14 @@ class Evictables:
                 self.mark(self._models[name].blobs)
                 self.mark(self._models[name].adapters)
         for blob in self._marked:
-            self._file_extent(blob)
-            self._file_copy(blob)
+            if blob.extent is not None or blob in self._extents:
+                self._file_extent(blob)
+            if blob.copy is not None or blob in self._copies:
+                self._file_copy(blob)
+            if _is_away(blob):
+                self.away.put(blob)
+            else:
+                self.away.discard(blob)
         self._marked.clear()
 
     def blob_of(self, extent: Extent) -> Blob:
@@ -96,14 +105,16 @@ class Evictables:
             return
         self._extents[blob], self._blobs[extent] = extent, blob
         was_spare, was_partial = extent in self.spare, extent in self.partial
-        self.partial.discard(extent)
         if not self._demand.awaits(blob):
+            self.partial.discard(extent)
             if not was_spare:
                 self.spare.put(extent)
                 self.arrivals += 1
             return
         self.spare.discard(extent)
-        if not self._demand.ready_awaits(blob):
+        if self._demand.ready_awaits(blob):
+            self.partial.discard(extent)
+        else:
             self.partial.put(extent)
             self.arrivals += not (was_spare or was_partial)
 
@@ -136,6 +147,7 @@ class Evictables:
             for blob in (*self._models[name].blobs, *self._models[name].adapters)
         }
         for blob in (blob for blob in blobs if blob not in stale):
+            assert (blob in self.away) == _is_away(blob), f"{blob.key}: away"
             is_awaited = self._demand.awaits(blob)
             if (extent := blob.extent) is not None:
                 may_leave, missed = self.may_leave(blob), is_awaited and self._demand.ready_awaits(blob)
@@ -145,6 +157,12 @@ class Evictables:
                 is_free = copy.life.state is ExtentState.READY and not self._demand.is_coming(blob)
                 assert (copy in self.copies) == is_free, f"{blob.key}: copy"
         filed = {blob.extent for blob in self._extents} | {blob.copy for blob in self._copies}
+        self.away.check()
         for ranking in (self.spare, self.partial, self.copies):
             ranking.check()
             assert all(extent in filed or self._blobs[extent] in stale for _, extent in ranking)
+
+
+def _is_away(blob: Blob) -> bool:
+    is_nowhere = blob.copy is None and blob.life.state is BlobState.ABSENT
+    return is_nowhere and bool(blob.models) and not blob.is_overlay

@@ -5,8 +5,9 @@ belongs to exactly one extent or one gap; `check` proves it.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from understudyd.core.states import EXTENT_TABLE, ExtentState, Lifecycle
 
@@ -15,7 +16,10 @@ ALIGN_BYTES = 4096
 
 @dataclass(eq=False, slots=True)
 class Extent:
-    """A piece of the arena that holds, or will hold, one blob."""
+    """A piece of the arena that holds, or will hold, one blob.
+
+    `before` and `after` are its neighbours, be there a gap between or not; the arena's ends are such, too.
+    """
 
     offset: int
     size_bytes: int
@@ -23,6 +27,8 @@ class Extent:
     generation: int
     life: Lifecycle[ExtentState]
     leases: int = 0
+    before: "Extent" = field(init=False, repr=False)
+    after: "Extent" = field(init=False, repr=False)
 
     @property
     def end(self) -> int:
@@ -48,9 +54,15 @@ class ArenaMap:
     _gap_sizes: list[tuple[int, int]] = field(default_factory=list)
     _generation: int = 0
     releases: int = 0
+    _bottom: Extent = field(init=False, repr=False)
+    _top: Extent = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.size_bytes -= self.size_bytes % self.align_bytes
+        life = Lifecycle("an end of the arena", ExtentState.FREE, EXTENT_TABLE)
+        self._bottom, self._top = Extent(0, 0, "", 0, life), Extent(self.size_bytes, 0, "", 0, life)
+        self._bottom.before = self._top.before = self._bottom
+        self._bottom.after = self._top.after = self._top
         if self.size_bytes > 0:
             self._add_gap(0, self.size_bytes)
 
@@ -61,14 +73,9 @@ class ArenaMap:
         return (self._extents[o] for o in self._offsets)
 
     @property
-    def offsets(self) -> Sequence[int]:
-        """Where the extents begin, in order."""
-        return self._offsets
-
-    @property
-    def extents(self) -> Mapping[int, Extent]:
-        """By where they begin."""
-        return self._extents
+    def extent_count(self) -> int:
+        """How many pieces are owned."""
+        return len(self._offsets)
 
     @property
     def free_bytes(self) -> int:
@@ -108,12 +115,17 @@ class ArenaMap:
         life = Lifecycle(f"extent {offset}+{need}", ExtentState.FILLING, EXTENT_TABLE)
         extent = Extent(offset, need, blob, self._generation, life)
         self._extents[offset] = extent
-        insort(self._offsets, offset)
+        place = bisect_left(self._offsets, offset)
+        self._offsets.insert(place, offset)
+        extent.before = self._extents[self._offsets[place - 1]] if place else self._bottom
+        extent.after = extent.before.after
+        extent.before.after = extent.after.before = extent
         return extent
 
     def release(self, extent: Extent, now_s: float, why: str) -> None:
         """The extent's bytes become a gap, merged with its neighbours."""
         extent.life.to(ExtentState.FREE, now_s, why)
+        extent.before.after, extent.after.before = extent.after, extent.before
         self.releases += 1
         del self._extents[extent.offset]
         del self._offsets[bisect_left(self._offsets, extent.offset)]
@@ -221,6 +233,8 @@ class ArenaMap:
                 assert extent.state is not ExtentState.FREE, extent
             position, was_gap = offset + size, extent is None
         assert position == self.size_bytes, f"{self.size_bytes - position} bytes unaccounted for"
+        chain = [self._bottom, *self, self._top]
+        assert all(one.after is other and other.before is one for one, other in pairwise(chain))
 
     # -- inside -------------------------------------------------------------------------------------
 

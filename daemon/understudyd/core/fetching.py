@@ -3,11 +3,12 @@
 Nothing is in a hurry here: a load into the arena that finds no loader stops one of these.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import chain, islice
 
 from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob
+from understudyd.core.pace import Pace
 from understudyd.core.policy import Policy
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
@@ -22,8 +23,15 @@ class Fetching:
     """Starts loads that end in the host pool."""
 
     def __init__(
-        self, policy: Policy, queue: RequestQueue, residency: Residency, transit: Transit, demand: Demand
+        self,
+        policy: Policy,
+        queue: RequestQueue,
+        residency: Residency,
+        transit: Transit,
+        demand: Demand,
+        pace: Pace,
     ) -> None:
+        self._pace = pace
         self._policy = policy
         self._demand = demand
         self._queue = queue
@@ -41,12 +49,17 @@ class Fetching:
         if not self._residency.copies.pool.size_bytes or not settings.lookahead or not self._has_loader():
             return
         if self._settled != self._state() and self._no_room != self._crowd():
+            if not self._pace.may_go_on():
+                return
             if not self._fetch(self._awaited(), float("inf"), now_s):
                 self._no_room = self._crowd()
+            if self._pace.has_more:
+                return
             self._settled = self._state()
         if settings.prefetch and self._has_loader() and self._nothing_likely != self._history():
             pool = self._residency.copies.pool
-            if pool.largest_gap_bytes > self._too_small_bytes or self._full != self._fullness():
+            is_worth_it = pool.largest_gap_bytes > self._too_small_bytes or self._full != self._fullness()
+            if is_worth_it and self._pace.may_go_on():
                 self._guess(now_s)
 
     def _guess(self, now_s: float) -> None:
@@ -60,34 +73,36 @@ class Fetching:
     def _has_loader(self) -> bool:
         return next(self._residency.idle_loaders(), None) is not None
 
-    def _fetch(self, blobs: Iterator[Blob], limit: float, now_s: float) -> bool:
-        """Fetch one after the other until no loader is left; False when there is no room."""
+    def _fetch(self, blobs: Iterable[Blob], limit: float, now_s: float) -> bool:
+        """Fetch one blob after the other until no loader is left; False when there is no room."""
+        pool = self._residency.copies.pool
         for blob in blobs:
-            if blob.life.state is not BlobState.ABSENT or blob.copy is not None or blob.retry_at_s > now_s:
+            if blob.copy is not None or blob.life.state is not BlobState.ABSENT or blob.retry_at_s > now_s:
                 continue
             loader = next(self._residency.idle_loaders(), None)
             if loader is None:
                 return True
+            if blob.info.size_bytes > pool.largest_gap_bytes:
+                if not self._pace.may_go_on():
+                    return True
+                self._pace.went_over(pool.extent_count)
             if not self._transit.begin_fetch(blob, loader, limit, now_s):
                 return False
         return True
 
-    def _awaited(self) -> Iterator[Blob]:
+    def _awaited(self) -> Iterable[Blob]:
         models = self._residency.models
-        for name in islice(self._demand.lacking(), HORIZON_MODELS):
-            yield from models[name].files
+        names = islice(self._demand.lacking(), HORIZON_MODELS)
+        return chain.from_iterable(models[name].files for name in names)
 
-    def _likely(self) -> Iterator[Blob]:
-        """Of those that were ever asked for, likeliest first, then the others: free memory is of no use.
-
-        Of derived models only adapters: the rest is looked at as the other model's, for there are very many.
-        """
-        models, forecast = self._residency.models, self._policy.forecast
-        unknown = (name for name in models if not forecast.knows(name))
-        for name in chain(forecast.ranked(), unknown):
-            model = models[name]
-            if not (model.retiring or model.is_unfit):
-                yield from model.adapters or model.blobs
+    def _likely(self) -> Iterable[Blob]:
+        """Whatever is nowhere, the likeliest first: free memory is of no use."""
+        evictables, models = self._residency.evictables, self._residency.models
+        evictables.file()
+        evictables.away.refresh(self._demand.looked_at, self._demand.moment)
+        for _, _, blob in list(evictables.away.entries):
+            if not all(models[name].retiring or models[name].is_unfit for name in blob.models):
+                yield blob
 
     def _state(self) -> object:
         """While this stands, the same is awaited, and idle loaders have nothing more of it to fetch."""

@@ -10,6 +10,7 @@ What was learned outlives the machine as a document in JSON's types: `document` 
 
 from collections.abc import Container, Iterator
 from heapq import nlargest
+from operator import mul
 from typing import Any
 
 from understudyd.core.predictors import Popularity, Predictor, Succession
@@ -17,7 +18,7 @@ from understudyd.core.ranking import LOOKED_AT, Ranking
 from understudyd.core.remembered import DIGITS, DamagedDocument, field, numbers, rows, text, whole
 from understudyd.core.returns import Returns
 
-VERSION = 1
+VERSION = 2
 MOST_NAMES = 4000
 
 HALF_LIVES_REQUESTS = (10.0, 100.0, 2000.0)
@@ -64,7 +65,9 @@ class Forecast:
         self._succession.saw(names)
         self._returns.saw(client, names, now_s)
         self._names.update(names)
-        self._models[names[0]] = self._asked[names[0]] = None
+        self._models[names[0]] = None
+        self._asked.pop(names[0], None)
+        self._asked[names[0]] = None  # the last is looked at first
         self._chances.clear()
 
     def forget(self, name: str) -> None:
@@ -85,7 +88,7 @@ class Forecast:
             if name not in self._names:
                 return 0.0
             shares = [predictor.share(name) for predictor in self._predictors]
-            chance = self._chances[name] = sum(map(float.__mul__, self._weights, shares))
+            chance = self._chances[name] = sum(map(mul, self._weights, shares))
         return chance
 
     def inherit(self, name: str, source: str) -> None:
@@ -99,12 +102,13 @@ class Forecast:
     def ranked(self) -> Iterator[str]:
         """Models that were ever asked for, likeliest first.
 
-        Looking at a thousand takes milliseconds, so a few are looked at each time, and who was asked for.
+        Looking at a thousand takes milliseconds, so a few are looked at each time, first those that were
+        asked for since: until its turn comes, one that is new is not among them.
         """
-        for name in self._asked:
-            self._ranking.put(name)
-        self._asked.clear()
-        self._ranking.refresh(LOOKED_AT, self.requests)
+        new = min(LOOKED_AT, len(self._asked))
+        for _ in range(new):
+            self._ranking.put(self._asked.popitem()[0])
+        self._ranking.refresh(LOOKED_AT - new, self.requests)
         return (name for _, name in self._ranking)
 
     def knows(self, name: str) -> bool:
@@ -171,10 +175,11 @@ class Forecast:
             now = float(made.requests) if predictor in made._by_requests else last_s
             predictor.restore(part, names, now)
         made._models = {name: None for name in names[:model_count] if name}
-        made._asked = dict(made._models)
         made._names = {name for name in names if name}
         made._ranking = Ranking(lambda name: (-self.chance(name), name))
         vars(self).update(vars(made))  # whole or not at all
+        for name in self._models:
+            self._ranking.put(name)
 
     # -- inside -------------------------------------------------------------------------------------
 

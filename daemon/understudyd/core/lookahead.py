@@ -14,6 +14,7 @@ from understudyd.core.demand import Demand, is_pressing
 from understudyd.core.entities import Blob, Folding, Load, Loader, Model
 from understudyd.core.extents import Extent
 from understudyd.core.fetching import Fetching
+from understudyd.core.pace import Pace
 from understudyd.core.policy import Policy
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
@@ -22,6 +23,8 @@ from understudyd.core.timely import Timely
 from understudyd.core.transit import Transit
 from understudyd.core.windows import Priced, cheapest_window
 
+_MOST_NOTED = 1000
+
 
 class _Lacks(Enum):
     """What keeps a model's weights from being on their way."""
@@ -29,7 +32,7 @@ class _Lacks(Enum):
     NOTHING = "nothing"
     LOADER = "loader"
     ROOM = "room"
-    TURN = "turn"  # another overlay is being folded
+    TURN = "turn"  # another overlay is being folded, or room has been looked for at this event
 
 
 class Lookahead:
@@ -43,15 +46,17 @@ class Lookahead:
         transit: Transit,
         demand: Demand,
         timely: Timely,
+        pace: Pace,
     ) -> None:
+        self._pace = pace
         self._timely = timely
         self._demand, self._wanted = demand, demand.wanted
         self._policy = policy
         self._queue = queue
         self._residency = residency
         self._transit = transit
-        self._fetching = Fetching(policy, queue, residency, transit, demand)
-        self._no_room: object = None
+        self._fetching = Fetching(policy, queue, residency, transit, demand, pace)
+        self._no_room: dict[tuple[str, str], object] = {}
         self._settled: object = None
         self._guessed_at: int | None = None
 
@@ -65,6 +70,8 @@ class Lookahead:
         while evictions != self._residency.evictions:  # what was evicted may be missed: look again
             evictions = self._residency.evictions
             self._start_loads(on_stage, stage_is_busy, now_s)
+            if self._pace.has_more:
+                return
         self._settled = self._state(on_stage, stage_is_busy)
 
     def fetch(self, now_s: float) -> None:
@@ -137,6 +144,8 @@ class Lookahead:
         for model in residency.pinned.values():
             if not (model.name in residency.ready or model.is_unfit):
                 self._load(model, on_stage, now_s)
+        if self._pace.has_more:
+            return
         if settings.prefetch and settings.lookahead:
             self._prefetch(now_s)
 
@@ -166,31 +175,52 @@ class Lookahead:
 
     def _begin(self, model: Model, blob: Blob, loader: Loader, on_stage: str | None, now_s: float) -> _Lacks:
         """Start one load, if there is room for it."""
-        if self._no_room == self._situation(model, blob, on_stage):
-            return _Lacks.ROOM
         beside = [b.info.size_bytes for b in model.blobs if b.state is BlobState.ABSENT and b is not blob]
+        if (lacks := self._look_for_room(model, blob, on_stage, beside)) is not _Lacks.NOTHING:
+            return lacks
         if self._transit.begin_load(blob, loader, self._candidates(model, on_stage), now_s, beside):
             return _Lacks.NOTHING
-        self._no_room = self._situation(model, blob, on_stage)
+        self._note_no_room(model, blob, on_stage)
         return _Lacks.ROOM
 
     def _fold(self, model: Model, overlay: Blob, on_stage: str | None, now_s: float) -> _Lacks:
-        """Start making an overlay, if what it is made of is there."""
+        """Start making an overlay, if what it is made of is there and there is room for it."""
         if not overlay.is_at_hand:
             return _Lacks.NOTHING
         if (fold := self._residency.folds.under_way) is not None:
             self._cancel_if_needless(fold)
             return _Lacks.TURN
-        if self._no_room == self._situation(model, overlay, on_stage):
-            return _Lacks.ROOM
+        if (lacks := self._look_for_room(model, overlay, on_stage, ())) is not _Lacks.NOTHING:
+            return lacks
         if self._transit.begin_fold(overlay, self._candidates(model, on_stage), now_s):
             return _Lacks.NOTHING
-        self._no_room = self._situation(model, overlay, on_stage)
+        self._note_no_room(model, overlay, on_stage)
         return _Lacks.ROOM
 
     def _cancel_if_needless(self, fold: Folding) -> None:
         if not self._is_needed(fold.overlay):
             self._residency.folds.cancel(fold)
+
+    def _look_for_room(self, model: Model, blob: Blob, on_stage: str | None, beside: Sequence[int]) -> _Lacks:
+        """Whether that is worth it, and may be done at this event. Into a gap a blob goes without."""
+        arena = self._residency.arena
+        if sum(map(arena.rounded, (blob.info.size_bytes, *beside))) <= arena.largest_gap_bytes:
+            return _Lacks.NOTHING
+        if self._finds_no_room(model, blob, on_stage):
+            return _Lacks.ROOM
+        if not self._pace.may_go_on():
+            return _Lacks.TURN
+        self._pace.went_over(arena.extent_count)
+        return _Lacks.NOTHING
+
+    def _finds_no_room(self, model: Model, blob: Blob, on_stage: str | None) -> bool:
+        """It found none, and nothing has changed since."""
+        return self._no_room.get((model.name, blob.key)) == self._situation(model, blob, on_stage)
+
+    def _note_no_room(self, model: Model, blob: Blob, on_stage: str | None) -> None:
+        if len(self._no_room) >= _MOST_NOTED:
+            self._no_room.clear()
+        self._no_room[model.name, blob.key] = self._situation(model, blob, on_stage)
 
     def _candidates(self, model: Model, on_stage: str | None) -> Iterator[Priced]:
         """What may be evicted for it: nothing of what is loaded before it, also if it will run later."""
@@ -262,14 +292,15 @@ class Lookahead:
         return next((x for x in loads if x.extent is None and x.blob not in blobs), None)
 
     def _has_room(self, model: Model, blob: Blob, on_stage: str | None) -> bool:
-        if self._no_room == (situation := self._situation(model, blob, on_stage)):
+        if self._finds_no_room(model, blob, on_stage):
             return False
         arena, size_bytes = self._residency.arena, blob.info.size_bytes
         if arena.largest_gap_bytes >= arena.rounded(size_bytes):
             return True
+        self._pace.went_over(arena.extent_count)
         if cheapest_window(arena, size_bytes, self._candidates(model, on_stage)) is not None:
             return True
-        self._no_room = situation
+        self._note_no_room(model, blob, on_stage)
         return False
 
     def _is_needed(self, blob: Blob) -> bool:

@@ -17,6 +17,7 @@ from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
 from understudyd.core.lookahead import Lookahead
 from understudyd.core.outlook import Outlook
+from understudyd.core.pace import MUCH, Pace
 from understudyd.core.policy import Policy, PolicySettings
 from understudyd.core.refusals import refusal_of
 from understudyd.core.request import Request
@@ -39,6 +40,7 @@ class Machine:
     on the device). `wanted` are the models that an operator wants resident and that are neither so nor given
     up yet. The last `decisions` decisions are kept, none without it. Of more than `max_derived` derived
     models the one that was not asked for the longest is removed, with `RetireModel`, unless somebody uses it.
+    `much` is so much that one event goes over it only once (`pace.py`).
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class Machine:
         quarantine_grace_s: float = 1.0,
         decisions: int = 0,
         max_derived: int = 1000,
+        much: int = MUCH,
     ) -> None:
         self._actions: list[Action] = []
+        self._pace = Pace(much)
         self.forecast = Forecast()
         self.policy = Policy(policy or PolicySettings(), self.forecast)
         self.queue = self.policy.settings.queue(max_waiting)
@@ -80,7 +84,7 @@ class Machine:
         may_change = self.policy.settings.order != "fcfs"
         self.timely = Timely(self.queue, self.residency, self.outlook, may_change=may_change)
         self._lookahead = Lookahead(
-            self.policy, self.queue, self.residency, self.transit, self.demand, self.timely
+            self.policy, self.queue, self.residency, self.transit, self.demand, self.timely, self._pace
         )
         self.is_open = True
         self._loads_rest = False
@@ -89,6 +93,11 @@ class Machine:
     def on_stage(self) -> str | None:
         """The model whose weights the stage used last, unless its name has come to stand for others."""
         return self._deck.on_stage
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Something was left for the next event, which is due at once."""
+        return self._pace.has_more
 
     # -- the two calls of a driver -------------------------------------------------------------------
 
@@ -105,12 +114,15 @@ class Machine:
             return list(self._actions)
         finally:
             self._actions.clear()
+            self._pace.recover()
 
     def next_deadline_s(self, now_s: float) -> float | None:
         """When to send `Ticked` at the latest, `now_s` at the earliest; None: only an event changes anything.
 
         What came due since the last event is still due, however late this is asked.
         """
+        if self.is_unsettled:
+            return now_s
         times = [
             *self.transit.deadlines(),
             self.queue.next_deadline_s(),
@@ -198,6 +210,7 @@ class Machine:
         tier = Tier.BOUND if model.is_ready and self.on_stage == info.model else model.tier
         position = len(self.queue)
         request = self.queue.admit(info, tier, now_s)
+        self._pace.went_over(max(position, len(self.residency.blobs)))
         wait_s = self.outlook.wait_s(request, now_s)
         self._actions.append(AcceptRequest(info.request_id, position, tier, wait_s))
         self.residency.prepare(model, now_s)
@@ -317,23 +330,28 @@ class Machine:
 
     def _count_failure(self, blob: Blob, code: ErrorCode, message: str, now_s: float) -> None:
         """A load or a fold went wrong: try again later, or give up and fail who waits for it."""
+        self.residency.evictables.mark([blob])
         if blob.models and self.residency.retries.failed(blob, code, message, now_s):
             self._give_up(sorted(blob.users), code, message, now_s)
 
     # -- settling -----------------------------------------------------------------------------------
 
     def _settle(self, now_s: float) -> None:
+        self._pace.has_more = False
         self.transit.pass_time(now_s)
         self.queue.pass_time(now_s)
         for request in self.queue.expired(now_s):
             self._cancel(request, ErrorCode.DEADLINE_EXCEEDED, request.deadline_message, now_s)
         self._advance(now_s)
-        while (model := self._lookahead.stuck_on(self._deck.is_busy, now_s)) is not None:
+        while not self._pace.has_more and (
+            (model := self._lookahead.stuck_on(self._deck.is_busy, now_s)) is not None
+        ):
             if not make_room(self.residency, model, self._lookahead.prices(model), now_s):
                 message = f"pinned models leave no gap for {model.name}; unpin some"
                 self._give_up([model.name], ErrorCode.MODEL_TOO_LARGE, message, now_s)
             self._advance(now_s)
-        self._lookahead.fetch(now_s)
+        if not self._pace.has_more:
+            self._lookahead.fetch(now_s)
         self._pause_loads()
 
     def _pause_loads(self) -> None:
@@ -345,8 +363,12 @@ class Machine:
             self._actions.append(PauseLoads(should_rest))
 
     def _advance(self, now_s: float) -> None:
-        self._deck.fill(now_s)
-        self._lookahead.start_loads(self.on_stage, self._deck.is_busy, now_s)
+        if is_filled := self._deck.fill(now_s):
+            self._pace.went_over(len(self.queue))
+        if self._pace.may_go_on():
+            self._lookahead.start_loads(self.on_stage, self._deck.is_busy, now_s)
+        elif is_filled:
+            self.residency.evictables.file()  # so much less is left for the next event
 
     # -- inside -------------------------------------------------------------------------------------
 

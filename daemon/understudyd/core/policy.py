@@ -180,7 +180,8 @@ class Policy:
         evictables = residency.evictables
         evictables.file()
         evictables.spare.refresh(demand.looked_at, demand.moment)
-        yield from evictables.spare
+        for price, _, extent in evictables.spare.entries:
+            yield price, extent
         limit = demand.need(requester, on_stage)
         later: Iterable[tuple[Need, int, Extent]] = reversed(evictables.partial.entries)
         if is_pressing(limit):

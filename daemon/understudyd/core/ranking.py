@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 
-LOOKED_AT = 8
+LOOKED_AT = 4
 """So many keys are looked at again at a time, where they change with every request."""
 
 
@@ -31,7 +31,7 @@ class Ranking(Generic[Item]):
         return self._sorted
 
     def __iter__(self) -> Iterator[tuple[Any, Item]]:
-        """Keys and items, the least first; of equal ones who was put first."""
+        """Keys and items, the least first; of equal ones who has had that key for longer."""
         return ((key, item) for key, _, item in self._sorted)
 
     def __contains__(self, item: Item) -> bool:
@@ -40,10 +40,14 @@ class Ranking(Generic[Item]):
 
     def put(self, item: Item) -> None:
         """It is one of them, under the key that it has now."""
-        self.discard(item)
-        self._puts += 1
-        entry = self._entries[item] = (self._key_of(item), self._puts, item)
-        insort(self._sorted, entry)
+        key, entry = self._key_of(item), self._entries.pop(item, None)
+        if entry is None or entry[0] != key:
+            if entry is not None:
+                del self._sorted[bisect_left(self._sorted, entry)]
+            self._puts += 1
+            entry = (key, self._puts, item)
+            insort(self._sorted, entry)
+        self._entries[item] = entry
 
     def discard(self, item: Item) -> None:
         """It is not, or no more, one of them."""

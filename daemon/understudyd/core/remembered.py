@@ -16,6 +16,11 @@ class DamagedDocument(ValueError):
     """Not what was written, or written by another version; the message says where."""
 
 
+def significant(value: float) -> float:
+    """As many digits as are written of what spans many orders of magnitude."""
+    return float(f"{value:.{DIGITS}g}")
+
+
 def field(document: Any, key: str) -> Any:
     """A member of an object. Raises `DamagedDocument`, as all of these do."""
     if not isinstance(document, Mapping) or key not in document:

@@ -293,7 +293,7 @@ class Residency:
             self.changes += 1
             blob.extent = None
         blob.life.to(BlobState.ABSENT, now_s, why)
-        self.evictables.mark(blob.sources)
+        self.evictables.mark((blob, *blob.sources))
         self.forget_if_unused(blob, now_s)
 
     # -- views --------------------------------------------------------------------------------------

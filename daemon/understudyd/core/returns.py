@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 from understudyd.core.remembered import (
@@ -104,8 +105,8 @@ class Returns:
             return 0.0
         chances, everybody = self._chances, self._everybody
         if everybody is None:
-            everybody = self._everybody = sum(map(float.__mul__, chances, self._all))
-        expected = sum(map(float.__mul__, chances, held))
+            everybody = self._everybody = sum(map(mul, chances, self._all))
+        expected = sum(map(mul, chances, held))
         return max(0.0, expected / everybody) if everybody > 0.0 else 0.0
 
     def inherit(self, name: str, source: str) -> None:

@@ -52,6 +52,7 @@ class Transit:
         self._tell(load, is_likely=candidates is None)
         blob.extent = extent
         blob.life.to(BlobState.LOADING, now_s, f"load {load.id}")
+        self._residency.evictables.mark([blob])
         return True
 
     def begin_fetch(self, blob: Blob, loader: Loader, limit: float, now_s: float) -> bool:
@@ -62,6 +63,7 @@ class Transit:
         load = self._book.start(blob, loader, None, copy, False, now_s)
         self._tell(load, is_likely=True)
         blob.life.to(BlobState.FETCHING, now_s, f"load {load.id}")
+        self._residency.evictables.mark([blob])
         return True
 
     def begin_fold(self, overlay: Blob, candidates: Iterable[Priced] | None, now_s: float) -> bool:
@@ -140,6 +142,7 @@ class Transit:
         self._copies.loader_lost(load, now_s, why)
         load.blob.extent = None
         load.blob.life.to(BlobState.ABSENT, now_s, why)
+        self._residency.evictables.mark([load.blob])
         self._residency.forget_if_unused(load.blob, now_s)
         return load.blob
 

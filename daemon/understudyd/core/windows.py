@@ -1,7 +1,6 @@
 """The cheapest runs of neighbours: what is cheap is cleared in thought until a run is long enough."""
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,33 +51,36 @@ def find_windows(
     asked anew whenever a window was found: no further one can be part of anything cheaper. Meant for sizes
     that no gap alone has room for.
     """
-    prices: dict[int, float] = {}
-    offsets, extents, highest = arena.offsets, arena.extents, ceiling()
-    sizes = [want.size_bytes for want in wanted]
-    least_bytes, most_bytes = min(sizes), max(sizes)
+    prices: dict[Extent, float] = {}
+    highest, least_bytes = ceiling(), min([want.size_bytes for want in wanted])
     for price, candidate in candidates:
         if price >= highest:
             return
-        prices[offset := candidate.offset] = price
-        first = bisect_left(offsets, offset)
-        after = first + 1
-        lowest, farthest = offset + candidate.size_bytes - most_bytes, offset + most_bytes
-        while first and offsets[first] > lowest and offsets[first - 1] in prices:
-            first -= 1
-        while after < len(offsets) and offsets[after] < farthest and offsets[after] in prices:
-            after += 1
-        start = extents[offsets[first - 1]].end if first else 0
-        end = offsets[after] if after < len(offsets) else arena.size_bytes
-        if end - start < least_bytes:
+        prices[candidate] = price
+        first = last = candidate
+        while (before := first.before) in prices:
+            first = before
+        while (after := last.after) in prices:
+            last = after
+        if after.offset - before.offset - before.size_bytes < least_bytes:
             continue
-        run = [extents[offset] for offset in offsets[first:after]]
+        run = _run(first, last)
         for want in wanted:
-            if end - start >= want.size_bytes and price < want.ceiling:
-                _narrow(want, run, start, end, prices)
+            if after.offset - before.end >= want.size_bytes and price < want.ceiling:
+                _narrow(want, run, before.end, after.offset, prices)
                 highest = ceiling()
 
 
-def _narrow(want: Wanted, run: Sequence[Extent], start: int, end: int, prices: Mapping[int, float]) -> None:
+def _run(first: Extent, last: Extent) -> list[Extent]:
+    run = [first]
+    while first is not last:
+        run.append(first := first.after)
+    return run
+
+
+def _narrow(
+    want: Wanted, run: Sequence[Extent], start: int, end: int, prices: Mapping[Extent, float]
+) -> None:
     """Part of a run, from one kept neighbour to the next, may be cheaper than what was found."""
     starts = [start, *(extent.end for extent in run)]  # of the gap, if any, before each extent
     ends = [*(extent.offset for extent in run[1:]), end]  # of the one behind it
@@ -86,9 +88,9 @@ def _narrow(want: Wanted, run: Sequence[Extent], start: int, end: int, prices: M
     best = (want.ceiling, want.window.size_bytes if want.window is not None else 0)
     cost, left = 0.0, 0
     for right, extent in enumerate(run):
-        cost += prices[extent.offset]
+        cost += prices[extent]
         while left < right and ends[right] - starts[left + 1] >= want.size_bytes:
-            cost -= prices[run[left].offset]
+            cost -= prices[run[left]]
             left += 1
         length = ends[right] - starts[left]
         if length >= want.size_bytes and (cost, length) < best:
@@ -96,6 +98,6 @@ def _narrow(want: Wanted, run: Sequence[Extent], start: int, end: int, prices: M
     if found is None:
         return
     victims = tuple(run[slice(*found)])
-    costs = tuple(prices[victim.offset] for victim in victims)
+    costs = tuple(prices[victim] for victim in victims)
     want.window = Window(starts[found[0]], best[1], victims, costs, best[0])
     want.ceiling = best[0]

@@ -103,7 +103,7 @@ class Runtime:
         self._inbox: deque[ev.Event] = deque()
         self._is_handling = False
         self._wake_at_s: float | None = None
-        self._waker: asyncio.TimerHandle | None = None
+        self._waker: asyncio.Handle | None = None
         self._watches: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     @property
@@ -174,8 +174,12 @@ class Runtime:
         if self._waker is not None:
             self._waker.cancel()
         self._wake_at_s, self._waker = at_s, None
-        if at_s is not None:
-            self._waker = self._loop.call_later(max(0.0, at_s - now_s) + 0.001, self._wake)
+        if at_s is None:
+            return
+        if at_s <= now_s:
+            self._waker = self._loop.call_soon(self._wake)
+        else:
+            self._waker = self._loop.call_later(at_s - now_s + 0.001, self._wake)
 
     def _wake(self) -> None:
         self._wake_at_s, self._waker = None, None
