@@ -4,11 +4,12 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from core_kit import QUIET, World, busy_world, loading, model, on_stage
+from core_kit import QUIET, ScriptedLoaders, World, busy_world, loading, model, on_stage
 from core_ledger import PAGE
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.extents import ArenaMap
+from understudyd.core.policy import PolicySettings
 from understudyd.core.states import ExtentState
 from understudyd.core.types import ErrorCode, Outcome
 
@@ -213,3 +214,18 @@ def test_only_ready_extents_start_to_move() -> None:
         held.begin_slide(extent, 0.0)
     held.check()
     assert extent.offset == PAGE
+
+
+def test_what_finds_no_room_beside_pinned_models_is_given_up() -> None:
+    """Else what is likely were loaded into the room made for it, and evicted again, for ever."""
+    models = [model("pinned", 5), model("wanted", 2, 4), model("likely", 1)]
+    with busy_world(10, *models, policy=PolicySettings(), loaders=ScriptedLoaders(1)) as world:
+        world.ask("likely")
+        world.run()
+        world.ask("pinned")
+        world.run(for_s=6.0)
+        assert world.machine.on_stage == "pinned"
+        world.tell(ev.LoadWanted("wanted"))
+        world.tell(ev.PinChanged("pinned", pinned=True))
+        world.run(max_events=300)
+        assert not world.machine.wanted and "pinned" in world.machine.residency.ready

@@ -140,7 +140,8 @@ class Lookahead:
                 return
             if self._timely.keeps_others_waiting(models[name], now_s):
                 return
-        self._load_wanted(on_stage, now_s)
+        if not self._load_wanted(on_stage, now_s):
+            return
         for model in residency.pinned.values():
             if not (model.name in residency.ready or model.is_unfit):
                 self._load(model, on_stage, now_s)
@@ -242,10 +243,10 @@ class Lookahead:
         kept = self._timely.loaded_before(model.name)
         return blob.key, model.name, rank, room, self._queue.withdrawals, tuple(self._wanted), kept
 
-    def _load_wanted(self, on_stage: str | None, now_s: float) -> None:
-        for name in self._wanted:
-            if self._load(self._residency.models[name], on_stage, now_s) is not _Lacks.NOTHING:
-                return
+    def _load_wanted(self, on_stage: str | None, now_s: float) -> bool:
+        """False when one finds no loader or no room: nothing else may take what it waits for."""
+        lacks = (self._load(self._residency.models[name], on_stage, now_s) for name in self._wanted)
+        return all(lack is _Lacks.NOTHING for lack in lacks)
 
     def _make_way_for_a_loader(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         """All loaders are busy, as most of the time: only a load that may be stopped is worth a look."""
