@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest bench-lora \
-  gpu-check docs-models docs-configuration clean
+.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest bench-lora bench-lora-serve \
+  gpu-check docs-models docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
@@ -49,12 +49,21 @@ bench-ingest: $(STAMP)  ## a scan of 200 models, a single-file checkpoint of rea
 bench-lora: $(STAMP)  ## a LoRA folded, beside diffusers' load, fuse and unfuse
 	@$(BIN)/python -m benchmarks.lora --json
 
+bench-lora-serve: $(STAMP)  ## 300 adapters over 3 bases, room for 20 overlays
+	@$(BIN)/python -m benchmarks.lora_serve --json
+
 # Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
 gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so
 	@PYTHONPATH=client:daemon$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu --out gpu-check.json
 
 docs-models: $(STAMP)  ## docs/models.md, from the table of pipeline kinds that the tests serve
 	@PYTHONPATH=tests $(BIN)/python -m zoo.document docs/models.md
+
+docs-policy: $(STAMP)  ## the pictures of docs/policy.md, from the shipped example trace
+	@$(BIN)/understudyd plan daemon/understudyd/simulate/example.csv.gz --gpu a100-80 --host-pool all \
+	  --utilisation 85% --plot docs/policy-plan.png
+	@$(BIN)/understudyd simulate daemon/understudyd/simulate/example.csv.gz --host-pool all --utilisation 85% \
+	  --plot docs/policy-waits.png
 
 docs-configuration: $(STAMP)  ## docs/configuration.md, from the configuration's own types
 	@$(BIN)/python -m understudyd.config_reference docs/configuration.md

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,8 @@ from understudy_demo.measure import Figures, Served, figures, gap_closed, turns
 from understudy_demo.serving import rate_for, short_runtime_dir
 from understudy_demo.spans import Span, lane, spans_from
 from understudy_demo.workload import Request
+from understudyd.shell.derived import parse_name
+from understudyd.shell.forecast_file import NAME as FORECAST
 
 ALL_RESIDENT, ON_DEMAND, OURS = "all-resident", "on-demand", "ours"
 ROUND_LIMIT_S = 180.0  # a round takes some 20 s; after this what is unanswered is lost
@@ -52,7 +54,8 @@ FAREWELL_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run came to. `load_ms` is the mean time of a UNet's load, what a model's load mostly is.
+    """What one run came to. `load_ms` is the mean time of a UNet's load, what a model's load mostly is, or of
+    an adapter's; `fold_ms` that of the `folds`.
 
     `throughput_per_s` counts only the rounds that all runs shared, so that it can be compared.
     """
@@ -63,6 +66,8 @@ class Run:
     figures: Figures
     throughput_per_s: float
     load_ms: float | None
+    fold_ms: float | None = None
+    folds: int = 0
 
 
 # -- one run --------------------------------------------------------------------------------------------
@@ -78,10 +83,15 @@ def perform(plan: Plan, scene: Scene, chosen: Mapping[str, DaemonSettings], work
     asked: dict[str, list[Request]] = {name: [] for name in chosen}
     rounds: dict[str, list[list[Answer]]] = {name: [] for name in chosen}
     with contextlib.ExitStack() as stack:
+        (scene.store / FORECAST).unlink(missing_ok=True)  # nobody knows the workload from an earlier run
         daemons = {
             name: stack.enter_context(running_daemon(settings, work / name))
             for name, settings in chosen.items()
         }
+        for daemon in daemons.values():
+            for model in scene.pinned:
+                daemon.ask(admin.Load(name=model))
+                daemon.ask(admin.Pin(name=model))
         if (resident := daemons.get(ALL_RESIDENT)) is not None:
             for model in sorted({request.model for request in scene.requests}):
                 resident.ask(admin.Load(name=model))
@@ -132,16 +142,22 @@ def send_from_processes(
             process.close()
 
 
+def ask(request: Request) -> Ask:
+    """What a client asks for; "base+pixel-art@0.8" is a base and an adapter."""
+    model, adapters = parse_name(request.model) or (request.model, ())
+    return Ask(
+        index=request.index, model=model, prompt=request.prompt, seed=request.seed, steps=request.steps,
+        size=request.width, adapters=tuple((adapter.name, adapter.scale) for adapter in adapters),
+    )  # fmt: skip
+
+
 class _Client:
     """One client process."""
 
     def __init__(
         self, number: int, requests: Sequence[Request], plan: Plan, endpoint: str, folder: Path
     ) -> None:
-        asks = tuple(
-            Ask(index=r.index, model=r.model, prompt=r.prompt, seed=r.seed, steps=r.steps, size=r.width)
-            for r in requests
-        )
+        asks = tuple(map(ask, requests))
         work = folder / f"client-{number}-asks.json"
         work.write_bytes(msgspec.json.encode(Asks(outstanding=plan.outstanding, asks=asks)))
         self._answers = folder / f"client-{number}-answers.json"
@@ -196,15 +212,20 @@ def sum_up(
     answered = Counter(answer.index for answer in answers if answer.outcome != "none")
     images = [answer for answer in answers if answer.outcome == "image"]
     expected = {request.index: references[wish(request)] for request in requests}
-    served = [Served(a.index, a.model, a.tier, a.sent_s, a.ended_s) for a in images]
+    models = {request.index: request.model for request in requests}
+    served = [Served(a.index, models[a.index], a.tier, a.sent_s, a.ended_s) for a in images]
     taken = turns(served, lane(spans, "stage"))
+    began_s = min(one.sent_s for one in served)
+    during = [span for span in spans if span.start_s >= began_s]
     return Run(
         completed=len(images),
         lost=sum(answered[request.index] != 1 for request in requests),
         wrong=sum(answer.sha256 != expected[answer.index] for answer in images),
         figures=figures(taken, elapsed_s=sum(_elapsed_s(answers) for answers in rounds)),
         throughput_per_s=_throughput_per_s(shared),
-        load_ms=_load_ms(spans, min(one.sent_s for one in served)),
+        load_ms=_mean_ms(filter(_is_own_load, during)),
+        fold_ms=_mean_ms(lane(during, "fold")),
+        folds=len(lane(during, "fold")),
     )
 
 
@@ -220,13 +241,14 @@ def _elapsed_s(answers: Sequence[Answer]) -> float:
     return max(answer.ended_s for answer in answers) - min(answer.sent_s for answer in answers)
 
 
-def _load_ms(spans: Sequence[Span], since_s: float) -> float | None:
-    loads_s = [
-        span.end_s - span.start_s
-        for span in spans
-        if span.lane.startswith("loader") and span.name.endswith(" unet") and span.start_s >= since_s
-    ]
-    return 1e3 * statistics.mean(loads_s) if loads_s else None
+def _is_own_load(span: Span) -> bool:
+    """A model's UNet, or an adapter."""
+    return span.lane.startswith("loader") and (span.name.endswith(" unet") or span.name.startswith("lora "))
+
+
+def _mean_ms(spans: Iterable[Span]) -> float | None:
+    times_s = [span.end_s - span.start_s for span in spans]
+    return 1e3 * statistics.mean(times_s) if times_s else None
 
 
 # -- the benchmark --------------------------------------------------------------------------------------
@@ -301,6 +323,7 @@ def show(plan: Plan, runs: Mapping[str, Run]) -> None:
         "requests that switch": lambda r: f"{100 * r.figures.switch_share:.0f} %",
         "image, mean ms": lambda r: ms(r.figures.image_ms),
         "load, mean ms": lambda r: ms(r.load_ms),
+        "fold, mean ms": lambda r: ms(r.fold_ms),
         "load / image": lambda r: ms(r.load_ms and r.load_ms / r.figures.image_ms),
         "visible switch p50, ms": lambda r: ms(r.figures.switch_ms_p50),
         "visible switch p99, ms": lambda r: ms(r.figures.switch_ms_p99),

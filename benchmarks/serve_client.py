@@ -20,7 +20,7 @@ from understudy.errors import TransportError, UnderstudyError
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
-    """One request of the workload."""
+    """One request of the workload. `adapters` are names and scales."""
 
     index: int
     model: str
@@ -28,6 +28,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     steps: int
     size: int
+    adapters: tuple[tuple[str, float], ...] = ()
 
 
 class Asks(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +63,7 @@ async def ask_one(client: Any, ask: Ask) -> Answer:
             width=ask.size,
             height=ask.size,
             format="raw",
+            adapters=ask.adapters,
         )
     except UnderstudyError as error:
         outcome = "none" if isinstance(error, TransportError) else "error"

@@ -47,7 +47,7 @@ Wish = tuple[str, str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Models on disk and in the store, and what the right images are."""
+    """Models on disk and in the store, and what the right images are. `pinned` ones are always resident."""
 
     store: Path
     requests: list[Request]
@@ -56,6 +56,7 @@ class Scene:
     room_bytes: int
     whole_bytes: int
     load_bytes: float
+    pinned: tuple[str, ...] = ()
 
 
 def set_scene(plan: Plan, work: Path) -> Scene:

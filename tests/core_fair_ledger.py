@@ -108,7 +108,9 @@ class FairLedger:
 
     def same_as_machine(self, now_s: float) -> None:
         """The machine believes the same about everybody who waits."""
-        theirs = {r.id: (r.tag, r.skips, r.turn_at_s) for r in self.machine.queue.waiting()}
+        theirs = {
+            r.id: (r.tag, self.machine.queue.skips_of(r), r.turn_at_s) for r in self.machine.queue.waiting()
+        }
         mine = {name: (w.tag, w.overtaken, w.turn_at_s) for name, w in self.waiting.items()}
         assert mine == theirs, f"ledger {mine}, machine {theirs}"
         queue = self.machine.queue

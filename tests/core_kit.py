@@ -9,10 +9,10 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from core_fakes import ScriptedLoaders, ScriptedStage
 from core_ledger import PAGE, Ledger
 from core_pool_ledger import PoolLedger
 from understudyd.core import actions as ac
@@ -20,7 +20,7 @@ from understudyd.core import events as ev
 from understudyd.core import invariants
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
-from understudyd.core.types import BlobInfo, ErrorCode, ModelInfo, Outcome, RequestInfo
+from understudyd.core.types import BlobInfo, ErrorCode, ModelInfo, RequestInfo
 
 
 def blob(key: str, pages: int) -> BlobInfo:
@@ -34,107 +34,27 @@ def model(name: str, *blobs: BlobInfo | int, edition: int = 0, max_batch: int = 
     return ModelInfo(name, tuple(own), edition, max_batch)
 
 
+def overlay(base: BlobInfo, *adapters: BlobInfo, scale: float = 1.0) -> BlobInfo:
+    """Half as large as what it lies over, rounded up."""
+    pages = -(-base.size_bytes // PAGE)
+    key = "*".join([base.key, *(adapter.key for adapter in adapters)]) + f"@{scale:g}"
+    return BlobInfo(key, -(-pages // 2) * PAGE, (base, *dict.fromkeys(adapters)))
+
+
+def derived(
+    base: ModelInfo, *adapters: BlobInfo, components: Iterable[int] = (0,), scale: float = 1.0
+) -> ModelInfo:
+    """A model with adapters over some of its components; their names in its own."""
+    name = "+".join([base.name, *(f"{adapter.key}@{scale:g}" for adapter in adapters)])
+    overlays = [overlay(base.blobs[i], *adapters, scale=scale) for i in components]
+    return ModelInfo(name, (*base.blobs, *overlays), max_batch=base.max_batch, is_derived=True)
+
+
 class VirtualClock:
     """Seconds that pass when somebody says so."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
-
-
-# -- fakes --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ScriptedLoaders:
-    """Loaders that take `seconds_per_page`, fail and crash as told.
-
-    `faults[blob]` is consumed load by load: None succeeds, an error code fails, "crash" kills the loader
-    (a new one follows after `respawn_s`), "hang" never ends. After the script every load succeeds.
-    """
-
-    count: int = 2
-    seconds_per_page: float = 1.0
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    faults: Mapping[str, Iterable[ErrorCode | str | None]] = field(default_factory=dict)
-    respawn_s: float = 0.5
-    stops_when_told: bool = True
-
-    def __post_init__(self) -> None:
-        self._scripts = {key: deque(script) for key, script in self.faults.items()}
-        self._ids = itertools.count(self.count)
-        self._cancelled: set[int] = set()
-
-    def start(self, world: "World") -> None:
-        for loader_id in range(self.count):
-            world.tell(ev.LoaderReady(loader_id))
-
-    def load(self, world: "World", load: ac.StartLoad) -> None:
-        took_s = self.seconds.get(load.blob, self.seconds_per_page * load.size_bytes / PAGE)
-        script = self._scripts.get(load.blob)
-        match script.popleft() if script else None:
-            case None:
-                world.later(took_s, ev.LoadFinished(load.load_id), load.load_id)
-            case "crash":
-                gone = load.loader_id
-                world.later(took_s, ev.LoaderLost(gone, "signal 9"), load.load_id)
-                world.later(took_s + self.respawn_s / 2, ev.LoaderReaped(gone))
-                world.later(took_s + self.respawn_s, ev.LoaderReady(next(self._ids)))
-            case "hang":
-                pass
-            case ErrorCode() as code:
-                world.later(took_s, ev.LoadFailed(load.load_id, code, "as told"), load.load_id)
-
-    def cancel(self, world: "World", load_id: int) -> None:
-        if self.stops_when_told:
-            world.forget(load_id)
-            world.later(0.01, ev.LoadCancelled(load_id))
-
-
-@dataclass
-class ScriptedStage:
-    """A stage that takes the times it is told, one run at a time, and fails what it is told to fail."""
-
-    run_s: float = 5.0
-    lease_lag_s: float = 0.001
-    encode_s: float = 0.2
-    views_s: float = 0.01
-    prepare_s: float = 0.1
-    broken: frozenset[str] = frozenset()
-    faults: Mapping[str, ErrorCode] = field(default_factory=dict)
-    ran: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._deck: list[str] = []
-        self._running: list[str] = []
-
-    def put_on_deck(self, world: "World", request_ids: Iterable[str]) -> None:
-        self._deck = list(request_ids)
-        self._go(world)
-
-    def _go(self, world: "World") -> None:
-        if not self._running and self._deck:
-            self._running, self._deck = self._deck, []
-            self.ran += self._running
-            for request_id in self._running:
-                world.later(0.0, ev.RunStarted(request_id), request_id)
-                outcome = Outcome.FAILED if (code := self.faults.get(request_id)) else Outcome.FINISHED
-                world.later(self.run_s, ev.RunEnded(request_id, outcome, code), request_id)
-
-    def cancel(self, world: "World", request_id: str) -> None:
-        if request_id in self._deck:
-            self._deck.remove(request_id)
-            world.later(0.0, ev.RunEnded(request_id, Outcome.CANCELLED))
-        elif request_id in self._running and request_id in world.ledger.running:
-            world.forget(request_id)
-            world.later(0.1, ev.RunEnded(request_id, Outcome.CANCELLED), request_id)
-
-    def ended(self, world: "World", event: ev.RunEnded) -> None:
-        world.later(self.lease_lag_s, ev.LeaseEnded(event.request_id))
-        if event.outcome is Outcome.FINISHED:
-            world.later(self.encode_s, ev.ImagesEncoded(event.request_id))
-        if event.request_id in self._running:
-            self._running.remove(event.request_id)
-            self._go(world)
 
 
 # -- the world ----------------------------------------------------------------------------------------
@@ -158,6 +78,7 @@ class World:
         max_waiting: int = 1000,
         grace_s: float = 1.0,
         pool_pages: int = 0,
+        max_derived: int = 1000,
     ) -> None:
         self.clock = VirtualClock()
         self.machine = Machine(
@@ -166,6 +87,7 @@ class World:
             policy=policy,
             max_waiting=max_waiting,
             quarantine_grace_s=grace_s,
+            max_derived=max_derived,
         )
         pool = PoolLedger(self.machine, pool_pages * PAGE)
         self.ledger = Ledger(self.machine, pages * PAGE, grace_s, pool)
@@ -301,6 +223,10 @@ class World:
             match action:
                 case ac.BuildViews(blob=key, generation=generation):
                     self.later(self.stage.views_s, ev.ViewsBuilt(key, generation))
+                case ac.Fold():
+                    self.stage.fold(self, action)
+                case ac.CancelFold(overlay=key, generation=generation):
+                    self.stage.cancel_fold(self, (key, generation))
                 case ac.MoveExtent(blob=key, generation=generation):
                     self.later(self.stage.views_s, ev.ExtentMoved(key, generation))
                 case ac.PrepareModel(key=key) if key in self.stage.broken:
@@ -320,6 +246,8 @@ class World:
                 self.tell(ev.LoadFinished(min(self.ledger.loads)))
             elif self.ledger.views:
                 self.tell(ev.ViewsBuilt(*min(self.ledger.views)))
+            elif self.ledger.folds.under_way is not None:
+                self.tell(ev.FoldFinished(*self.ledger.folds.key))
             else:
                 self.tell(ev.ModelPrepared(min(self.ledger.preparing)))
 

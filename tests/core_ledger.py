@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from core_fair_ledger import FairLedger
+from core_fold_ledger import FoldLedger
+from core_idle_hands import check_no_idle_hands
 from core_pool_ledger import PoolLedger
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.machine import Machine
-from understudyd.core.states import BlobState
 from understudyd.core.types import ModelInfo, Outcome, RequestInfo
 
 PAGE = 4096
@@ -71,6 +72,8 @@ class Ledger:
     moves: dict[tuple[str, int], ac.MoveExtent] = field(default_factory=dict)
     loads_rest: bool = False
     last_generation: int = 0
+    pinned: set[str] = field(default_factory=set)
+    folds: FoldLedger = field(default_factory=FoldLedger)
     evictions: list[str] = field(default_factory=list)
 
     # -- what goes in, before the machine sees it -----------------------------------------------------
@@ -98,6 +101,9 @@ class Ledger:
                 self.max_batch[info.key] = info.max_batch
             case ev.ModelRemoved(name=name):
                 self.retiring.add(name)
+                self.pinned.discard(name)
+            case ev.PinChanged(name=name, pinned=pinned):
+                (self.pinned.add if pinned else self.pinned.discard)(name)
             case ev.LoaderReady(loader_id=loader_id):
                 self.loaders[loader_id] = None
             case ev.LoaderLost(loader_id=loader_id):
@@ -124,6 +130,15 @@ class Ledger:
                 self.pool.ended_empty(load)
                 if load.offset is not None:
                     self.held.remove(self._filling(load))
+            case ev.FoldFinished(overlay=key, generation=generation):
+                self.folds.ended(key, generation)
+                self._holder(key, generation).kind = "viewing"
+            case (
+                ev.FoldFailed(overlay=key, generation=generation)
+                | ev.FoldCancelled(overlay=key, generation=generation)
+            ):
+                self.folds.ended(key, generation)
+                self.held.remove(self._holder(key, generation))
             case ev.ExtentMoved(blob=key, generation=generation):
                 move, held = self.moves.pop((key, generation)), self._holder(key, generation)
                 held.end, held.kind = held.start + _rounded(move.size_bytes), "viewing"
@@ -176,7 +191,7 @@ class Ledger:
 
     def after(self, event: ev.Event, actions: Iterable[ac.Action], now_s: float) -> None:
         actions = list(actions)
-        if isinstance(event, ev.LoadFinished | ev.ExtentMoved):
+        if isinstance(event, ev.LoadFinished | ev.FoldFinished | ev.ExtentMoved):
             # Nobody wants it any more: no views, its bytes are free.
             building = {(a.blob, a.generation) for a in actions if isinstance(a, ac.BuildViews)}
             pending = building | self.views.keys()
@@ -185,7 +200,7 @@ class Ledger:
             self._take(action, now_s)
         self._same_as_machine()
         self.fair.same_as_machine(now_s)
-        self._no_idle_hands(now_s)
+        check_no_idle_hands(self, now_s)
 
     def _take(self, action: ac.Action, now_s: float) -> None:
         match action:
@@ -204,6 +219,10 @@ class Ledger:
             case ac.CancelLoad(load_id=load_id):
                 assert load_id in self.loads and load_id not in self.told_to_stop
                 self.told_to_stop.add(load_id)
+            case ac.Fold():
+                self._start_fold(action)
+            case ac.CancelFold():
+                self.folds.stop(action)
             case ac.MoveExtent():
                 self._move(action)
             case ac.PauseLoads(is_paused=is_paused):
@@ -231,10 +250,12 @@ class Ledger:
                 assert key not in self.preparing and key not in {x.key for x in self.leases.values()}
                 self.prepared.discard(key)
             case ac.RetireModel(name=name):
-                assert name in self.retiring and self.models[name] not in self.leases.values()
+                is_surplus = self.models[name].is_derived and name not in self.pinned
+                assert name in self.retiring or is_surplus
+                assert self.models[name] not in self.leases.values()
                 assert self.models[name].key not in self.preparing | self.prepared
                 assert all(info.model != name for info in self.waiting.values())
-                self.retiring.remove(name)
+                self.retiring.discard(name)
                 del self.models[name]
             case ac.AdoptEdition() | ac.RejectEdition() | ac.RetireEdition():
                 self._edition(action)
@@ -264,15 +285,25 @@ class Ledger:
         self.loads[load.load_id] = load
         self.pool.start(load)
         assert all(h.blob != load.blob or h.kind == "quarantined" for h in self.held), "resident twice"
-        if load.offset is None:
-            return
-        assert load.generation > self.last_generation
-        self.last_generation = load.generation
-        end = load.offset + _rounded(load.size_bytes)
-        assert 0 <= load.offset < end <= self.arena_bytes
-        clash = [h for h in self.held if load.offset < h.end and h.start < end]
-        assert not clash, f"{load} over {clash}"
-        self.held.append(Held(load.offset, end, load.blob, load.generation, "filling"))
+        if load.offset is not None:
+            self._fill(load.blob, load.offset, load.size_bytes, load.generation)
+
+    def _start_fold(self, fold: ac.Fold) -> None:
+        assert all(h.blob != fold.overlay for h in self.held), "resident twice"
+        infos = (*self.models.values(), *self.leaving.values())
+        overlay = next(blob for info in infos for blob in info.blobs if blob.key == fold.overlay)
+        self.folds.start(fold, overlay, {h.blob: h.start for h in self.held if h.kind == "resident"})
+        self._fill(fold.overlay, fold.offset, fold.size_bytes, fold.generation)
+
+    def _fill(self, key: str, offset: int, size_bytes: int, generation: int) -> None:
+        """Over bytes that are nobody's, a base's or an adapter's least of all."""
+        assert generation > self.last_generation
+        self.last_generation = generation
+        end = offset + _rounded(size_bytes)
+        assert 0 <= offset < end <= self.arena_bytes
+        clash = [h for h in self.held if offset < h.end and h.start < end]
+        assert not clash, f"{key} over {clash}"
+        self.held.append(Held(offset, end, key, generation, "filling"))
 
     def _move(self, move: ac.MoveExtent) -> None:
         """Down, over bytes that are nobody's, after its views were dropped, while nobody uses it."""
@@ -315,7 +346,7 @@ class Ledger:
         assert companions == fitting[: len(companions)]
 
     def leased_blobs(self) -> set[str]:
-        return {b.key for info in self.leases.values() for b in info.blobs}
+        return {b.key for info in self.leases.values() for b in info.blobs} | self.folds.sources
 
     def _same_as_machine(self) -> None:
         """The machine believes the same about every byte."""
@@ -325,51 +356,11 @@ class Ledger:
         self.pool.same_as_machine()
         assert self.waiting.keys() == {r.id for r in self.machine.queue.waiting()}
 
-    def _no_idle_hands(self, now_s: float) -> None:
-        """The first model that waits for weights lacks nothing that an idle loader could load now."""
-        if self.moves:
-            return  # who was ready before the move is not now, but will be again
-        residency, queue, policy = self.machine.residency, self.machine.queue, self.machine.policy
-        stage_is_busy = bool(self.running or self.deck)
-        expected = policy.expected_order(queue, self.machine.demand, self.machine.on_stage)
-        lacking = [n for n in expected if not residency.models[n].is_ready]
-        if policy.settings.lookahead or not stage_is_busy:
-            to_load = policy.to_load(self.machine.demand, stage_is_busy)
-            assert to_load == lacking[: max(1, policy.settings.lookahead)]
-            timely = self.machine.timely
-            known = [name for name in timely.names if name in to_load]
-            for name in known + [name for name in to_load if name not in known]:
-                states = {b.state for b in residency.models[name].blobs}
-                if BlobState.FETCHING in states:
-                    break  # there was no room for it, so that it goes to the host pool; the rest comes after
-                if BlobState.ABSENT in states:
-                    self._cannot_be_loaded(name, now_s)
-                    break
-                if timely.stage_awaits_load and BlobState.LOADING in states:
-                    break
-
-    def _cannot_be_loaded(self, name: str, now_s: float) -> None:
-        machine, residency = self.machine, self.machine.residency
-        for absent in residency.models[name].blobs:
-            if absent.state is BlobState.ABSENT and absent.retry_at_s <= now_s:
-                is_idle = next(residency.idle_loaders(), None) is not None
-                size = absent.info.size_bytes
-                fits = residency.arena.largest_gap_bytes >= residency.arena.rounded(size)
-                prices = machine.policy.candidates(residency, machine.demand, name, machine.on_stage)
-                kept = machine.timely.loaded_before(name)
-                candidates = [found for found in prices if found[1].blob not in kept]
-                has_room = fits or residency.arena.cheapest_window(size, candidates) is not None
-                assert not (is_idle and has_room), f"{absent.key} could be loaded"
-                only_fetches = [load for load in self.loads.values() if load.offset is None]
-                mine = {b.key for b in residency.models[name].blobs}
-                hinders = not is_idle and has_room and any(load.blob not in mine for load in only_fetches)
-                assert not hinders or self.told_to_stop & self.loads.keys(), f"{absent.key} waits for fetches"
-                break
-
     @property
     def is_nothing_under_way(self) -> bool:
         return not (
             self.loads
+            or self.folds.under_way
             or self.views
             or self.moves
             or self.preparing

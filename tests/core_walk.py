@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 
-from core_kit import World, blob, model, photograph
+from core_kit import World, blob, derived, model, overlay, photograph
 from understudyd.core import events as ev
 from understudyd.core.policy import PolicySettings
 from understudyd.core.states import IllegalEvent
@@ -23,7 +23,10 @@ NAMES = ["a", "b", "c", "d", "e", "f"]
 CLIENTS = ["ann", "ann", "bob", "cy"]
 MAX_LOADERS = 3
 MAX_RUNNING = 2
+MAX_DERIVED = 4
+ADAPTERS = [blob("ink", 1), blob("wax", 1), blob("oil", 2)]
 FAULTS = [ErrorCode.LOAD_FAILED, ErrorCode.MODEL_CORRUPT]
+FOLD_FAULTS = [ErrorCode.INTERNAL, ErrorCode.INTERNAL, ErrorCode.BAD_REQUEST]
 
 
 def family(choose: Choose[int]) -> dict[str, ModelInfo]:
@@ -51,7 +54,9 @@ class Walk:
     ) -> None:
         self.infos = infos
         first = list(infos.values())[:4]
-        self.world = World(pages, pool_pages=pool_pages, models=first, policy=policy, max_waiting=6)
+        self.world = World(
+            pages, pool_pages=pool_pages, models=first, policy=policy, max_waiting=6, max_derived=MAX_DERIVED
+        )
         self.ledger = self.world.ledger
         self.next_loader_id = self.editions = 0
         for _ in range(loaders):
@@ -76,11 +81,27 @@ class Walk:
         kept = choose([old.blobs, old.blobs[:1] + new, new, self.infos[choose(NAMES)].blobs[:1] + new])
         return ModelInfo(name, kept, edition, choose([1, 3]))
 
+    def _derive(self, choose: Choose) -> str | None:
+        """A model with adapters, known to the machine from now on: over one component, or all of them."""
+        bases = [name for name in self.usable() if not self.ledger.models[name].is_derived]
+        if not bases:
+            return None
+        base = self.ledger.models[choose(bases)]
+        own = [i for i, blob in enumerate(base.blobs) if not blob.made_of]
+        adapters = [choose(ADAPTERS) for _ in range(choose([1, 1, 2]))]
+        components = choose([own[:1], own[:1], own[-1:], own])
+        info = derived(base, *adapters, components=components, scale=choose([1.0, 0.5]))
+        if info.name not in self.ledger.models:
+            self.world.tell(ev.ModelAdded(replace(info, edition=self._next_edition())))
+        return info.name
+
     # -- kinds of steps -------------------------------------------------------------------------------
 
     def ask(self, choose: Choose) -> None:
         """One request, or a few that could share a run."""
         name, key = choose([*self.usable(), *self.usable(), choose(NAMES)]), choose(["", "k", "k", "l"])
+        if choose([True, False]):
+            name = self._derive(choose) or name
         priority = choose([0, 0, 0, 0, 1, 5])
         for _ in range(choose([1, 1, 1, 4])):
             self.world.ask(
@@ -129,6 +150,9 @@ class Walk:
         ledger = self.ledger
         ends: list[ev.Event] = [ev.LoadFinished(i) for i in sorted(ledger.loads)]
         ends += [ev.LoadCancelled(i) for i in sorted(ledger.told_to_stop & ledger.loads.keys())]
+        if ledger.folds.under_way is not None:
+            ends.append(ev.FoldFinished(*ledger.folds.key))
+            ends += [ev.FoldCancelled(*ledger.folds.key)] * ledger.folds.is_told_to_stop
         ends += [ev.ViewsBuilt(*view) for view in sorted(ledger.views)]
         ends += [ev.ExtentMoved(*move) for move in sorted(ledger.moves)]
         ends += [ev.ModelPrepared(key, choose([True, True, False])) for key in sorted(ledger.preparing)]
@@ -145,6 +169,8 @@ class Walk:
         """Something that is under way fails."""
         ledger = self.ledger
         ends: list[ev.Event] = [ev.LoadFailed(i, c, "?") for i in sorted(ledger.loads) for c in FAULTS]
+        if ledger.folds.under_way is not None:
+            ends += [ev.FoldFailed(*ledger.folds.key, code, "?") for code in FOLD_FAULTS]
         ends += [ev.ViewsFailed(*view, "?") for view in sorted(ledger.views)]
         ends += [ev.MoveFailed(*move, "?") for move in sorted(ledger.moves)]
         ends += [
@@ -203,6 +229,11 @@ class Walk:
         live = {(h.blob, h.generation) for h in self.ledger.held}
         unknown = sorted({(h.blob, h.generation + 1) for h in self.ledger.held} - live)
         yield from (ev.ViewsFailed(*extent, "?") for extent in unknown)
+        if self.ledger.folds.under_way is not None:
+            live.discard(self.ledger.folds.key)
+        yield from (ev.FoldFinished(*key) for key in sorted(live))
+        yield from (ev.FoldCancelled(*key) for key in sorted(live))
+        yield from (ev.FoldFailed(*key, ErrorCode.INTERNAL, "?") for key in unknown)
         yield from (ev.ExtentMoved(h.blob, h.generation) for h in self.ledger.held if h.kind != "moving")
         yield from (ev.MoveFailed(*extent, "?") for extent in unknown)
         yield from self._illegal_about_models()
@@ -232,6 +263,8 @@ class Walk:
         for name, info in ledger.models.items():
             yield ev.ModelAdded(info)
             yield ev.ModelReplaced(info)
+            stray = overlay(blob("nobody's", 1), ADAPTERS[0])
+            yield ev.ModelAdded(ModelInfo(f"not {name}", (*info.blobs, stray), is_derived=True))
             other = BlobInfo(info.blobs[0].key, info.blobs[0].size_bytes + 1)
             yield ev.ModelAdded(ModelInfo(f"not {name}", (BlobInfo("new", 1), other)))
             yield ev.ModelReplaced(ModelInfo(name, (BlobInfo("new", 1), other), self.editions + 1))

@@ -143,7 +143,8 @@ class OverlayRig(Rig):
         for blob in blobs:
             if blob.sha256 not in self.offsets:
                 self.offsets[blob.sha256] = self.fill(blob)
-        return [(key, self.offsets[key]) for key in (overlay.base_blob, *(b.sha256 for b in blobs))]
+        keys = dict.fromkeys(blob.sha256 for blob in blobs)
+        return [(key, self.offsets[key]) for key in (overlay.base_blob, *keys)]
 
     def take(self, size_bytes: int) -> int:
         """The next free place."""

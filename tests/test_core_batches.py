@@ -103,7 +103,8 @@ def test_a_companion_passes_nobody_who_is_at_the_bound() -> None:
     world.tell(ev.RunEnded(running, Outcome.FINISHED))
     world.tell(ev.RunStarted(*world.ledger.deck))
     assert world.of(ac.PutOnDeck)[-1] == ac.PutOnDeck(first, "a", tuple(ids[:2]))
-    assert world.machine.queue.requests[bounded].skips == 2
+    queue = world.machine.queue
+    assert queue.skips_of(queue.requests[bounded]) == 2
 
 
 def test_a_companion_passes_nobody_whom_its_client_would_wrong() -> None:

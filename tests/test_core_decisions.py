@@ -6,9 +6,18 @@ from typing import Any, TypeVar
 import pytest
 
 import core_kit
-from core_kit import World, blob, busy_world, by_hand, model, on_stage
+from core_kit import World, blob, busy_world, by_hand, derived, model, on_stage
 from understudyd.core import events as ev
-from understudyd.core.decisions import Chosen, Decision, Evicted, FoundNoRoom, Loading, Refused, Stopped
+from understudyd.core.decisions import (
+    Chosen,
+    Decision,
+    Evicted,
+    Folding,
+    FoundNoRoom,
+    Loading,
+    Refused,
+    Stopped,
+)
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
 
@@ -117,6 +126,27 @@ def test_a_load_that_nobody_waits_for_is_stopped() -> None:
     (stopped,) = made(world, Stopped)
     assert (stopped.models, stopped.waiting, stopped.is_to_host) == (("a",), 0, False)
     assert made(world, Refused) == [], "whoever took it back knows why there is no image"
+
+
+def test_a_fold_says_what_it_is_made_of_and_a_needless_one_that_it_was_stopped() -> None:
+    ink, wax, base = blob("ink", 1), blob("wax", 1), model("base", 4)
+    inked, waxed = derived(base, ink), derived(base, wax)
+    world = World(20, models=[base, inked, waxed], policy=core_kit.QUIET)
+    world.tell(ev.LoaderReady(1))
+    world.make_resident("base")
+    first = world.ask(inked.name)
+    for adapter in ("ink", "wax"):
+        (load,) = world.ledger.loads.values()
+        world.tell(ev.LoadFinished(load.load_id))
+        world.tell(ev.ViewsBuilt(adapter, load.generation))
+        if adapter == "ink":
+            world.ask(waxed.name)
+    (fold,) = made(world, Folding)
+    assert (fold.models, fold.blob, fold.made_of) == ((inked.name,), inked.blobs[-1].key, ("base.0", "ink"))
+    assert (fold.why, fold.waiting, fold.size_bytes) == ("awaited", 1, 2 * core_kit.PAGE)
+    world.tell(ev.RequestCancelled(first))
+    (stopped,) = made(world, Stopped)
+    assert (stopped.blob, stopped.models, stopped.waiting) == (fold.blob, (inked.name,), 0)
 
 
 def test_refusals() -> None:

@@ -95,19 +95,27 @@ def test_another_life_expects_the_same() -> None:
     old.ran("gone", 30.0, 1.0)
     old.viewed(0.003)
     old.prepared(0.3)
+    old.folded(400 * MB, 0.12)
     new.restore(json.loads(json.dumps(old.document(), allow_nan=False)), {"a"})
     assert new.load_s(77 * MB, from_pool=False) == pytest.approx(old.load_s(77 * MB, from_pool=False))
     assert new.run_s("a", 10.0) == pytest.approx(old.run_s("a", 10.0), rel=1e-4)
     assert new.views_s == pytest.approx(old.views_s, rel=1e-4)
     assert new.prepare_s == pytest.approx(old.prepare_s, rel=1e-4)
+    assert new.fold_s(100 * MB) == pytest.approx(0.03, rel=1e-4)
     assert "gone" not in new.document()["runs"]
+
+
+def test_what_was_written_before_there_were_folds_is_believed() -> None:
+    document = Estimates().document()
+    del document["fold"]
+    Estimates().restore(document, set())
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("version", 99), ("loads", []), ("loads", [[[1, -1.0]], [], [], []]), ("views", [1.0]), ("run", None),
-        ("preparing", [float("nan"), 1]), ("runs", []), ("runs", {"a": [1e9, 1]}),
+        ("preparing", [float("nan"), 1]), ("fold", []), ("runs", []), ("runs", {"a": [1e9, 1]}),
     ],
 )  # fmt: skip
 def test_what_is_damaged_changes_nothing(key: str, value: object) -> None:

@@ -6,8 +6,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from understudyd.core.extents import ArenaMap, Extent, Window
+from understudyd.core.extents import ArenaMap, Extent
 from understudyd.core.states import ExtentState, IllegalEvent
+from understudyd.core.windows import Window, cheapest_window
 
 PAGE = 4096
 MODEST = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -49,7 +50,7 @@ def test_an_arena_without_memory_holds_nothing() -> None:
     held = ArenaMap(100)
     held.check()
     assert held.allocate(1, "a") is None
-    assert held.cheapest_window(1, []) is None
+    assert cheapest_window(held, 1, []) is None
 
 
 def test_best_fit_takes_the_smallest_gap_that_fits() -> None:
@@ -95,15 +96,15 @@ def test_leased_extents_cannot_be_released() -> None:
 def test_the_cheapest_window_joins_neighbours_and_gaps() -> None:
     held, extents = filled(8, 2, 2, 2, 2)
     release(held, extents[2])
-    window = held.cheapest_window(4 * PAGE, [(1.0, extents[0]), (2.0, extents[3]), (5.0, extents[1])])
+    window = cheapest_window(held, 4 * PAGE, [(1.0, extents[0]), (2.0, extents[3]), (5.0, extents[1])])
     assert window == Window(4 * PAGE, 4 * PAGE, (extents[3],), (2.0,), 2.0)
 
 
 def test_no_window_leads_over_what_must_stay() -> None:
     held, extents = filled(6, 2, 2, 2)
     prices = [(0.0, extents[0]), (0.0, extents[2])]
-    assert held.cheapest_window(4 * PAGE, prices) is None
-    window = held.cheapest_window(2 * PAGE, prices)
+    assert cheapest_window(held, 4 * PAGE, prices) is None
+    window = cheapest_window(held, 2 * PAGE, prices)
     assert window is not None and extents[1] not in window.victims
 
 
@@ -158,7 +159,7 @@ def test_the_cheapest_window_is_the_cheapest_of_all(
     if held.largest_gap_bytes >= pages * PAGE:
         return  # nothing need be cleared, and nobody asks
     priced = [(p, e) for e in live if (p := price[id(e)]) is not None]
-    window = held.cheapest_window(pages * PAGE, sorted(priced, key=lambda found: found[0]))
+    window = cheapest_window(held, pages * PAGE, sorted(priced, key=lambda found: found[0]))
     best = None
     for start in range(held.size_bytes // PAGE - pages + 1):
         hit = [e for e in live if pages_of(e) & set(range(start, start + pages))]

@@ -20,6 +20,7 @@ OPTIONS: dict[str, Any] = {"seed": 7, "steps": 2, "width": 32, "height": 32}
 def test_decisions_requests_and_what_was_learned(own_store: Path, tmp_path: Path) -> None:
     quiet: dict[str, Any] = {"stage": {"warm_up": False}}
     requests = tmp_path / "requests.jsonl"
+    (own_store / NAME).unlink(missing_ok=True)  # what other tests' daemons have learned
     explained = {"policy": {"prefetch": False, "decisions": 100}, "log": {"requests": str(requests)}}
     with running_daemon(own_store, tmp_path / "run", **quiet, **explained) as daemon:
         with understudy.Client(endpoint=daemon.endpoint) as client:

@@ -1,5 +1,6 @@
 """How a real daemon comes up, and that it leaves nothing behind wherever it is stopped on its way."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -143,11 +144,18 @@ def test_a_stage_that_cannot_be_made_ends_it(family: Family, tmp_path: Path) -> 
     """The loaders are at work by then; they are gone when the daemon is, and so are its sockets."""
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "torch.py").write_text("raise RuntimeError('a broken installation')\n")
+    seen = tmp_path / "seen"
+    os.mkfifo(seen)  # The import fails when the loaders have been counted, not before.
+    (broken / "torch.py").write_text(
+        f"open({str(seen)!r}).read()\nraise RuntimeError('a broken installation')\n"
+    )
     environ = {"PYTHONPATH": str(broken)}
     with running_daemon(family.store, tmp_path / "run", wait=False, environ=environ) as daemon:
         daemon.wait_for_log("importing torch")
-        loaders = children(daemon)
+        deadline_s = time.monotonic() + 20.0
+        while len(loaders := children(daemon)) < 2:
+            assert time.monotonic() < deadline_s
+        seen.write_text("")
         assert daemon.wait() == 1
     assert "a broken installation" in "".join(daemon.log)
     assert len(loaders) == 2 and not [loader for loader in loaders if loader.is_running()]

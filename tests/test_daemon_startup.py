@@ -51,6 +51,22 @@ def test_serving_begins_when_the_time_is_over(family: Family, tmp_path: Path) ->
             assert client.generate("sd-a", "x", seed=1, steps=1, width=32, height=32).images
 
 
+def test_what_the_last_life_was_asked_for_is_ready_as_far_as_there_is_room(
+    family: Family, tmp_path: Path
+) -> None:
+    store = {"path": str(tmp_path / "own"), "read_only": [str(family.store)]}
+    with running_daemon(family.store, tmp_path / "run", store=store, **COLD) as daemon:
+        with understudy.Client(endpoint=daemon.endpoint) as client:
+            for name in ("xl-b", "sd-b", "sd-b", "sd-b"):
+                client.generate(name, "x", seed=1, steps=1, width=32, height=32)
+        rows = {row["name"]: row for row in daemon.ask(admin.Models())}
+    more = {"startup": {"forecast": True}, "device": {"arena": f"{rows['sd-b']['size_bytes'] + 2**20}"}}
+    with running_daemon(family.store, tmp_path / "run", store=store, **COLD | more) as daemon:
+        rows = {row["name"]: row for row in daemon.ask(admin.Models())}
+        assert {name for name, row in rows.items() if row["tier"] != "disk"} == {"sd-b"}
+        assert daemon.ask(admin.Status())["not_loaded_at_start_up"] == {}
+
+
 def test_config_check_knows_the_models_where_it_can_read_them(
     family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

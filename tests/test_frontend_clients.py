@@ -95,9 +95,14 @@ def test_a_silent_client_with_an_open_request_expires_and_a_talking_one_does_not
         Dealer(served.endpoint, b"silent") as silent,
         Dealer(served.endpoint, b"alive") as alive,
     ):
+
+        def talk() -> None:  # and listen: who reads nothing goes, too
+            alive.send(Ping(id="p"))
+            alive.receive_until(Pong)
+
         silent.send(request("s"))
         alive.send(request("a"))
-        served.until(lambda: bool(served.sink.gone), lambda: alive.send(Ping(id="p")))
+        served.until(lambda: bool(served.sink.gone), talk)
         assert [name.partition("#")[0] for name in served.sink.gone] == ["silent"]
         # The same id runs anew under another name, and the old one's answer does not reach it.
         silent.send(request("s", seed=8))

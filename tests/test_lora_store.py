@@ -14,7 +14,7 @@ from store_kit import listing
 from understudy.admin import ScanResult
 from understudy_demo import tiny
 from understudyd.store.adapters.files import find_adapters
-from understudyd.store.adapters.ingest import add_adapter, add_adapters
+from understudyd.store.adapters.ingest import AdapterOptions, add_adapter, add_adapters
 from understudyd.store.adapters.overlays import AppliedAdapter, plan_overlays
 from understudyd.store.adapters.records import AdapterRecord, misfit
 from understudyd.store.errors import StoreError
@@ -76,6 +76,19 @@ def test_a_model_of_other_widths_is_told_by_its_first_weight(own_shop: Shop) -> 
     assert why is not None and "unet." in why
     with pytest.raises(StoreError, match="does not fit: the model has"):
         plan_overlays(signatures, [AppliedAdapter(record, 1.0)])
+
+
+def test_a_base_may_be_in_a_store_that_is_only_read(own_shop: Shop, tmp_path: Path) -> None:
+    mine = Store.open(tmp_path / "mine", writable=True)
+    path = kit.write_diffusers(own_shop.make(), own_shop.files / "a.safetensors")
+    before = listing(own_shop.store.path)
+    (file,) = find_adapters(path)
+    for base in (None, "base"):
+        options = AdapterOptions(base=base, more_stores=(own_shop.store,), replace=True)
+        assert add_adapter(mine, file, options).base_model == "base"
+    with pytest.raises(StoreError, match="no model 'nobody'"):
+        add_adapter(mine, file, AdapterOptions(base="nobody", more_stores=(own_shop.store,)))
+    assert listing(own_shop.store.path) == before
 
 
 def test_a_store_without_a_base_says_so(tmp_path: Path, shop: Shop) -> None:

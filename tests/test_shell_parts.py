@@ -57,15 +57,19 @@ def test_a_percentile_is_a_value_that_enough_do_not_exceed(values: list[float], 
 def test_the_tally_counts_switches_only_when_they_were_visible() -> None:
     tally = Tally()
     assert tally.visible_switch_ms() == {"p50": None, "p99": None, "count": 0}
-    tally.finished("a", 1.0, None)
+    tally.finished(["a", "x"], 1.0, None)
     for i in range(RECENT + 5):
-        tally.finished("b", 2.0, 0.001 * (i % 3))
+        tally.finished(["b"], 2.0, 0.001 * (i % 3))
     assert tally.visible_switch_ms() == {
         "p50": pytest.approx(1.0),
         "p99": pytest.approx(2.0),
         "count": RECENT,
     }
-    assert tally.done == RECENT + 6 and tally.by_model["a"] == 1 and tally.last_used_at_s["b"] == 2.0
+    assert (
+        tally.done == RECENT + 6
+        and tally.by_name["a"] == tally.by_name["x"] == 1
+        and tally.last_used_at_s["b"] == 2.0
+    )
 
 
 def _model(name: str, pipeline: str, signature: str) -> ModelRecord:

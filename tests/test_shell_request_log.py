@@ -11,11 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from simulate_kit import profile
-from understudy.wire import Generate, Timings
+from understudy.wire import Adapter, Generate, Timings
 from understudyd.main import main
+from understudyd.shell.adapter_keeper import Wish
 from understudyd.shell.request_log import RequestLog
 from understudyd.simulate import profiles, trace
 
+Loras = tuple[tuple[str, float], ...]
 TOOK = Timings(queued_s=1.0, switch_s=0.25, run_s=3.0, encode_s=0.5, total_s=4.75)
 UNIX_S = 1e9
 
@@ -33,9 +35,12 @@ def play(
     asyncio.run(life())
 
 
-def finish(log: RequestLog, request_id: str, at_s: float, *, model: str = "m", steps: int = 20) -> None:
-    request = Generate(id=request_id, model=model, seed=1, images=2, priority=3)
-    log.finished(request_id, "ab12#7", request, steps, at_s, TOOK)
+def finish(
+    log: RequestLog, request_id: str, at_s: float, *, model: str = "m", steps: int = 20, loras: Loras = ()
+) -> None:
+    request = Generate(id=request_id, model="x", seed=1, images=2, priority=3)
+    wish = Wish("what the core calls it", model, tuple(Adapter(*lora) for lora in loras))
+    log.finished(request_id, "ab12#7", request, wish, steps, at_s, TOOK)
 
 
 def ask(log: RequestLog, *ids_at: tuple[str, float]) -> None:
@@ -55,6 +60,16 @@ def test_a_line_says_what_the_simulator_asks(tmp_path: Path) -> None:
         "arrival_s": UNIX_S + 2.5, "model": "m", "client": "ab12", "loras": "", "task": "", "images": 2,
         "steps": 20, "duration_s": 3.75, "priority": 3,
     }  # fmt: skip
+
+
+def test_adapters_are_named_with_their_scales(tmp_path: Path) -> None:
+    def work(log: RequestLog) -> None:
+        for request_id, loras in (("r1", (("pixel-art", 0.8), ("wrong", 1.0))), ("r2", (("a", -0.1),))):
+            log.received(request_id)
+            finish(log, request_id, 1.0, loras=loras)
+
+    play(tmp_path / "log", work)
+    assert [r.loras for r in trace.read(tmp_path / "log")] == ["pixel-art@0.8+wrong", "a@-0.1"]
 
 
 def test_lines_are_in_order_of_arrival_and_only_of_what_was_finished(tmp_path: Path) -> None:

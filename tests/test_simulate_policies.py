@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,6 +155,12 @@ def test_a_bad_profile_is_refused_with_a_reason(change: tuple[str, str], says: s
     (tmp_path / "again.toml").write_text(profiles.to_toml(profile()).replace(*change))
     with pytest.raises(profiles.ProfileError, match=says):
         profiles.load(str(tmp_path / "again.toml"))
+
+
+def test_components_of_one_name_would_be_one_blob() -> None:
+    (component, *_) = profile().components
+    with pytest.raises(profiles.ProfileError, match="two components have one name"):
+        profiles.check(msgspec.structs.replace(profile(), components=(component, component)))
 
 
 def test_gpus_name_profiles_that_are_there() -> None:

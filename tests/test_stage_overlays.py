@@ -40,6 +40,7 @@ CASES = [
     Case("one", "sd", (("style", 1.0),), ("unet",)),
     Case("two", "sd", (("style", 0.8), ("shape", -0.35)), ("unet",)),
     Case("the other way round", "sd", (("shape", -0.35), ("style", 0.8)), ("unet",)),
+    Case("one blob under two names", "sd", (("style", 0.8), ("again", 0.5)), ("unet",)),
     Case("text encoder", "sd", (("words", 0.6),), ("text_encoder", "unet")),
     Case("convolutions", "sd", (("shape", 0.9),), ("unet",)),
     Case("kohya", "sd", (("kohya", 0.8),), ("text_encoder", "unet")),
@@ -64,6 +65,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> AdaptedFamily:
     family.add("sd3", diffusion_transformers.stable_diffusion_3(1))
     family.add("flux", diffusion_transformers.flux(1))
     family.adapt("sd", "style", Making(UNET))
+    family.adapt("sd", "again", Making(UNET))
     family.adapt("sd", "shape", Making(CONV, rank=5, alpha=3, seed=2))
     family.adapt("sd", "words", Making(UNET | TEXT, alpha=3, seed=3))
     family.adapt("sd", "kohya", Making(CONV | TEXT, seed=4), kohya(1.0, 2.0, 4.5))

@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=["real", "tiny"], default="real")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections")
     parser.add_argument("--work", type=Path, help="a folder with 20 GB of room (default: a temporary one)")
+    parser.add_argument("--profiles", type=Path, metavar="DIR", help="write cost profiles to simulate with")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="for all sections together")
     options = parser.parse_args(arguments)
     if missing := missing_packages(NEEDED):
@@ -74,6 +75,7 @@ def check(options: argparse.Namespace, work: Path) -> int:
 
 def check_all(bench: "Bench", results: "Results", options: argparse.Namespace) -> int:
     """Run the sections and report; the exit status. Imports what they need, once for all."""
+    from benchmarks.gpu.measured import write_profiles
     from benchmarks.gpu.report import show
     from benchmarks.gpu.runner import run_all
     from benchmarks.gpu.sections import SECTIONS
@@ -89,7 +91,10 @@ def check_all(bench: "Bench", results: "Results", options: argparse.Namespace) -
         return 2
     chosen = [section for section in SECTIONS if section.name in (options.only or names)]
     run_all(bench, chosen, results, options.limit_s)
-    show(results.head | {"sections": results.sections})
+    document = results.head | {"sections": results.sections}
+    show(document)
+    for path in write_profiles(document, options.profiles) if options.profiles else []:
+        print(f"cost profile: {path}", file=sys.stderr)
     for name in results.failed():
         print(f"FAILED: {name}", file=sys.stderr)
     return 1 if results.failed() else 0

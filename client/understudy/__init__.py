@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from understudy.aio import AsyncClient, AsyncHandle
     from understudy.errors import (
+        AdapterMisfit,
         CallerError,
         Cancelled,
         CapacityError,
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
         DeadlineExceeded,
         TransportError,
         UnderstudyError,
+        UnknownAdapter,
         UnknownModel,
     )
     from understudy.request import Request
     from understudy.results import Pinged, Result
     from understudy.sync import Client, Handle
-    from understudy.wire import Accepted, ModelEntry, Progress, Timings
+    from understudy.wire import Accepted, Adapter, ModelEntry, Progress, Timings
 
 __version__ = "0.1.0"
 
@@ -39,9 +41,11 @@ _HOME = {
     "Request": "request",
     "Result": "results",
     "Accepted": "wire",
+    "Adapter": "wire",
     "ModelEntry": "wire",
     "Progress": "wire",
     "Timings": "wire",
+    "AdapterMisfit": "errors",
     "CallerError": "errors",
     "Cancelled": "errors",
     "CapacityError": "errors",
@@ -49,11 +53,14 @@ _HOME = {
     "DeadlineExceeded": "errors",
     "TransportError": "errors",
     "UnderstudyError": "errors",
+    "UnknownAdapter": "errors",
     "UnknownModel": "errors",
 }
 
 __all__ = [
     "Accepted",
+    "Adapter",
+    "AdapterMisfit",
     "AsyncClient",
     "AsyncHandle",
     "CallerError",
@@ -71,6 +78,7 @@ __all__ = [
     "Timings",
     "TransportError",
     "UnderstudyError",
+    "UnknownAdapter",
     "UnknownModel",
     "__version__",
 ]

@@ -31,7 +31,7 @@ class Models(AdminRequest, frozen=True, kw_only=True, tag="models"):
 
 
 class Show(AdminRequest, frozen=True, kw_only=True, tag="show"):
-    """One model in full; `arena` true draws the maps of the arena and the host pool instead."""
+    """One model, adapter or combination of these in full; `arena` true draws the memory's maps instead."""
 
     name: str = ""
     arena: bool = False
@@ -78,6 +78,34 @@ class Scan(AdminRequest, frozen=True, kw_only=True, tag="scan"):
     config: str | None = None
     replace: bool = False
     is_missing: bool = False
+
+
+class AddLora(AdminRequest, frozen=True, kw_only=True, tag="add-lora"):
+    """Ingest the LoRAs of `source`: a .safetensors file or a folder on the daemon's machine, or a hub id.
+
+    `name` is for one LoRA; names of several are made from their paths, with `name_prefix` before them. `base`
+    is the model that they are for, else every model is tried. `weight_name` is the file of a hub id that has
+    several. Each is served as soon as it is there, with notes and results as of `Scan`.
+    """
+
+    source: str
+    name: str | None = None
+    base: str | None = None
+    name_prefix: str = ""
+    revision: str | None = None
+    weight_name: str | None = None
+    replace: bool = False
+    is_missing: bool = False
+
+
+class Loras(AdminRequest, frozen=True, kw_only=True, tag="loras"):
+    """Every adapter with its tier, and every combination of a model and adapters that is known now."""
+
+
+class RemoveLora(AdminRequest, frozen=True, kw_only=True, tag="remove-lora"):
+    """Stop serving an adapter and delete it once the last request that uses it is done."""
+
+    name: str
 
 
 class Rescan(AdminRequest, frozen=True, kw_only=True, tag="rescan"):
@@ -161,8 +189,8 @@ class Shutdown(AdminRequest, frozen=True, kw_only=True, tag="shutdown"):
 
 
 Command = (
-    Status | Models | Show | Add | Scan | Rescan | Remove | Load | Evict | Pin | Unpin
-    | Set | Queue | CancelRequest | Decisions | Loaders | Trace | Shutdown
+    Status | Models | Show | Add | Scan | Rescan | Remove | AddLora | Loras | RemoveLora | Load | Evict | Pin
+    | Unpin | Set | Queue | CancelRequest | Decisions | Loaders | Trace | Shutdown
 )  # fmt: skip
 
 

@@ -114,9 +114,9 @@ class AsyncClient:
         """Images for a prompt. Cancelling the task cancels the request. Raises `UnderstudyError`.
 
         Fields, all optional: `negative_prompt`, `seed`, `size` or `width` and `height`, `steps`, `guidance`,
-        `images`, `scheduler`, `options`; `image`, `mask`, `control_image`, `inputs`, `task`; `format`,
-        `quality`, `progress`; `priority`, `deadline_s`, `request_id`. `understudy.request.RequestFields`
-        explains them.
+        `images`, `adapters`, `scheduler`, `options`; `image`, `mask`, `control_image`, `inputs`, `task`;
+        `format`, `quality`, `progress`; `priority`, `deadline_s`, `request_id`.
+        `understudy.request.RequestFields` explains them.
         """
         fields.setdefault("progress", False)
         handle = await self.submit(model, prompt, **fields)

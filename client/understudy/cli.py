@@ -5,7 +5,7 @@ Images go to files, what happened to stdout, progress and errors to stderr. Exit
 """
 
 import fnmatch
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -78,7 +78,14 @@ def _show_models(entries: "list[ModelEntry]") -> None:
         return
     from understudy.render import models_table, show
 
-    show(models_table([{f: getattr(entry, f) for f in entry.__struct_fields__} for entry in entries]))
+    show(models_table([_row(entry) for entry in entries]))
+
+
+def _row(entry: "ModelEntry") -> dict[str, Any]:
+    row = {field: getattr(entry, field) for field in entry.__struct_fields__}
+    if entry.kind == "lora":
+        row["pipeline"] = f"LoRA for {entry.base}" if entry.base else "LoRA"
+    return row
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from understudy.cli_kit import EXIT_CALLER, endpoint_option, errors_as_exit_codes, leave, wait_option
-from understudy.completion import complete_model, complete_task
+from understudy.completion import complete_lora, complete_model, complete_task
 
 if TYPE_CHECKING:
     from understudy.request import Request, RequestFields
@@ -58,6 +58,19 @@ def _inputs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> d
     return {name: Path(text) for name, text in named.items()}
 
 
+def _loras(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
+    loras = []
+    for value in values:
+        name, _colon, scale = value.partition(":")
+        try:
+            loras.append((name, float(scale) if _colon else 1.0))
+        except ValueError:
+            raise click.BadParameter(
+                f"{value!r} has no number behind the colon; write it as {name}:0.8"
+            ) from None
+    return loras
+
+
 def _json_or_text(text: str) -> Any:
     try:
         return json.loads(text)
@@ -92,6 +105,15 @@ def _image_option(flag: str, what: str) -> Callable[[_F], _F]:
 @click.option("--size", callback=_size, metavar="WxH", help="Pixels, multiples of 8, for example 512x768.")
 @click.option("--steps", type=int, help="Denoising steps.")
 @click.option("--guidance", type=float, help="How closely to follow the prompt.")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    callback=_loras,
+    metavar="NAME[:SCALE]",
+    shell_complete=complete_lora,
+    help="Fold this LoRA into the model, as strong as it was trained or SCALE times; several in their order.",
+)
 @click.option("--scheduler", metavar="CLASS", help="In place of the model's own, DDIMScheduler for example.")
 @click.option("-n", "--images", type=int, default=1, show_default=True, help="Images in one request.")
 @click.option(
@@ -143,6 +165,7 @@ def generate(
     size: tuple[int, int] | None,
     steps: int | None,
     guidance: float | None,
+    loras: list[tuple[str, float]],
     scheduler: str | None,
     images: int,
     count: int,
@@ -167,6 +190,7 @@ def generate(
         "size": size,
         "steps": steps,
         "guidance": guidance,
+        "adapters": loras,
         "scheduler": scheduler,
         "images": images,
         "image": init_image,
@@ -244,9 +268,10 @@ def _saved(result: "Result", output: Path) -> list[str]:
     timings = result.timings
     # Without another model before it, this is no switch but the way from the queue to the stage.
     switch = f"switch {timings.switch_s * 1000:.1f} ms, " if result.switched else ""
+    folded = "".join(f" + {adapter.name}:{adapter.scale:g}" for adapter in result.adapters)
     return [
         *map(str, paths),
-        f"{result.model} (was {result.tier}), seed {result.seed}: queued {timings.queued_s:.3f} s, "
+        f"{result.model}{folded} (was {result.tier}), seed {result.seed}: queued {timings.queued_s:.3f} s, "
         f"{switch}run {timings.run_s:.3f} s, "
         f"encode {timings.encode_s:.3f} s, total {timings.total_s:.3f} s",
     ]

@@ -8,10 +8,13 @@ nothing.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
+
+if TYPE_CHECKING:
+    from understudy.wire import ModelEntry
 
 SHELLS = ("bash", "zsh", "fish")
 TASKS = tuple(
@@ -46,7 +49,17 @@ def completion_option(command: str) -> Callable[[_F], _F]:
 
 
 def complete_model(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names that the daemon at `--endpoint` serves."""
+    """Names that the daemon at `--endpoint` serves: models, and adapters, which may be asked for as such."""
+    return _items([(entry.name, entry.pipeline) for entry in _entries(context)], incomplete)
+
+
+def complete_lora(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of its adapters."""
+    loras = [(entry.name, entry.base) for entry in _entries(context) if entry.kind == "lora"]
+    return _items(loras, incomplete)
+
+
+def _entries(context: click.Context) -> "list[ModelEntry]":
     from understudy.errors import UnderstudyError
     from understudy.paths import default_endpoint
     from understudy.sync import Client
@@ -56,22 +69,48 @@ def complete_model(context: click.Context, _: click.Parameter, incomplete: str) 
         return []
     try:
         with Client(endpoint, reconnect_s=_PATIENCE_S) as client:
-            return _items([(entry.name, entry.pipeline) for entry in client.models()], incomplete)
+            return client.models()
     except UnderstudyError:
         return []
 
 
 def complete_known_model(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names that the daemon behind the admin socket knows."""
-    from understudy.admin import AdminError, Models, call
+    """Names of models that the daemon behind the admin socket knows."""
+    from understudy.admin import Models
+
+    return _items(_named(_documents(context, Models())), incomplete)
+
+
+def complete_known_lora(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of its LoRAs."""
+    from understudy.admin import Loras
+
+    return _items(_named((_documents(context, Loras()) or {}).get("loras")), incomplete)
+
+
+def complete_known(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of its models, LoRAs and combinations of these."""
+    from understudy.admin import Loras, Models
+
+    loras = _documents(context, Loras()) or {}
+    lists = (_documents(context, Models()), loras.get("loras"), loras.get("combinations"))
+    return _items([item for documents in lists for item in _named(documents)], incomplete)
+
+
+def _documents(context: click.Context, command: Any) -> Any:
+    """What the daemon answers; None if it does not."""
+    from understudy.admin import AdminError, call
     from understudy.paths import admin_socket
 
     try:
         socket_path = context.find_root().params.get("socket_path") or admin_socket()
-        models = call(socket_path, Models(), timeout_s=_PATIENCE_S)
+        return call(socket_path, command, timeout_s=_PATIENCE_S)
     except AdminError:
-        return []
-    return _items([(model["name"], model.get("tier", "")) for model in models], incomplete)
+        return None
+
+
+def _named(documents: list[dict[str, Any]] | None) -> list[tuple[str, str]]:
+    return [(document["name"], document.get("tier", "")) for document in documents or ()]
 
 
 def complete_task(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -56,8 +56,7 @@ def make_command(
         if any(scan_only.values()):
             raise click.UsageError("--dry-run and --name-prefix go with --scan DIR")
         told = daemon_source(source)
-        is_missing = Path(told).is_absolute() and _is_missing(Path(told))  # a hub id is no path
-        return Add(name=name, source=told, is_missing=is_missing, **options)
+        return Add(name=name, source=told, is_missing=is_missing_here(told), **options)
     add_only = {key: options.pop(key) for key in ("revision", "pipeline")}
     if name is not None or any(add_only.values()):
         raise click.UsageError("--scan DIR goes without NAME, SOURCE, --revision and --pipeline")
@@ -70,6 +69,11 @@ def daemon_source(source: str) -> str:
     if not path.exists() and _HUB_ID.fullmatch(source) and not source.startswith("."):
         return source
     return str(path.absolute())
+
+
+def is_missing_here(told: str) -> bool:
+    """Whether the caller, too, finds nothing at what the daemon is told; a hub id is no path."""
+    return Path(told).is_absolute() and _is_missing(Path(told))
 
 
 def _is_missing(path: Path) -> bool:

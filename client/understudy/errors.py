@@ -23,6 +23,14 @@ class UnknownModel(CallerError):
     """The daemon has no such model: see `models()`."""
 
 
+class UnknownAdapter(CallerError):
+    """The daemon has no such LoRA: `models()` lists them, too."""
+
+
+class AdapterMisfit(CallerError):
+    """The LoRA was made for another kind of model: name one that it fits."""
+
+
 class Cancelled(CallerError):
     """The request was taken back, by this client or by an operator."""
 
@@ -48,6 +56,8 @@ _BY_CODE: dict[str, type[UnderstudyError]] = {
     "inputs_missing": CallerError,
     "unknown_model": UnknownModel,
     "model_removed": UnknownModel,
+    "unknown_adapter": UnknownAdapter,
+    "adapter_misfit": AdapterMisfit,
     "cancelled": Cancelled,
     "client_gone": Cancelled,
     "queue_full": CapacityError,

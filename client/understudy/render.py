@@ -5,7 +5,7 @@ Imports rich, so `understudyctl` imports this only when it has something to show
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -57,6 +57,7 @@ def status(document: Document) -> RenderableType:
             "models",
             Text(f"{_text(document.get('models'))}, {_text(document.get('models_resident'))} resident"),
         ),
+        *_loras(document),
         ("requests", Text(_requests(document))),
         ("running", Text(_running(document.get("request_running")))),
         ("switch", Text(_switch(switch))),
@@ -87,12 +88,12 @@ def models_table(models: Sequence[Document]) -> RenderableType:
     for model in models:
         row: Row = [
             _text(model.get("name")),
-            _tier(model),
+            tier(model),
             size(model.get("size_bytes")),
             _text(model.get("pipeline")),
         ]
         if has_use:
-            row += ["pinned" if model.get("pinned") else "", _text(model.get("requests")), _ago(model)]
+            row += ["pinned" if model.get("pinned") else "", _text(model.get("requests")), ago(model)]
         rows.append(row)
     return table(columns, rows)
 
@@ -103,7 +104,7 @@ def model(document: Document) -> RenderableType:
     rows: list[Row] = [
         [
             _text(part.get("name")),
-            _tier(part),
+            tier(part),
             "yes" if part.get("host_copy") else "",
             size(part.get("size_bytes")),
             _text(part.get("shared_by")),
@@ -171,7 +172,7 @@ def queue_table(requests: Sequence[Document]) -> RenderableType:
             _steps(wish),
             duration(wish.get("waited_s")),
             duration(wish.get("starts_in_s")),
-            _tier(wish),
+            tier(wish),
             _text(wish.get("priority")),
             _text(wish.get("client")),
         ]
@@ -233,34 +234,6 @@ def arena_bar(arena: Document) -> RenderableType:
     return Group(bar, _legend(arena, total))
 
 
-class NoteBar:
-    """Progress notes of a long command as a bar on stderr; nothing at all if no note comes."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._bars: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def update(self, note: Any) -> None:
-        """Show an `admin.Note`."""
-        if self._bars is None:
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
-            self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bars.start()
-            self._task = self._bars.add_task(self._what, total=None)
-        description = f"{self._what}: {note.phase}"
-        self._bars.update(self._task, description=description, completed=note.done, total=note.total or None)
-
-
 # -- words and numbers ---------------------------------------------------------------------------------------
 
 
@@ -313,9 +286,10 @@ def _list(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else _text(value)
 
 
-def _tier(document: Document) -> Text:
-    tier = _text(document.get("tier"))
-    return Text(tier, _TIER.get(tier, ""))
+def tier(document: Document) -> Text:
+    """Where a model, or a part of one, is."""
+    word = _text(document.get("tier"))
+    return Text(word, _TIER.get(word, ""))
 
 
 def _state(state: Any) -> Text:
@@ -323,7 +297,8 @@ def _state(state: Any) -> Text:
     return Text(word, _EXTENT[word][1] if word in _EXTENT else _STATE.get(word, ""))
 
 
-def _ago(model: Document) -> str:
+def ago(model: Document) -> str:
+    """When it was used last."""
     seconds = model.get("last_used_s_ago")
     return "never" if seconds is None else f"{duration(seconds)} ago"
 
@@ -342,6 +317,13 @@ def _steps(wish: Document) -> str:
 def _requests(document: Document) -> str:
     waiting, done = document.get("requests_waiting"), document.get("requests_done")
     return f"{_text(waiting)} waiting, {_text(done)} done, {_text(document.get('requests_failed'))} failed"
+
+
+def _loras(document: Document) -> list[tuple[str, RenderableType]]:
+    if not document.get("loras"):
+        return []
+    known, resident = document.get("combinations"), document.get("combinations_resident")
+    return [("loras", Text(f"{document['loras']}; {_text(known)} combinations, {_text(resident)} resident"))]
 
 
 def _running(wish: Document | None) -> str:

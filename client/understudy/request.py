@@ -3,12 +3,15 @@
 import difflib
 import secrets
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Required, TypedDict
 
 from understudy.errors import CallerError
 from understudy.inputs import Images, inputs_from
-from understudy.wire import Generate, Option
+from understudy.wire import Adapter, Generate, Option
+
+AdapterLike = str | tuple[str, float] | Adapter
+"""A LoRA by name, as strong as it was trained, or with a scale."""
 
 
 class RequestFields(TypedDict, total=False):
@@ -17,6 +20,8 @@ class RequestFields(TypedDict, total=False):
     What image: `negative_prompt`; `seed` (one that is not given is chosen here and reported in the result);
     `width` and `height`, or `size` for both, in pixels and multiples of 8; `steps`; `guidance`; `images` of
     this prompt; `scheduler`, a class name; `options`, further keyword arguments of the pipeline.
+
+    `adapters` are LoRAs by name, or (name, scale), folded into the model in this order.
 
     From what: `image`, `mask` and `control_image`, or `inputs` by the pipeline's argument name, each one
     image or a list (see `inputs.ImageLike`). `task` is "text-to-image", "image-to-image" or "inpainting", or
@@ -39,6 +44,7 @@ class RequestFields(TypedDict, total=False):
     task: str | None
     scheduler: str | None
     options: Mapping[str, Option] | None
+    adapters: Sequence[AdapterLike] | None
     inputs: Mapping[str, Images] | None
     image: Images | None
     mask: Images | None
@@ -59,7 +65,7 @@ class Request(RequestFields, total=False):
 
 
 _INPUT_NAMES = {"image": "image", "mask": "mask_image", "control_image": "control_image"}
-_COMPOSED = {"request_id", "seed", "size", "options", "inputs", *_INPUT_NAMES}
+_COMPOSED = {"request_id", "seed", "size", "options", "adapters", "inputs", *_INPUT_NAMES}
 _KNOWN = RequestFields.__annotations__.keys()
 
 
@@ -87,6 +93,7 @@ def compose(
         seed=secrets.randbits(32) if seed is None else seed,
         options=_mapping("options", fields),
         inputs=inputs.infos,
+        adapters=_adapters(fields.get("adapters") or ()),
         **(as_they_are | _size(fields)),
     )
     return message, inputs.payload
@@ -105,6 +112,26 @@ def parts_of(request: "Request | Mapping[str, Any] | tuple[str, str]") -> tuple[
     raise CallerError(
         f"a request is a dict with a model, or (model, prompt), not {request!r:.80}", code="bad_request"
     )
+
+
+def _adapters(given: Any) -> tuple[Adapter, ...]:
+    if isinstance(given, str | Adapter) or not isinstance(given, Sequence):
+        raise CallerError(
+            f'adapters is {given!r:.40}; it is a list of names and pairs, ["wrong", ("pixel-art", 0.8)]',
+            code="bad_request",
+        )
+    return tuple(map(_adapter, given))
+
+
+def _adapter(given: Any) -> Adapter:
+    match given:
+        case Adapter():
+            return given
+        case str(name):
+            return Adapter(name)
+        case (str(name), int() | float() as scale):
+            return Adapter(name, float(scale))
+    raise CallerError(f"an adapter is a name or (name, scale), not {given!r:.80}", code="bad_request")
 
 
 def _images(fields: Mapping[str, Any]) -> dict[str, Images]:

@@ -8,7 +8,7 @@ import msgspec
 
 from understudy.arrays import as_numpy, safetensors_file
 from understudy.errors import CallerError, TransportError, UnderstudyError
-from understudy.wire import Accepted, Finished, ImageInfo, ModelEntry, Progress, Timings
+from understudy.wire import Accepted, Adapter, Finished, ImageInfo, ModelEntry, Progress, Timings
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "png": (".png",),
@@ -26,7 +26,8 @@ _PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """A finished request: `images[i]` is a file's bytes, or raw rows, or a latent, as `infos[i]` says.
 
-    `tier` is where the model was on receipt, `switched` whether another model was on stage before.
+    `tier` is where the model was on receipt, `switched` whether another model was on stage before, `adapters`
+    the LoRAs that were folded into it.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     timings: Timings
     tier: str
     switched: bool
+    adapters: tuple[Adapter, ...] = ()
 
     def __repr__(self) -> str:
         """Short: what came and how long it took, without the images' bytes."""
@@ -128,6 +130,7 @@ def result_from(reply: Finished, payload: list[bytes]) -> Result | TransportErro
         timings=reply.timings,
         tier=reply.tier,
         switched=reply.switched,
+        adapters=reply.adapters,
     )
 
 

@@ -91,9 +91,9 @@ class Client:
         """Images for a prompt. Raises `UnderstudyError`.
 
         Fields, all optional: `negative_prompt`, `seed`, `size` or `width` and `height`, `steps`, `guidance`,
-        `images`, `scheduler`, `options`; `image`, `mask`, `control_image`, `inputs`, `task`; `format`,
-        `quality`, `progress`; `priority`, `deadline_s`, `request_id`. `understudy.request.RequestFields`
-        explains them.
+        `images`, `adapters`, `scheduler`, `options`; `image`, `mask`, `control_image`, `inputs`, `task`;
+        `format`, `quality`, `progress`; `priority`, `deadline_s`, `request_id`.
+        `understudy.request.RequestFields` explains them.
         """
         return self._call(self._client.generate(model, prompt, **fields))
 

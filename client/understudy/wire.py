@@ -23,6 +23,7 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_ID_CHARS = 64
 MAX_SEED = 2**63 - 1
 MAX_INPUTS = 16
+MAX_ADAPTERS = 16
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """One payload frame of a request: a larger one costs the connection. Daemons may allow less, and say so."""
 
@@ -51,6 +52,13 @@ class InputInfo(msgspec.Struct, frozen=True, kw_only=True):
     channels: int = 3
 
 
+class Adapter(msgspec.Struct, frozen=True):
+    """A LoRA and how strongly it is to work: 1 as it was trained, 0 not at all."""
+
+    name: str
+    scale: float = 1.0
+
+
 Option = bool | int | float | str | list[bool | int | float | str | None] | None
 """What a pipeline-specific argument may be on the wire."""
 
@@ -62,7 +70,8 @@ class Generate(Message, frozen=True, kw_only=True, tag="generate"):
     over the model's own components; None is the model's own pipeline, or what fits the inputs where that one
     takes none. `scheduler` replaces the model's own by a class name from an allow-list. `options` are
     further keyword arguments of the pipeline, checked against its signature. Each of `inputs` describes
-    one payload frame.
+    one payload frame. `adapters` are folded into the model one after the other: their order counts. `model`
+    may be an adapter's name: it is then used with its base.
 
     `width` and `height` are pixels, `deadline_s` seconds from receipt, `priority` higher first.
     `images` counts images per prompt. `format` is "png", "jpeg", "webp" (`quality` 1 to 100 for these two),
@@ -84,6 +93,7 @@ class Generate(Message, frozen=True, kw_only=True, tag="generate"):
     scheduler: str | None = None
     options: dict[str, Option] = {}
     inputs: tuple[InputInfo, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
     priority: int = 0
     deadline_s: float | None = None
     format: str = "png"
@@ -174,7 +184,10 @@ class ImageInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
-    """The images are the payload frames, in order. `tier` is where the model was on receipt."""
+    """The images are the payload frames, in order. `tier` is where the model was on receipt.
+
+    `adapters` are those that were folded into the model, in order, one asked for as a model included.
+    """
 
     id: str
     model: str
@@ -183,6 +196,7 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     timings: Timings
     tier: str
     switched: bool = False
+    adapters: tuple[Adapter, ...] = ()
 
 
 class Failed(Message, frozen=True, kw_only=True, tag="failed"):
@@ -198,12 +212,18 @@ class Failed(Message, frozen=True, kw_only=True, tag="failed"):
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that may be asked for."""
+    """What may be asked for: a model, or with `kind` "lora" an adapter, alone or with a model that it fits.
+
+    `base` is the model that an adapter is used with where none is named; empty where that is open. Its
+    `pipeline` is diffusers' loader class for the pipelines that it fits.
+    """
 
     name: str
     pipeline: str
     size_bytes: int
     tier: str
+    kind: str = "model"
+    base: str = ""
 
 
 class ModelList(Message, frozen=True, kw_only=True, tag="model_list"):

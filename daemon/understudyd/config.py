@@ -72,11 +72,13 @@ class StoreConfig(_Section, frozen=True, kw_only=True):
 class StartupConfig(_Section, frozen=True, kw_only=True):
     """Models that are loaded and prepared, and that run each of `prompts` once, before the daemon is ready.
 
-    Runs take the pipeline's own `size` ("512x512") and `steps` where none are given. After `limit_s` the
-    daemon serves without what is missing, and says what that is.
+    With `forecast` they are followed by those that the last life's requests make likeliest, as many as the
+    arena has room for. Runs take the pipeline's own `size` ("512x512") and `steps` where none are given.
+    After `limit_s` the daemon serves without what is missing, and says what that is.
     """
 
     models: tuple[str, ...] = ()
+    forecast: bool = False
     prompts: tuple[str, ...] = ()
     size: str | None = None
     steps: Positive | None = None
@@ -253,18 +255,23 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
 
 
 def check_startup(config: Config) -> None:
-    """Look for the models of `[startup]` in the stores, if all of these can be read. Raises `ConfigError`."""
+    """Look for the models of `[startup]` in the stores, if all of these can be read. Raises `ConfigError`.
+
+    One may be a model with LoRAs, "sd15+pixel-art@0.8", or a LoRA alone.
+    """
+    from understudyd.store.adapters.shelf import AdapterShelf
     from understudyd.store.store import Store
 
     names: set[str] = set()
     for path in (config.store.path, *config.store.read_only):
         try:
-            names |= set(Store(path).names())
+            names |= {*Store(path).names(), *AdapterShelf(Store(path)).names()}
         except OSError:
             return
     for name in config.startup.models:
-        if name not in names:
-            raise ConfigError(f"startup.models: {unknown_model(name, names, 'add it first')}")
+        for part in (term.partition("@")[0] for term in name.split("+")):
+            if part not in names:
+                raise ConfigError(f"startup.models: {unknown_model(part, names, 'add it first')}")
 
 
 def _override(document: dict[str, Any], key: str, text: str) -> None:

@@ -28,9 +28,14 @@ def near(name: str, names: Iterable[str]) -> str | None:
 
 def unknown_model(name: str, names: Iterable[str], otherwise: str) -> str:
     """Say that there is no such model, and which may have been meant; `otherwise` what to do."""
+    return unknown("model", name, names, otherwise)
+
+
+def unknown(kind: str, name: str, names: Iterable[str], otherwise: str) -> str:
+    """`unknown_model` for another kind of thing."""
     meant = near(name, names)
     hint = f"did you mean {meant!r}?" if meant is not None else otherwise
-    return f"model {name!r:.140} unknown; {hint}"
+    return f"{kind} {name!r:.140} unknown; {hint}"
 
 
 def how_to_list(names: Collection[str], command: str) -> str:

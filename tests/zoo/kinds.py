@@ -96,8 +96,8 @@ KINDS = (
     Kind("lumina2", diffusion_transformers.lumina_2, "complex rotary tables in a list; Gemma 2", _SMALL),
     Kind("z-image", diffusion_transformers.z_image, "rotary tables made at the first step; Qwen 3", _SMALL),
     Kind("qwen-image", diffusion_transformers.qwen_image,
-         "complex rotary tables as plain attributes; Qwen 2.5 VL. Some pixels may differ by 1 of 255 from "
-         "plain diffusers', whose own result differs so between processes", _SMALL, tolerance=1),
+         "complex rotary tables as plain attributes; Qwen 2.5 VL. Some pixels may differ by up to 8 of 255 "
+         "from plain diffusers', whose own result differs so between processes", _SMALL, tolerance=8),
     Kind("sana", diffusion_transformers.sana, "linear attention; deep-compression autoencoder; Gemma 2",
          _SMALL | {"use_resolution_binning": False}),
     Kind("auraflow", diffusion_transformers.aura_flow, "learned positions; UMT5", _SMALL),

@@ -56,7 +56,7 @@ class CancelLoad:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Make an overlay in `[offset, offset + size_bytes)` of the arena out of resident blobs, all leased for it.
+    """Make an overlay in `[offset, offset + size_bytes)` out of resident blobs, which are all leased for it.
 
     `sources` are their keys and offsets: the base component's, then the adapters', in order. Ends in
     `FoldFinished`, `FoldFailed` or `FoldCancelled`. At most one is under way.

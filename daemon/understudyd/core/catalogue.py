@@ -3,7 +3,13 @@
 A name stands for one edition at a time. An edition that was replaced or removed is alive until nobody uses
 it: its leases have ended and it is not being prepared. One that is to take over is *coming* while its small
 parts are built, so that no request waits for them; the old one serves meanwhile.
+
+Of derived models there could be more than anybody counts, one for each combination that was ever asked for:
+those that nobody uses and that were not asked for the longest are *surplus*.
 """
+
+from collections import OrderedDict
+from collections.abc import Iterator, Set
 
 from understudyd.core.actions import (
     Action,
@@ -17,15 +23,20 @@ from understudyd.core.entities import Model
 from understudyd.core.policy import Policy
 from understudyd.core.residency import Residency
 from understudyd.core.states import PARTS_TABLE, BlobState, IllegalEvent, Lifecycle, PartsState
-from understudyd.core.types import ModelInfo
+from understudyd.core.types import BlobInfo, ModelInfo
 
 
 class Catalogue:
-    """`editions` are those that are alive, by key; `coming` those that are to take over, by name."""
+    """`editions` are those that are alive, by key; `coming` those that are to take over, by name.
 
-    def __init__(self, residency: Residency, policy: Policy, actions: list[Action]) -> None:
+    `derived` are derived models by name, who was asked for last comes last; kept are `max_derived` of them.
+    """
+
+    def __init__(self, residency: Residency, policy: Policy, actions: list[Action], max_derived: int) -> None:
         self.editions: dict[str, Model] = {}
         self.coming: dict[str, Model] = {}
+        self.derived: OrderedDict[str, Model] = OrderedDict()
+        self._max_derived = max_derived
         self._residency = residency
         self._policy = policy
         self._actions = actions
@@ -51,6 +62,23 @@ class Catalogue:
         model = self._edition(info)
         self._residency.models[info.name] = model
         self._take_blobs(model, now_s)
+        self.asked(model)
+
+    def asked(self, model: Model) -> None:
+        """Somebody has asked for it: it is the last derived model to go."""
+        if model.info.is_derived:
+            self.derived[model.name] = model
+            self.derived.move_to_end(model.name)
+
+    def surplus(self, awaited: Set[str]) -> Iterator[Model]:
+        """Derived models that can be removed and should be. All but the last one, which has just come."""
+        for model in list(self.derived.values())[:-1]:
+            if len(self.derived) <= self._max_derived:
+                return
+            is_preparing = model.parts.state is PartsState.PREPARING
+            is_used = model.leases or model.retiring or is_preparing or model.name in awaited
+            if not is_used and model.name not in self._residency.pinned:
+                yield model
 
     def replace(self, info: ModelInfo, now_s: float) -> None:
         """Another edition, which takes over at once unless the old one can serve until it is prepared."""
@@ -67,13 +95,16 @@ class Catalogue:
     def _check(self, info: ModelInfo) -> None:
         if info.key in self.editions:
             raise IllegalEvent(f"edition {info.key} is alive already")
-        known = {blob.key: blob for model in self.coming.values() for blob in model.info.blobs}
-        known |= {
-            b.key: self._residency.blobs[b.key].info for b in info.blobs if b.key in self._residency.blobs
-        }
-        for blob in info.blobs:
+        blobs = self._residency.blobs
+        known = {blob.key: blob for model in self.coming.values() for blob in _with_sources(model.info)}
+        known |= {blob.key: blobs[blob.key].info for blob in _with_sources(info) if blob.key in blobs}
+        for blob in _with_sources(info):
             if known.get(blob.key, blob) != blob:
                 raise IllegalEvent(f"blob {blob.key[:12]} of {info.name} has another size than before")
+            if blob.made_of and blob.made_of[0] not in info.blobs:
+                raise IllegalEvent(f"{info.name} has no component for its overlay {blob.key[:12]}")
+            if len({source.key for source in blob.made_of}) < len(blob.made_of):
+                raise IllegalEvent(f"overlay {blob.key[:12]} of {info.name} is made of one blob twice")
 
     def _edition(self, info: ModelInfo) -> Model:
         """An edition without blobs: they count as the name's only once it has taken over."""
@@ -83,8 +114,14 @@ class Catalogue:
 
     def _take_blobs(self, model: Model, now_s: float) -> None:
         model.blobs = tuple(self._residency.blob(blob) for blob in model.info.blobs)
-        self._residency.evictables.mark(model.blobs)
-        for blob in model.blobs:
+        overlays = [blob for blob in model.blobs if blob.is_overlay]
+        for overlay in overlays:
+            overlay.sources = tuple(map(self._residency.blob, overlay.info.made_of))
+            for adapter in overlay.sources[1:]:
+                adapter.overlays[overlay.key] = overlay
+        model.adapters = tuple(dict.fromkeys(blob for overlay in overlays for blob in overlay.sources[1:]))
+        self._residency.evictables.mark(model.all_blobs)
+        for blob in model.all_blobs:
             blob.models.add(model.name)
             if blob.state is BlobState.DAMAGED:
                 blob.life.to(BlobState.ABSENT, now_s, f"{model.key} was added anew")
@@ -94,16 +131,18 @@ class Catalogue:
         residency, name = self._residency, model.name
         old = residency.models[name]
         residency.models[name] = model
+        self.derived.pop(name, None)
+        self.asked(model)
         residency.no_longer_ready(name)
         if name in residency.pinned:
             residency.pinned[name] = model
         self._take_blobs(model, now_s)
-        for blob in model.blobs:
+        for blob in model.all_blobs:
             residency.retries.start_anew(blob)
         self._actions.append(AdoptEdition(name, model.key))
         self._policy.replaced(model)
-        residency.evictables.mark(old.blobs)
-        for blob in (blob for blob in old.blobs if blob not in model.blobs):
+        residency.evictables.mark(old.all_blobs)
+        for blob in (blob for blob in old.all_blobs if blob not in model.all_blobs):
             blob.models.discard(name)
             if not blob.models:
                 residency.abandon(blob, now_s)
@@ -178,11 +217,18 @@ class Catalogue:
 
     def _retire_name(self, model: Model, now_s: float) -> None:
         del self._residency.models[model.name]
+        self.derived.pop(model.name, None)
         self._residency.no_longer_ready(model.name)
-        self._residency.evictables.mark(model.blobs)
-        for blob in model.blobs:
+        self._residency.evictables.mark(model.all_blobs)
+        for blob in model.all_blobs:
             blob.models.discard(model.name)
             if not blob.models:
                 self._residency.abandon(blob, now_s)
         self._policy.forget(model)
         self._actions += [ForgetModel(model.key), RetireModel(model.name)]
+
+
+def _with_sources(info: ModelInfo) -> Iterator[BlobInfo]:
+    """Its blobs, and what overlays among them are made of."""
+    for blob in info.blobs:
+        yield from (blob, *blob.made_of)

@@ -12,7 +12,8 @@ from understudyd.core.entities import Blob, Load
 from understudyd.core.evictables import Evictables
 from understudyd.core.extents import ArenaMap, Extent
 from understudyd.core.quarantine import Quarantine
-from understudyd.core.states import BlobState, ExtentState
+from understudyd.core.states import ExtentState
+from understudyd.core.windows import cheapest_window
 
 
 class HostCopies:
@@ -40,8 +41,7 @@ class HostCopies:
 
     def worth(self, blob: Blob) -> float:
         """The chance that a copy of the blob saves a read; infinite while somebody waits for it."""
-        is_coming = blob.state is not BlobState.RESIDENT and self._demand.awaits(blob)
-        return math.inf if is_coming else self._demand.chance(blob)
+        return math.inf if self._demand.is_coming(blob) else self._demand.chance(blob)
 
     def make(self, blob: Blob, limit: float, now_s: float) -> Extent | None:
         """A copy to be filled: a gap, or a window of copies that are worth less than `limit` together."""
@@ -55,8 +55,8 @@ class HostCopies:
 
     def _replace(self, blob: Blob, limit: float, now_s: float) -> Extent | None:
         self._evictables.file()
-        self._evictables.copies.refresh(self._demand.looked_at)
-        window = self.pool.cheapest_window(blob.info.size_bytes, self._evictables.copies, limit)
+        self._evictables.copies.refresh(self._demand.looked_at, self._demand.moment)
+        window = cheapest_window(self.pool, blob.info.size_bytes, self._evictables.copies, limit)
         if window is None:
             return None
         for victim in window.victims:

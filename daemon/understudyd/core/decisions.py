@@ -65,6 +65,23 @@ class Loading:
 
 
 @dataclass(frozen=True, slots=True)
+class Folding:
+    """An overlay is being folded for these models, out of the blobs `made_of`: the base's, then adapters'.
+
+    `waiting` counts the requests that wait for one of them, `chance` is that of it to be needed next.
+    """
+
+    at_s: float
+    models: tuple[str, ...]
+    blob: str
+    made_of: tuple[str, ...]
+    size_bytes: int
+    why: Why
+    waiting: int
+    chance: float
+
+
+@dataclass(frozen=True, slots=True)
 class Victim:
     """A blob that was evicted: at what price, and what it was expected to be needed for.
 
@@ -106,7 +123,7 @@ class FoundNoRoom:
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """A load was stopped: `waiting` requests wanted it, others were to have its loader or its room."""
+    """A load or a fold was stopped: `waiting` requests wanted it, others were to have its turn or room."""
 
     at_s: float
     models: tuple[str, ...]
@@ -128,7 +145,7 @@ class Refused:
     waited_s: float | None
 
 
-Decision = Chosen | Loading | Evicted | FoundNoRoom | Stopped | Refused
+Decision = Chosen | Loading | Folding | Evicted | FoundNoRoom | Stopped | Refused
 
 
 class Decisions:
@@ -168,7 +185,7 @@ class Decisions:
             was_on_stage=chosen.model == on_stage,
             overtook=len(overtaken),
             longest_wait_s=max(waits_s, default=0.0),
-            most_skips=max((r.skips for r in overtaken), default=0),
+            most_skips=max(map(self._queue.skips_of, overtaken), default=0),
             max_wait_s=self._max_wait_s,
             max_skips=self._max_skips,
             along_with=along_with,
@@ -179,7 +196,6 @@ class Decisions:
         """A load was started, into memory that nobody uses if it is only likely to be asked for."""
         blob = load.blob
         waiting = self._waiting(blob)
-        why: Why = "pinned" if is_pinned else "likely" if is_likely else "wanted"
         decision = Loading(
             at_s=self.now_s,
             models=tuple(sorted(blob.models)),
@@ -187,9 +203,24 @@ class Decisions:
             size_bytes=blob.info.size_bytes,
             is_from_host=load.from_pool,
             is_to_host=load.extent is None,
-            why="awaited" if waiting else why,
+            why=_why(waiting, is_pinned=is_pinned, is_likely=is_likely),
             waiting=waiting,
             chance=self._forecast.chance(blob.key),
+        )
+        self._kept.append(decision)
+
+    def folding(self, overlay: Blob, *, is_pinned: bool, is_likely: bool) -> None:
+        """A fold was started, into memory that nobody uses if it is only likely to be asked for."""
+        waiting = self._waiting(overlay)
+        decision = Folding(
+            at_s=self.now_s,
+            models=tuple(sorted(overlay.models)),
+            blob=overlay.key,
+            made_of=tuple(source.key for source in overlay.sources),
+            size_bytes=overlay.info.size_bytes,
+            why=_why(waiting, is_pinned=is_pinned, is_likely=is_likely),
+            waiting=waiting,
+            chance=self._forecast.chance(overlay.key),
         )
         self._kept.append(decision)
 
@@ -213,11 +244,10 @@ class Decisions:
             FoundNoRoom(self.now_s, models, blob.key, size_bytes, free_bytes, largest_gap_bytes)
         )
 
-    def stopped(self, load: Load) -> None:
-        """A load is told to stop."""
-        blob = load.blob
+    def stopped(self, blob: Blob, *, is_to_host: bool) -> None:
+        """A load of it, or the fold, is told to stop."""
         models = tuple(sorted(blob.models))
-        self._kept.append(Stopped(self.now_s, models, blob.key, load.extent is None, self._waiting(blob)))
+        self._kept.append(Stopped(self.now_s, models, blob.key, is_to_host, self._waiting(blob)))
 
     def refused(self, info: RequestInfo, code: ErrorCode, message: str) -> None:
         """The request gets no images. Those who did not want them any more are passed over."""
@@ -245,3 +275,7 @@ class Decisions:
     def _waiting(self, blob: Blob) -> int:
         """How many requests wait for it."""
         return sum(len(self._queue.waiting_for(name)) for name in blob.models)
+
+
+def _why(waiting: int, *, is_pinned: bool, is_likely: bool) -> Why:
+    return "awaited" if waiting else "pinned" if is_pinned else "likely" if is_likely else "wanted"

@@ -32,6 +32,7 @@ _LEAST, _MOST = 1e-9, 1e9
 _FIRST_LOAD_S_A_BYTE = 1e-9
 _FIRST_RUN_S = 5.0
 _FIRST_VIEWS_S = 0.01
+_FIRST_FOLD_S_A_MB = 3e-4
 _FIRST_PREPARE_S = 0.5
 """Guesses for a machine that has seen nothing; the first thing that it sees replaces them."""
 
@@ -122,6 +123,7 @@ class Estimates:
         self._loads = {(pool, company): LoadTimes() for pool in (False, True) for company in (False, True)}
         self._views = Level(_FIRST_VIEWS_S)
         self._preparing = Level(_FIRST_PREPARE_S)
+        self._fold = Level(_FIRST_FOLD_S_A_MB)
         self._run = Level(_FIRST_RUN_S)
         self._delay = Level(1.0)
         self._runs: dict[str, Level] = {}
@@ -136,6 +138,11 @@ class Estimates:
     def viewed(self, seconds: float) -> None:
         """A blob's views were built in so long."""
         self._views.saw(seconds)
+
+    def folded(self, size_bytes: int, seconds: float) -> None:
+        """An overlay was made."""
+        self.learned += 1
+        self._fold.saw(seconds * 1e6 / max(1, size_bytes))
 
     def prepared(self, seconds: float) -> None:
         """A model's small parts were prepared in so long."""
@@ -173,6 +180,10 @@ class Estimates:
         """What building a blob's views takes."""
         return self._views.value
 
+    def fold_s(self, size_bytes: int) -> float:
+        """What making an overlay takes."""
+        return self._fold.value * size_bytes / 1e6
+
     @property
     def prepare_s(self) -> float:
         """What preparing a model's small parts takes."""
@@ -195,6 +206,7 @@ class Estimates:
             "loads": [[list(load) for load in times.seen] for times in self._loads.values()],
             "views": self._views.document(),
             "preparing": self._preparing.document(),
+            "fold": self._fold.document(),
             "run": self._run.document(),
             "runs": {name: self._runs[name].document() for name in list(self._runs)[-MOST_MODELS:]},
         }
@@ -213,6 +225,8 @@ class Estimates:
                 times.saw(whole(size_bytes, "size_bytes", 1e15), number(seconds, "seconds", 0.0, _MOST))
         made._views = Level.restored(field(document, "views"), "views")
         made._preparing = Level.restored(field(document, "preparing"), "preparing")
+        if "fold" in document:  # earlier daemons knew none
+            made._fold = Level.restored(document["fold"], "fold")
         made._run = Level.restored(field(document, "run"), "run")
         runs = field(document, "runs")
         if not isinstance(runs, dict):

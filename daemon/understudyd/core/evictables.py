@@ -13,7 +13,9 @@ from understudyd.core.ranking import Ranking
 from understudyd.core.states import BlobState, ExtentState
 
 RELOAD_FROM_POOL = 0.2
-"""A load from the host pool counts so much of one from disk."""
+"""A load from the host pool counts so much of one from disk; to fold anew from what is at hand, too."""
+_ONLY_TO_FOLD_ANEW = 0.1
+"""So much counts the load of an adapter all of whose overlays are there."""
 
 
 class Evictables:
@@ -50,6 +52,7 @@ class Evictables:
         for name in self._demand.turned():
             if name in self._models:
                 self.mark(self._models[name].blobs)
+                self.mark(self._models[name].adapters)
         for blob in self._marked:
             self._file_extent(blob)
             self._file_copy(blob)
@@ -66,14 +69,20 @@ class Evictables:
             return False
         if blob.life.state is not BlobState.RESIDENT:
             return False
-        return not self._pinned or self._pinned.keys().isdisjoint(blob.models)
+        return not self._pinned or self._pinned.keys().isdisjoint(blob.users)
 
     # -- inside -------------------------------------------------------------------------------------
 
     def _price(self, extent: Extent) -> float:
         blob = self._blobs[extent]
-        chance = self._demand.chance(blob)
-        return chance * RELOAD_FROM_POOL if blob.has_copy else chance
+        price = self._demand.chance(blob)
+        if blob.sources:
+            adapters = blob.sources[1:]
+            is_at_hand = all(b.state is BlobState.RESIDENT or b.has_copy for b in adapters)
+            return price * RELOAD_FROM_POOL if is_at_hand else price
+        if blob.overlays and all(overlay.is_made for overlay in blob.overlays.values()):
+            price *= _ONLY_TO_FOLD_ANEW
+        return price * RELOAD_FROM_POOL if blob.has_copy else price
 
     def _file_extent(self, blob: Blob) -> None:
         filed = self._extents.pop(blob, None)
@@ -87,12 +96,14 @@ class Evictables:
             return
         self._extents[blob], self._blobs[extent] = extent, blob
         was_spare, was_partial = extent in self.spare, extent in self.partial
-        self.spare.discard(extent)
         self.partial.discard(extent)
         if not self._demand.awaits(blob):
-            self.spare.put(extent)
-            self.arrivals += not was_spare
-        elif not self._demand.ready_awaits(blob):
+            if not was_spare:
+                self.spare.put(extent)
+                self.arrivals += 1
+            return
+        self.spare.discard(extent)
+        if not self._demand.ready_awaits(blob):
             self.partial.put(extent)
             self.arrivals += not (was_spare or was_partial)
 
@@ -102,20 +113,19 @@ class Evictables:
         self._blobs.pop(extent, None)
 
     def _file_copy(self, blob: Blob) -> None:
-        filed = self._copies.pop(blob, None)
-        if filed is not None and filed is not blob.copy:
+        copy, filed = blob.copy, self._copies.pop(blob, None)
+        if filed is not None and filed is not copy:
             self.copies.discard(filed)
             self._blobs.pop(filed, None)
-        copy = blob.copy
         if copy is None:
             return
-        is_coming = blob.state is not BlobState.RESIDENT and self._demand.awaits(blob)
-        if copy.life.state is not ExtentState.READY or is_coming:
+        if copy.life.state is not ExtentState.READY or self._demand.is_coming(blob):
             self.copies.discard(copy)
             self._blobs.pop(copy, None)
             return
         self._copies[blob], self._blobs[copy] = copy, blob
-        self.copies.put(copy)
+        if copy not in self.copies:
+            self.copies.put(copy)
 
     def check(self, blobs: Iterable[Blob]) -> None:
         """What is not marked lies where it belongs, and nothing else is filed."""
@@ -123,7 +133,7 @@ class Evictables:
             blob
             for name in self._demand.unseen()
             if name in self._models
-            for blob in self._models[name].blobs
+            for blob in (*self._models[name].blobs, *self._models[name].adapters)
         }
         for blob in (blob for blob in blobs if blob not in stale):
             is_awaited = self._demand.awaits(blob)
@@ -132,8 +142,7 @@ class Evictables:
                 assert (extent in self.spare) == (may_leave and not is_awaited), f"{blob.key}: spare"
                 assert (extent in self.partial) == (may_leave and is_awaited and not missed), blob.key
             if (copy := blob.copy) is not None:
-                is_coming = blob.state is not BlobState.RESIDENT and is_awaited
-                is_free = copy.life.state is ExtentState.READY and not is_coming
+                is_free = copy.life.state is ExtentState.READY and not self._demand.is_coming(blob)
                 assert (copy in self.copies) == is_free, f"{blob.key}: copy"
         filed = {blob.extent for blob in self._extents} | {blob.copy for blob in self._copies}
         for ranking in (self.spare, self.partial, self.copies):

@@ -1,13 +1,11 @@
 """The map of the arena: who owns which bytes.
 
-Best fit with coalescing; when no gap is large enough, `cheapest_window` finds the run of
-neighbouring extents and gaps whose eviction loses least. Every byte belongs to exactly one extent or
-one gap; `check` proves it.
+Best fit with coalescing; what to clear when no gap is large enough is found by `windows.py`. Every byte
+belongs to exactly one extent or one gap; `check` proves it.
 """
 
-import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from understudyd.core.states import EXTENT_TABLE, ExtentState, Lifecycle
@@ -37,21 +35,6 @@ class Extent:
         return self.life.state
 
 
-Priced = tuple[float, Extent]
-"""What evicting an extent loses, and the extent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A contiguous run that would fit a blob once `victims` are evicted."""
-
-    offset: int
-    size_bytes: int
-    victims: tuple[Extent, ...]
-    prices: tuple[float, ...]
-    cost: float
-
-
 @dataclass(slots=True)
 class ArenaMap:
     """Extents and gaps of `[0, size_bytes)`, both sorted by offset. `releases` counts new gaps."""
@@ -62,6 +45,7 @@ class ArenaMap:
     _offsets: list[int] = field(default_factory=list)
     _gaps: dict[int, int] = field(default_factory=dict)
     _gap_offsets: list[int] = field(default_factory=list)
+    _gap_sizes: list[tuple[int, int]] = field(default_factory=list)
     _generation: int = 0
     releases: int = 0
 
@@ -77,6 +61,16 @@ class ArenaMap:
         return (self._extents[o] for o in self._offsets)
 
     @property
+    def offsets(self) -> Sequence[int]:
+        """Where the extents begin, in order."""
+        return self._offsets
+
+    @property
+    def extents(self) -> Mapping[int, Extent]:
+        """By where they begin."""
+        return self._extents
+
+    @property
     def free_bytes(self) -> int:
         """Bytes that belong to no extent."""
         return sum(self._gaps.values())
@@ -84,7 +78,7 @@ class ArenaMap:
     @property
     def largest_gap_bytes(self) -> int:
         """The largest blob that fits without eviction."""
-        return max(self._gaps.values(), default=0)
+        return self._gap_sizes[-1][0] if self._gap_sizes else 0
 
     def gaps(self) -> list[tuple[int, int]]:
         """`(offset, size_bytes)` of every gap, by offset."""
@@ -103,10 +97,10 @@ class ArenaMap:
     def allocate(self, size_bytes: int, blob: str, room_bytes: int = 0) -> Extent | None:
         """A FILLING extent in the smallest gap that fits and has so much room behind it, or None."""
         need = self.rounded(size_bytes)
-        fitting = [(size, offset) for offset, size in self._gaps.items() if size >= need + room_bytes]
-        if not fitting:
+        fitting = bisect_left(self._gap_sizes, (need + room_bytes, 0))
+        if fitting == len(self._gap_sizes):
             return None
-        size, offset = min(fitting)
+        size, offset = self._gap_sizes[fitting]
         self._drop_gap(offset)
         if size > need:
             self._add_gap(offset + need, size - need)
@@ -193,48 +187,6 @@ class ArenaMap:
         offset = self._gap_offsets[i - 1]
         return offset if offset + self._gaps[offset] == extent.offset else None
 
-    def cheapest_window(
-        self, size_bytes: int, candidates: Iterable[Priced], limit: float = math.inf
-    ) -> Window | None:
-        """The run of neighbours that is cheapest to clear for `size_bytes`; None below `limit` when none is.
-
-        `candidates` are what may be cleared, the cheapest first, and are drawn only until no further one can
-        be part of anything cheaper than what was found. Meant for when no gap alone is large enough.
-        """
-        need = self.rounded(size_bytes)
-        extents, offsets, prices = self._extents, self._offsets, dict[int, float]()
-        best: tuple[float, int] = (limit, 0)
-        offset, found = 0, tuple[Extent, ...]()
-        for price, candidate in candidates:
-            if price >= best[0]:
-                break
-            prices[candidate.offset] = price
-            first = bisect_left(offsets, candidate.offset)
-            after = first + 1
-            while first and offsets[first - 1] in prices:
-                first -= 1
-            while after < len(offsets) and offsets[after] in prices:
-                after += 1
-            start = extents[offsets[first - 1]].end if first else 0
-            end = offsets[after] if after < len(offsets) else self.size_bytes
-            if end - start < need:
-                continue
-            starts = [start, *(extents[offset].end for offset in offsets[first:after])]
-            run = [*offsets[first:after], end]
-            cost, left = 0.0, 0
-            for right in range(after - first):  # the gap before an extent ends where it begins
-                cost += prices[run[right]]
-                while left < right and run[right + 1] - starts[left + 1] >= need:
-                    cost -= prices[run[left]]
-                    left += 1
-                length = run[right + 1] - starts[left]
-                if length >= need and (cost, length) < best:
-                    best, found = (cost, length), tuple(extents[offset] for offset in run[left : right + 1])
-                    offset = starts[left]
-        if not found:
-            return None
-        return Window(offset, best[1], found, tuple(prices[victim.offset] for victim in found), best[0])
-
     def would_fit(self, sizes_bytes: Iterable[int], kept: Callable[[Extent], bool]) -> bool:
         """Whether `allocate` would place all these, one after another, if only `kept` extents were left."""
         gaps, start = [], 0
@@ -257,6 +209,7 @@ class ArenaMap:
         """Every byte has one owner, gaps are merged, leases and states agree."""
         assert self._offsets == sorted(self._extents)
         assert self._gap_offsets == sorted(self._gaps)
+        assert self._gap_sizes == sorted((size, offset) for offset, size in self._gaps.items())
         pieces = [*((e.offset, e.size_bytes, e) for e in self), *((o, s, None) for o, s in self.gaps())]
         position, was_gap = 0, False
         for offset, size, extent in sorted(pieces, key=lambda piece: piece[0]):
@@ -283,7 +236,10 @@ class ArenaMap:
     def _add_gap(self, offset: int, size: int) -> None:
         self._gaps[offset] = size
         insort(self._gap_offsets, offset)
+        insort(self._gap_sizes, (size, offset))
 
     def _drop_gap(self, offset: int) -> int:
         del self._gap_offsets[bisect_left(self._gap_offsets, offset)]
-        return self._gaps.pop(offset)
+        size = self._gaps.pop(offset)
+        del self._gap_sizes[bisect_left(self._gap_sizes, (size, offset))]
+        return size

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from understudyd.core.demand import Demand
-from understudyd.core.entities import Model
+from understudyd.core.entities import Blob
 from understudyd.core.policy import Policy
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState
+from understudyd.core.transit import Transit
 
 HORIZON_MODELS = 32
 """So many of the models that wait for weights are looked at: enough for minutes, and a bounded effort."""
@@ -20,11 +21,14 @@ HORIZON_MODELS = 32
 class Fetching:
     """Starts loads that end in the host pool."""
 
-    def __init__(self, policy: Policy, queue: RequestQueue, residency: Residency, demand: Demand) -> None:
+    def __init__(
+        self, policy: Policy, queue: RequestQueue, residency: Residency, transit: Transit, demand: Demand
+    ) -> None:
         self._policy = policy
         self._demand = demand
         self._queue = queue
         self._residency = residency
+        self._transit = transit
         self._no_room: object = None
         self._settled: object = None
         self._nothing_likely: object = None
@@ -56,30 +60,34 @@ class Fetching:
     def _has_loader(self) -> bool:
         return next(self._residency.idle_loaders(), None) is not None
 
-    def _fetch(self, models: Iterator[Model], limit: float, now_s: float) -> bool:
-        """Fetch for one model after the other until no loader is left; False when there is no room."""
-        for model in models:
-            for blob in model.blobs:
-                if blob.state is not BlobState.ABSENT or blob.copy is not None or blob.retry_at_s > now_s:
-                    continue
-                loader = next(self._residency.idle_loaders(), None)
-                if loader is None:
-                    return True
-                if not self._residency.begin_fetch(blob, loader, limit, now_s):
-                    return False
+    def _fetch(self, blobs: Iterator[Blob], limit: float, now_s: float) -> bool:
+        """Fetch one after the other until no loader is left; False when there is no room."""
+        for blob in blobs:
+            if blob.life.state is not BlobState.ABSENT or blob.copy is not None or blob.retry_at_s > now_s:
+                continue
+            loader = next(self._residency.idle_loaders(), None)
+            if loader is None:
+                return True
+            if not self._transit.begin_fetch(blob, loader, limit, now_s):
+                return False
         return True
 
-    def _awaited(self) -> Iterator[Model]:
+    def _awaited(self) -> Iterator[Blob]:
         models = self._residency.models
-        return (models[name] for name in islice(self._demand.lacking(), HORIZON_MODELS))
+        for name in islice(self._demand.lacking(), HORIZON_MODELS):
+            yield from models[name].files
 
-    def _likely(self) -> Iterator[Model]:
-        """Those that were ever asked for, likeliest first, then the others: free memory is of no use."""
+    def _likely(self) -> Iterator[Blob]:
+        """Of those that were ever asked for, likeliest first, then the others: free memory is of no use.
+
+        Of derived models only adapters: the rest is looked at as the other model's, for there are very many.
+        """
         models, forecast = self._residency.models, self._policy.forecast
         unknown = (name for name in models if not forecast.knows(name))
         for name in chain(forecast.ranked(), unknown):
-            if not (models[name].retiring or models[name].is_unfit):
-                yield models[name]
+            model = models[name]
+            if not (model.retiring or model.is_unfit):
+                yield from model.adapters or model.blobs
 
     def _state(self) -> object:
         """While this stands, the same is awaited, and idle loaders have nothing more of it to fetch."""
@@ -99,5 +107,5 @@ class Fetching:
     def _history(self) -> object:
         """While this stands, nothing else is likely that has no copy yet, or there is no gap for it."""
         residency = self._residency
-        changes = (residency.copies.changes, residency.evictions, residency.retries.pauses)
+        changes = (residency.copies.changes, residency.losses, residency.retries.pauses)
         return (*changes, residency.replacements, len(residency.models))

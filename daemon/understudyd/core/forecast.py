@@ -13,7 +13,7 @@ from heapq import nlargest
 from typing import Any
 
 from understudyd.core.predictors import Popularity, Predictor, Succession
-from understudyd.core.ranking import Ranking
+from understudyd.core.ranking import LOOKED_AT, Ranking
 from understudyd.core.remembered import DIGITS, DamagedDocument, field, numbers, rows, text, whole
 from understudyd.core.returns import Returns
 
@@ -25,7 +25,6 @@ HALF_LIVES_S = (60.0, 300.0, 1800.0)
 _STEP = 0.01
 _FLOOR = 1e-3
 _SURPRISE = 1e-6
-_LOOKED_AT = 8
 
 
 class Forecast:
@@ -49,7 +48,6 @@ class Forecast:
         self._models: dict[str, None] = {}
         self._chances: dict[str, float] = {}
         self._ranking: Ranking[str] = Ranking(lambda name: (-self.chance(name), name))
-        self._ranked_at = -1
         self._asked: dict[str, None] = {}
 
     def saw(self, *names: str, client: str = "", now_s: float = 0.0) -> None:
@@ -106,9 +104,7 @@ class Forecast:
         for name in self._asked:
             self._ranking.put(name)
         self._asked.clear()
-        if self._ranked_at != self.requests:
-            self._ranked_at = self.requests
-            self._ranking.refresh(_LOOKED_AT)
+        self._ranking.refresh(LOOKED_AT, self.requests)
         return (name for _, name in self._ranking)
 
     def knows(self, name: str) -> bool:

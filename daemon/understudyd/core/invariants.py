@@ -3,7 +3,13 @@
 from understudyd.core.machine import Machine
 from understudyd.core.states import BlobState, ExtentState, LoaderState, PartsState, RequestState
 
-_UNDER_WAY = (BlobState.LOADING, BlobState.FETCHING, BlobState.VIEWING, BlobState.MOVING)
+_UNDER_WAY = (
+    BlobState.LOADING,
+    BlobState.FETCHING,
+    BlobState.FOLDING,
+    BlobState.VIEWING,
+    BlobState.MOVING,
+)
 
 
 def check(machine: Machine) -> None:
@@ -14,6 +20,7 @@ def check(machine: Machine) -> None:
     machine.residency.evictables.check(machine.residency.blobs.values())
     _check_editions(machine)
     _check_blobs(machine)
+    _check_overlays(machine)
     _check_copies(machine)
     _check_leases(machine)
     _check_loaders(machine)
@@ -44,6 +51,7 @@ def _check_blobs(machine: Machine) -> None:
         BlobState.MOVING: {ExtentState.MOVING},
         BlobState.DAMAGED: {None},
         BlobState.LOADING: {ExtentState.FILLING},
+        BlobState.FOLDING: {ExtentState.FILLING},
         BlobState.VIEWING: {ExtentState.READY},
         BlobState.RESIDENT: {ExtentState.READY, ExtentState.LEASED},
     }
@@ -58,10 +66,29 @@ def _check_blobs(machine: Machine) -> None:
         is_leased = blob.extent is not None and bool(blob.extent.leases)
         assert blob.models or blob.state in _UNDER_WAY or is_leased, f"{blob.key} is orphaned"
         for name in blob.models:
-            assert blob in residency.models[name].blobs
+            assert blob in residency.models[name].all_blobs
     for extent in residency.arena:
         if extent.state is not ExtentState.QUARANTINED:
             assert owners[extent.offset].extent is extent, f"extent at {extent.offset} has no owner"
+
+
+def _check_overlays(machine: Machine) -> None:
+    """Overlays know what they are made of, adapters what for; what is folded from stays where it is."""
+    residency = machine.residency
+    blobs, fold = residency.blobs.values(), residency.folds.under_way
+    assert residency.overlays == {blob.key: blob for blob in blobs if blob.is_overlay}
+    for overlay in residency.overlays.values():
+        assert tuple(source.info for source in overlay.sources) == overlay.info.made_of
+        assert (overlay.state is BlobState.FOLDING) == (fold is not None and fold.overlay is overlay)
+        assert overlay.copy is None and overlay.load_id is None
+        if overlay.models:
+            assert all(residency.blobs[source.key] is source for source in overlay.sources)
+    for blob in blobs:
+        overlays = {o.key for o in residency.overlays.values() if blob in o.sources[1:]}
+        assert blob.overlays.keys() == overlays, f"{blob.key} is for other overlays"
+    if fold is not None:
+        assert fold.extent is fold.overlay.extent
+        assert all(source.state is BlobState.RESIDENT for source in fold.sources)
 
 
 def _check_copies(machine: Machine) -> None:
@@ -93,6 +120,10 @@ def _check_leases(machine: Machine) -> None:
                 assert blob.extent is not None
                 expected[blob.extent.offset] = expected.get(blob.extent.offset, 0) + 1
         assert request.holds_lease or request.state not in (RequestState.ON_DECK, RequestState.RUNNING)
+    if (fold := machine.residency.folds.under_way) is not None:
+        for blob in fold.sources:
+            assert blob.extent is not None
+            expected[blob.extent.offset] = expected.get(blob.extent.offset, 0) + 1
     for extent in machine.residency.arena:
         assert extent.leases == expected.get(extent.offset, 0), f"leases of extent at {extent.offset}"
     for model in machine.catalogue.editions.values():

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from understudyd.core.actions import Action, CancelLoad, StartLoad
+from understudyd.core.decisions import Decisions
 from understudyd.core.entities import Blob, Load, Loader
 from understudyd.core.extents import Extent
 from understudyd.core.states import LOADER_TABLE, IllegalEvent, Lifecycle, LoaderState
@@ -11,10 +12,11 @@ from understudyd.core.states import LOADER_TABLE, IllegalEvent, Lifecycle, Loade
 class Loads:
     """Loads by id and loaders by id. A lost loader is known until it is reaped. `changes` counts them."""
 
-    def __init__(self, actions: list[Action]) -> None:
+    def __init__(self, actions: list[Action], decisions: Decisions | None = None) -> None:
         self.under_way: dict[int, Load] = {}
         self.loaders: dict[int, Loader] = {}
         self._actions = actions
+        self._decisions = decisions
         self._next_id = 0
         self.changes = 0
 
@@ -60,6 +62,8 @@ class Loads:
     def cancel(self, load: Load) -> None:
         """Ask the loader to stop between two chunks."""
         if not load.is_cancelling:
+            if self._decisions is not None:
+                self._decisions.stopped(load.blob, is_to_host=load.extent is None)
             load.is_cancelling = True
             self._actions.append(CancelLoad(load.id))
 

@@ -1,36 +1,56 @@
-"""While one request runs, the next ones' weights are on their way: turns the policy's order into loads.
+"""While one request runs, the next ones' weights are on their way: an order becomes loads and folds.
 
-Loads are started in this order: for what waits, for what an operator wants, for what is pinned, and at
-last, into memory that nobody uses, for what is likely to be asked for. As long as something that waits
-finds no loader or no room, nothing behind it is started; but loaders that are idle all the same bring what
-waits, and then what is likely, as far as the host pool (`fetching.py`).
+Loads are started in this order: for what waits, for what an operator wants, for what is pinned, and at last,
+into memory that nobody uses, for what is likely to be asked for. As long as something that waits finds no
+loader or no room, nothing behind it is started; but loaders that are idle all the same bring what waits, and
+then what is likely, as far as the host pool (`fetching.py`). An overlay is folded, one at a time, as soon as
+what it is made of is resident.
 """
 
 from collections.abc import Container, Iterator, Sequence
+from enum import Enum
 
 from understudyd.core.demand import Demand, is_pressing
-from understudyd.core.entities import Blob, Load, Loader, Model
-from understudyd.core.extents import Extent, Priced
+from understudyd.core.entities import Blob, Folding, Load, Loader, Model
+from understudyd.core.extents import Extent
 from understudyd.core.fetching import Fetching
 from understudyd.core.policy import Policy
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState
 from understudyd.core.timely import Timely
+from understudyd.core.transit import Transit
+from understudyd.core.windows import Priced, cheapest_window
+
+
+class _Lacks(Enum):
+    """What keeps a model's weights from being on their way."""
+
+    NOTHING = "nothing"
+    LOADER = "loader"
+    ROOM = "room"
+    TURN = "turn"  # another overlay is being folded
 
 
 class Lookahead:
-    """Starts and stops loads."""
+    """Starts and stops loads and folds."""
 
     def __init__(
-        self, policy: Policy, queue: RequestQueue, residency: Residency, demand: Demand, timely: Timely
+        self,
+        policy: Policy,
+        queue: RequestQueue,
+        residency: Residency,
+        transit: Transit,
+        demand: Demand,
+        timely: Timely,
     ) -> None:
         self._timely = timely
         self._demand, self._wanted = demand, demand.wanted
         self._policy = policy
         self._queue = queue
         self._residency = residency
-        self._fetching = Fetching(policy, queue, residency, demand)
+        self._transit = transit
+        self._fetching = Fetching(policy, queue, residency, transit, demand)
         self._no_room: object = None
         self._settled: object = None
         self._guessed_at: int | None = None
@@ -59,21 +79,24 @@ class Lookahead:
 
     def stuck_on(self, stage_is_busy: bool, now_s: float) -> Model | None:
         """The model that cannot be loaded though nothing is under way that would change this."""
-        if stage_is_busy or not (self._queue or self._wanted) or not self._residency.is_still():
+        if stage_is_busy or not (self._queue or self._wanted) or not self._transit.is_still():
             return None
         models = self._residency.models
         names = self._to_load(stage_is_busy, now_s) or list(self._wanted)
         model = models[names[0]] if names else None
-        states = set() if model is None else {blob.state for blob in model.blobs}
+        states = set() if model is None else {blob.state for blob in model.needed()}
         if model is None or BlobState.ABSENT not in states or BlobState.FETCHING in states:
             return None
         return None if self._residency.is_held_up(model, now_s) else model
 
     def cancel_needless(self, model: Model) -> None:
-        """Stop loading blobs of this model that nobody waits for."""
-        for blob in model.blobs:
+        """Stop loading, and folding, blobs of this model that nobody waits for."""
+        for blob in model.all_blobs:
             if blob.load_id is not None and not self._is_needed(blob):
-                self._residency.cancel_load(self._residency.loads[blob.load_id])
+                self._residency.book.cancel(self._residency.loads[blob.load_id])
+        fold = self._residency.folds.under_way
+        if fold is not None and fold.overlay in model.blobs:
+            self._cancel_if_needless(fold)
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -92,13 +115,17 @@ class Lookahead:
         residency, settings = self._residency, self._policy.settings
         models = residency.models
         self._guessed_at = None
-
+        for name in [name for name in self._wanted if name in residency.ready]:
+            del self._wanted[name]
         self._timely.stage_awaits_load = False
-        if next(residency.idle_loaders(), None) is None:
+        if next(residency.idle_loaders(), None) is None and not residency.overlays:
             self._make_way_for_a_loader(on_stage, stage_is_busy, now_s)
             return
         for name in self._to_load(stage_is_busy, now_s):
-            if not self._load(models[name], on_stage, now_s):
+            lacks = self._load(models[name], on_stage, now_s)
+            if lacks is _Lacks.TURN:
+                return
+            if lacks is not _Lacks.NOTHING:
                 if next(residency.idle_loaders(), None) is None:
                     self._make_way_for_a_loader(on_stage, stage_is_busy, now_s)
                 else:
@@ -116,35 +143,54 @@ class Lookahead:
     def _to_load(self, stage_is_busy: bool, now_s: float) -> Sequence[str]:
         return self._timely.order(self._policy.to_load(self._demand, stage_is_busy), now_s)
 
-    def _load(self, model: Model, on_stage: str | None, now_s: float) -> bool:
-        """Start loads for what the model lacks; False when a loader or room is wanting.
+    def _load(self, model: Model, on_stage: str | None, now_s: float) -> _Lacks:
+        """Start loads, and a fold, for what the model lacks, as far as can be.
 
-        Also while it is on its way to the host pool, for want of room: what comes after waits all the same.
+        Room lacks also while it is on its way to the host pool: what comes after waits all the same.
         """
-        residency = self._residency
-        if any(blob.state is BlobState.FETCHING for blob in model.blobs):
-            return False
-        for blob in model.blobs:
+        needed = model.needed()
+        if any(blob.state is BlobState.FETCHING for blob in needed):
+            return _Lacks.ROOM
+        for blob in needed:
             if blob.state is not BlobState.ABSENT or blob.retry_at_s > now_s:
                 continue
-            loader = next(residency.idle_loaders(), None)
-            if loader is None or not self._begin(model, blob, loader, on_stage, now_s):
-                return False
-        return True
+            if blob.is_overlay:
+                lacks = self._fold(model, blob, on_stage, now_s)
+            elif (loader := next(self._residency.idle_loaders(), None)) is not None:
+                lacks = self._begin(model, blob, loader, on_stage, now_s)
+            else:
+                lacks = _Lacks.LOADER
+            if lacks is not _Lacks.NOTHING:
+                return lacks
+        return _Lacks.NOTHING
 
-    def _begin(self, model: Model, blob: Blob, loader: Loader, on_stage: str | None, now_s: float) -> bool:
-        """Start one load; False when there is no room for it."""
-
-        def candidates() -> Iterator[Priced]:
-            return self._candidates(model, on_stage)
-
+    def _begin(self, model: Model, blob: Blob, loader: Loader, on_stage: str | None, now_s: float) -> _Lacks:
+        """Start one load, if there is room for it."""
         if self._no_room == self._situation(model, blob, on_stage):
-            return False
+            return _Lacks.ROOM
         beside = [b.info.size_bytes for b in model.blobs if b.state is BlobState.ABSENT and b is not blob]
-        if self._residency.begin_load(blob, loader, candidates, now_s, beside):
-            return True
+        if self._transit.begin_load(blob, loader, self._candidates(model, on_stage), now_s, beside):
+            return _Lacks.NOTHING
         self._no_room = self._situation(model, blob, on_stage)
-        return False
+        return _Lacks.ROOM
+
+    def _fold(self, model: Model, overlay: Blob, on_stage: str | None, now_s: float) -> _Lacks:
+        """Start making an overlay, if what it is made of is there."""
+        if not overlay.is_at_hand:
+            return _Lacks.NOTHING
+        if (fold := self._residency.folds.under_way) is not None:
+            self._cancel_if_needless(fold)
+            return _Lacks.TURN
+        if self._no_room == self._situation(model, overlay, on_stage):
+            return _Lacks.ROOM
+        if self._transit.begin_fold(overlay, self._candidates(model, on_stage), now_s):
+            return _Lacks.NOTHING
+        self._no_room = self._situation(model, overlay, on_stage)
+        return _Lacks.ROOM
+
+    def _cancel_if_needless(self, fold: Folding) -> None:
+        if not self._is_needed(fold.overlay):
+            self._residency.folds.cancel(fold)
 
     def _candidates(self, model: Model, on_stage: str | None) -> Iterator[Priced]:
         """What may be evicted for it: nothing of what is loaded before it, also if it will run later."""
@@ -167,11 +213,8 @@ class Lookahead:
         return blob.key, model.name, rank, room, self._queue.withdrawals, tuple(self._wanted), kept
 
     def _load_wanted(self, on_stage: str | None, now_s: float) -> None:
-        models, ready = self._residency.models, self._residency.ready
-        for name in [n for n in self._wanted if n in ready]:
-            del self._wanted[name]
         for name in self._wanted:
-            if not self._load(models[name], on_stage, now_s):
+            if self._load(self._residency.models[name], on_stage, now_s) is not _Lacks.NOTHING:
                 return
 
     def _make_way_for_a_loader(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
@@ -180,9 +223,10 @@ class Lookahead:
             return
         for name in self._to_load(stage_is_busy, now_s):
             model = self._residency.models[name]
-            if any(blob.state is BlobState.FETCHING for blob in model.blobs):
+            needed = model.needed()
+            if any(blob.state is BlobState.FETCHING for blob in needed):
                 return
-            for blob in model.blobs:
+            for blob in (blob for blob in needed if not blob.is_overlay):
                 if blob.state is BlobState.ABSENT and blob.retry_at_s <= now_s:
                     self._make_way_for(model, blob, on_stage)
                     return
@@ -191,16 +235,18 @@ class Lookahead:
         """Stop a load that nobody waits for; one to the host pool only if that is all that is wanting."""
         if self._is_stopping():
             return
-        fetch = self._fetch_but_for(model.blobs)
+        fetch = self._fetch_but_for(model.needed())
         if (needless := self._needless_load()) is not None:
-            self._residency.cancel_load(needless)
+            self._residency.book.cancel(needless)
         elif fetch is not None and self._has_room(model, blob, on_stage):
-            self._residency.cancel_load(fetch)
+            self._residency.book.cancel(fetch)
 
     def _make_way(self) -> None:
-        """What waits finds no room: stop a load that nobody waits for."""
+        """What waits finds no room: stop a load, or the fold, that nobody waits for."""
         if not self._is_stopping() and (needless := self._needless_load()) is not None:
-            self._residency.cancel_load(needless)
+            self._residency.book.cancel(needless)
+        elif (fold := self._residency.folds.under_way) is not None:
+            self._cancel_if_needless(fold)
 
     def _is_stopping(self) -> bool:
         return any(load.is_cancelling for load in self._residency.loads.values())
@@ -221,8 +267,7 @@ class Lookahead:
         arena, size_bytes = self._residency.arena, blob.info.size_bytes
         if arena.largest_gap_bytes >= arena.rounded(size_bytes):
             return True
-        candidates = self._candidates(model, on_stage)
-        if arena.cheapest_window(size_bytes, candidates) is not None:
+        if cheapest_window(arena, size_bytes, self._candidates(model, on_stage)) is not None:
             return True
         self._no_room = situation
         return False
@@ -235,13 +280,15 @@ class Lookahead:
         """Idle loaders fill free memory with what is likeliest to be asked for; nothing is evicted."""
         residency = self._residency
         self._guessed_at = self._queue.arrivals
-        if next(residency.idle_loaders(), None) is None or not residency.arena.largest_gap_bytes:
+        if not residency.arena.largest_gap_bytes or residency.folds.under_way is not None:
+            return
+        if next(residency.idle_loaders(), None) is None and not residency.overlays:
             return
         for name in self._policy.forecast.ranked():
             model = residency.models[name]
             if name in residency.ready or model.is_unfit or model.was_out_of_reach:
                 continue
-            lacking = {b for b in model.blobs if b.state is BlobState.ABSENT}
+            lacking = {b for b in model.needed() if b.state is BlobState.ABSENT}
             if any(b.retry_at_s > now_s for b in lacking):
                 continue
             if (
@@ -250,7 +297,14 @@ class Lookahead:
             ):
                 return
             residency.prepare(model, now_s)
-            for blob in (b for b in model.blobs if b in lacking and b.state is BlobState.ABSENT):
-                loader = next(residency.idle_loaders(), None)
-                if loader is None or not residency.begin_load(blob, loader, None, now_s):
+            for blob in (b for b in model.needed() if b in lacking and b.state is BlobState.ABSENT):
+                if not self._begin_guess(blob, now_s):
                     return
+
+    def _begin_guess(self, blob: Blob, now_s: float) -> bool:
+        """Load or fold it into free memory; False when that must wait, and what is less likely with it."""
+        if blob.is_overlay:
+            may_begin = blob.is_at_hand and self._residency.folds.under_way is None
+            return may_begin and self._transit.begin_fold(blob, None, now_s)
+        loader = next(self._residency.idle_loaders(), None)
+        return loader is not None and self._transit.begin_load(blob, loader, None, now_s)

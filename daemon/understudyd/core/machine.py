@@ -24,6 +24,7 @@ from understudyd.core.residency import Residency
 from understudyd.core.room import make_room
 from understudyd.core.states import IllegalEvent, RequestState
 from understudyd.core.timely import Timely
+from understudyd.core.transit import Transit
 from understudyd.core.types import ErrorCode, ModelInfo, RequestInfo, Tier
 
 ANSWERING = (ev.ImagesEncoded, ev.EncodingFailed)
@@ -36,7 +37,8 @@ class Machine:
     `arena_bytes` is the size of the arena, `pool_bytes` that of the host pool; `quarantine_grace_s` is how
     long a dead loader's extents stay out of use after its process was reaped (a copy may still be in flight
     on the device). `wanted` are the models that an operator wants resident and that are neither so nor given
-    up yet. The last `decisions` decisions are kept, none without it.
+    up yet. The last `decisions` decisions are kept, none without it. Of more than `max_derived` derived
+    models the one that was not asked for the longest is removed, with `RetireModel`, unless somebody uses it.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Machine:
         max_waiting: int = 1000,
         quarantine_grace_s: float = 1.0,
         decisions: int = 0,
+        max_derived: int = 1000,
     ) -> None:
         self._actions: list[Action] = []
         self.forecast = Forecast()
@@ -60,7 +63,8 @@ class Machine:
         self.residency = Residency(
             arena_bytes, pool_bytes, quarantine_grace_s, self._actions, self.demand, self.decisions
         )
-        self.catalogue = Catalogue(self.residency, self.policy, self._actions)
+        self.transit = Transit(self.residency, quarantine_grace_s, self.decisions)
+        self.catalogue = Catalogue(self.residency, self.policy, self._actions, max_derived)
         self._deck = Deck(
             self.policy,
             self.queue,
@@ -75,7 +79,9 @@ class Machine:
         self.outlook = Outlook(self.queue, self.residency, self.catalogue, self.running, self.on_deck)
         may_change = self.policy.settings.order != "fcfs"
         self.timely = Timely(self.queue, self.residency, self.outlook, may_change=may_change)
-        self._lookahead = Lookahead(self.policy, self.queue, self.residency, self.demand, self.timely)
+        self._lookahead = Lookahead(
+            self.policy, self.queue, self.residency, self.transit, self.demand, self.timely
+        )
         self.is_open = True
         self._loads_rest = False
 
@@ -106,7 +112,7 @@ class Machine:
         What came due since the last event is still due, however late this is asked.
         """
         times = [
-            *self.residency.deadlines(),
+            *self.transit.deadlines(),
             self.queue.next_deadline_s(),
             self.queue.pressing.next_change_s(),
         ]
@@ -133,6 +139,8 @@ class Machine:
                 self.is_open = is_open
             case ev.ModelAdded(model=added):
                 self.catalogue.add(added, now_s)
+                for surplus in self.catalogue.surplus(self.demand.awaited):
+                    self._remove(surplus, now_s)
             case ev.ModelReplaced(model=added):
                 self._replace(added, now_s)
             case ev.ModelRemoved() | ev.PinChanged() | ev.LoadWanted() | ev.EvictWanted():
@@ -147,6 +155,8 @@ class Machine:
                 self._loader_changed(event, now_s)
             case ev.LoadFinished() | ev.LoadFailed() | ev.LoadCancelled():
                 self._load_ended(event, now_s)
+            case ev.FoldFinished() | ev.FoldFailed() | ev.FoldCancelled():
+                self._fold_ended(event, now_s)
             case ev.ViewsBuilt(blob=key, generation=generation):
                 self.residency.views_built(self.residency.viewing(key, generation), now_s)
             case ev.ViewsFailed(blob=key, generation=generation, message=message):
@@ -183,6 +193,7 @@ class Machine:
             return
         model = self.residency.models[info.model]
         self.policy.saw(model, info.client, now_s)
+        self.catalogue.asked(model)
         self.residency.retries.end_rest(model)
         tier = Tier.BOUND if model.is_ready and self.on_stage == info.model else model.tier
         position = len(self.queue)
@@ -219,13 +230,8 @@ class Machine:
     ) -> None:
         model = self.catalogue.served(event.name)
         match event:
-            case ev.ModelRemoved(name=name):
-                self.residency.pin(model, False)
-                message = f"{name} was removed while the request waited"
-                self._give_up([name], ErrorCode.MODEL_REMOVED, message, now_s)
-                self.forecast.forget(name)
-                self.outlook.estimates.forget(name)
-                self.catalogue.remove(model, now_s)
+            case ev.ModelRemoved():
+                self._remove(model, now_s)
             case ev.PinChanged(pinned=pinned):
                 self.residency.pin(model, pinned)
                 self.residency.retries.end_rest(model)
@@ -244,6 +250,15 @@ class Machine:
             case _:
                 assert_never(event)
 
+    def _remove(self, model: Model, now_s: float) -> None:
+        name = model.name
+        self.residency.pin(model, False)
+        message = f"{name} was removed while the request waited"
+        self._give_up([name], ErrorCode.MODEL_REMOVED, message, now_s)
+        self.forecast.forget(name)
+        self.outlook.estimates.forget(name)
+        self.catalogue.remove(model, now_s)
+
     def _replace(self, info: ModelInfo, now_s: float) -> None:
         self.catalogue.replace(info, now_s)
         name = info.name
@@ -259,7 +274,7 @@ class Machine:
 
     def _evict_model(self, model: Model, now_s: float) -> None:
         """Evict what no other resident model shares and nobody holds."""
-        for blob in model.blobs:
+        for blob in model.all_blobs:
             others = (self.residency.models[m] for m in blob.models if m != model.name)
             if blob.extent is None or any(other.is_resident for other in others):
                 continue
@@ -269,35 +284,46 @@ class Machine:
     def _loader_changed(self, event: ev.LoaderReady | ev.LoaderLost | ev.LoaderReaped, now_s: float) -> None:
         match event:
             case ev.LoaderReady(loader_id=loader_id):
-                self.residency.loader_ready(loader_id)
+                self.residency.book.loader_ready(loader_id)
             case ev.LoaderLost(loader_id=loader_id, reason=reason):
-                blob = self.residency.loader_lost(loader_id, now_s, reason)
+                blob = self.transit.loader_lost(loader_id, now_s, reason)
                 if blob is not None:
                     message = f"{blob.key[:12]} killed its loader several times: {reason}"
                     self._count_failure(blob, ErrorCode.LOAD_FAILED, message, now_s)
             case ev.LoaderReaped(loader_id=loader_id):
-                self.residency.loader_reaped(loader_id, now_s)
+                self.transit.loader_reaped(loader_id, now_s)
 
     def _load_ended(self, event: ev.LoadFinished | ev.LoadFailed | ev.LoadCancelled, now_s: float) -> None:
-        load = self.residency.load(event.load_id)
+        load = self.residency.book.find(event.load_id)
         match event:
             case ev.LoadFinished():
-                self.residency.load_finished(load, now_s)
+                self.transit.load_finished(load, now_s)
             case ev.LoadCancelled():
-                self.residency.load_ended_empty(load, now_s, "cancelled")
+                self.transit.load_ended_empty(load, now_s, "cancelled")
             case ev.LoadFailed(code=code, message=message):
-                self.residency.load_failed(load, now_s, message)
+                self.transit.load_failed(load, now_s, message)
                 self._count_failure(load.blob, code, message, now_s)
 
+    def _fold_ended(self, event: ev.FoldFinished | ev.FoldFailed | ev.FoldCancelled, now_s: float) -> None:
+        fold = self.residency.folds.find(event.overlay, event.generation)
+        match event:
+            case ev.FoldFinished():
+                self.transit.fold_finished(fold, now_s)
+            case ev.FoldCancelled():
+                self.transit.fold_ended_empty(fold, now_s, "cancelled")
+            case ev.FoldFailed(code=code, message=message):
+                self.transit.fold_ended_empty(fold, now_s, message)
+                self._count_failure(fold.overlay, code, message, now_s)
+
     def _count_failure(self, blob: Blob, code: ErrorCode, message: str, now_s: float) -> None:
-        """A load went wrong: try again later, or give up and fail who waits for it."""
-        if blob.models and self.residency.retries.failed(blob, code, now_s):
-            self._give_up(sorted(blob.models), code, message, now_s)
+        """A load or a fold went wrong: try again later, or give up and fail who waits for it."""
+        if blob.models and self.residency.retries.failed(blob, code, message, now_s):
+            self._give_up(sorted(blob.users), code, message, now_s)
 
     # -- settling -----------------------------------------------------------------------------------
 
     def _settle(self, now_s: float) -> None:
-        self.residency.pass_time(now_s)
+        self.transit.pass_time(now_s)
         self.queue.pass_time(now_s)
         for request in self.queue.expired(now_s):
             self._cancel(request, ErrorCode.DEADLINE_EXCEEDED, request.deadline_message, now_s)

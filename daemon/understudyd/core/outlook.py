@@ -48,6 +48,10 @@ class Outlook:
                     self.estimates.loaded(
                         size_bytes, seconds, from_pool=load.from_pool, had_company=load.had_company
                     )
+            case ev.FoldFinished(overlay=key):
+                fold = self._residency.folds.under_way
+                if fold is not None and fold.overlay.key == key and not fold.is_cancelling:
+                    self.estimates.folded(fold.overlay.info.size_bytes, now_s - fold.started_at_s)
             case ev.ViewsBuilt(blob=key):
                 blob = self._residency.blobs.get(key)
                 if blob is not None and blob.state is BlobState.VIEWING and blob.life.since_s is not None:
@@ -108,7 +112,7 @@ class Outlook:
 
     def ready_in_s(self, model: Model, now_s: float) -> float:
         """When the model could go on deck if a loader began now with what it lacks, blob after blob."""
-        load_s = sum(self._blob_s(blob, now_s) for blob in dict.fromkeys(model.blobs))
+        load_s = sum(self._blob_s(blob, now_s) for blob in dict.fromkeys(model.needed()))
         estimates = self.estimates
         match model.parts.state:
             case PartsState.UNPREPARED:
@@ -130,6 +134,11 @@ class Outlook:
                     blob.info.size_bytes, from_pool=load.from_pool, has_company=load.had_company
                 )
                 return max(0.0, load_s - (now_s - load.started_at_s)) + self.estimates.views_s
+            case BlobState.FOLDING if (fold := self._residency.folds.under_way) is not None:
+                fold_s = self.estimates.fold_s(blob.info.size_bytes)
+                return max(0.0, fold_s - (now_s - fold.started_at_s)) + self.estimates.views_s
+            case _ if blob.is_overlay:
+                return self.estimates.fold_s(blob.info.size_bytes) + self.estimates.views_s
             case _:
                 load_s = self.estimates.load_s(blob.info.size_bytes, from_pool=blob.has_copy)
                 return load_s + self.estimates.views_s

@@ -17,6 +17,11 @@ class Limits:
     skips: float
     wait_s: float
 
+    @property
+    def most_skips(self) -> float:
+        """As a whole number, or infinity."""
+        return self.skips if math.isinf(self.skips) else math.ceil(self.skips)
+
 
 class Patience:
     """Requests that have reached the limits, in the fair order. Time never goes back.

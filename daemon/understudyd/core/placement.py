@@ -5,13 +5,10 @@ each go where it is cheapest for them alone end up scattered, and while they are
 them may be too short for the largest blob of another model: room for two models then holds one.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from understudyd.core.extents import ArenaMap, Priced, Window
-
-Candidates = Callable[[], Iterable[Priced]]
-"""What may be evicted, the cheapest first."""
+from understudyd.core.extents import ArenaMap
+from understudyd.core.windows import Priced, Wanted, Window, cheapest_window, find_windows
 
 _ROUNDING = 1.0 + 1e-9
 _SCARCE_MODELS = 3
@@ -19,32 +16,31 @@ _SCARCE_MODELS = 3
 
 
 def cheapest(
-    arena: ArenaMap, size_bytes: int, beside: Sequence[int], candidates: Candidates
+    arena: ArenaMap, size_bytes: int, beside: Sequence[int], candidates: Iterable[Priced]
 ) -> tuple[Window | None, int]:
     """What to clear for a blob that no gap has room for, and how many bytes shall be free behind it.
 
     `beside` are the sizes of the other blobs that the model lacks. Where one run of neighbours for all of
     them is dearer than one for each, the blob gets one for itself. None: there is no room.
     """
-    if beside:
-        room_bytes = sum(map(arena.rounded, beside))
-        need = arena.rounded(size_bytes) + room_bytes
-        is_scarce = arena.size_bytes < _SCARCE_MODELS * need
-        limit = math.inf if is_scarce else _apart(arena, (size_bytes, *beside), candidates) * _ROUNDING
-        together = arena.cheapest_window(need, candidates(), limit)
-        if together is not None:
-            return together, room_bytes
-    return arena.cheapest_window(size_bytes, candidates()), 0
+    if not beside:
+        return cheapest_window(arena, size_bytes, candidates), 0
+    alone = Wanted(arena.rounded(size_bytes))
+    room_bytes = sum(map(arena.rounded, beside))
+    together = Wanted(alone.size_bytes + room_bytes)
+    is_scarce = arena.size_bytes < _SCARCE_MODELS * together.size_bytes
+    gap_bytes = arena.largest_gap_bytes
+    others = [Wanted(need) for need in map(arena.rounded, beside) if need > gap_bytes]
+    apart = [alone, *others] if alone.size_bytes > gap_bytes else others
 
+    def ceiling() -> float:
+        apart_cost = sum([want.ceiling for want in apart])
+        if not is_scarce:
+            together.ceiling = min(together.ceiling, (apart_cost + 1e-9) * _ROUNDING)
+        return max([want.ceiling for want in (*apart, together)])
 
-def _apart(arena: ArenaMap, sizes_bytes: Iterable[int], candidates: Candidates) -> float:
-    """What room for each costs, found without a look at the others; infinite when one finds none."""
-    cost, gap_bytes = 1e-9, arena.largest_gap_bytes
-    for size_bytes in sizes_bytes:
-        if arena.rounded(size_bytes) <= gap_bytes:
-            continue
-        window = arena.cheapest_window(size_bytes, candidates())
-        if window is None:
-            return math.inf
-        cost += window.cost
-    return cost
+    find_windows(arena, [*apart, together], candidates, ceiling)
+    window = together.window
+    if window is not None and window.cost <= together.ceiling:
+        return window, room_bytes
+    return alone.window, 0

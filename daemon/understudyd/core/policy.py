@@ -21,24 +21,30 @@ everybody would learn to ask for it: urgency is what priorities are for.
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from typing import Literal
 
 from understudyd.core.demand import Demand, Need, is_pressing
 from understudyd.core.entities import Model
-from understudyd.core.extents import Extent, Priced
+from understudyd.core.extents import Extent
 from understudyd.core.forecast import Forecast
 from understudyd.core.patience import Limits
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.request import Request
 from understudyd.core.residency import Residency
+from understudyd.core.windows import Priced
 
 Order = Literal["resident_first", "fcfs"]
 
 PRESSING_SHARE = 0.5
+
+
+_LATER = 1e6
+_SOONER, _SOONEST = 1.5, 1e300
+"""What something needs one place sooner costs so much more: rather lose what two need later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,7 @@ class Policy:
 
     def saw(self, model: Model, client: str, now_s: float) -> None:
         """A request for the model was admitted. Blobs are forecast as models are: shared ones count once."""
-        keys = dict.fromkeys(blob.key for blob in model.blobs)
+        keys = dict.fromkeys(blob.key for blob in model.all_blobs)
         self.forecast.saw(model.name, *keys, client=client, now_s=now_s)
 
     def forget(self, model: Model) -> None:
@@ -90,12 +96,12 @@ class Policy:
 
     def replaced(self, model: Model) -> None:
         """The name stands for this model now: what was asked of the old one is expected of it."""
-        for blob in model.blobs:
+        for blob in model.all_blobs:
             self.forecast.inherit(blob.key, model.name)
 
     def forget_blobs(self, model: Model) -> None:
         """Nobody needs those blobs of a retired edition that no model has any more."""
-        for blob in model.blobs:
+        for blob in model.all_blobs:
             if not blob.models:
                 self.forecast.forget(blob.key)
 
@@ -168,33 +174,46 @@ class Policy:
         First what nobody waits for, which is nearly always enough; found out as far as it is asked for.
         Below 1: the chance that it is asked for next, so the sum over a window is the expected number of
         reloads caused, the same bytes being gained; one from the host pool counts a fifth. From 1e6: what
-        something later needs, the later the cheaper. What is needed sooner stays, or as soon: the requester's
-        own blobs must not evict each other.
+        something later needs, the later the cheaper by far, so that little of it is looked at. What is needed
+        sooner stays, or as soon: the requester's own blobs must not evict each other.
         """
         evictables = residency.evictables
         evictables.file()
-        evictables.spare.refresh(demand.looked_at)
+        evictables.spare.refresh(demand.looked_at, demand.moment)
         yield from evictables.spare
         limit = demand.need(requester, on_stage)
-        later: Iterator[tuple[Need, Extent]] = reversed(evictables.partial)
+        later: Iterable[tuple[Need, int, Extent]] = reversed(evictables.partial.entries)
         if is_pressing(limit):
-            missed = self._missed(residency, demand, limit, on_stage)
-            later = heapq.merge(later, missed, key=itemgetter(0), reverse=True)
-        price, last = 0.0, None
-        for need, extent in later:
+            later = _merged(later, self._missed(residency, demand, limit, on_stage))
+        price, last = _LATER, None
+        for need, _, extent in later:
             if need <= limit:
                 return
             if need != last:
-                price, last = price + 1e6, need
+                price, last = price * _SOONER if price < _SOONEST else price, need
             yield price, extent
 
     def _missed(
         self, residency: Residency, demand: Demand, limit: Need, on_stage: str | None
-    ) -> Iterator[tuple[Need, Extent]]:
+    ) -> Iterator[tuple[Need, int, Extent]]:
         """What models wait for that are ready: whoever is needed last loses first."""
-        ready = ((demand.need(name, on_stage), name) for name in residency.ready.keys() & demand.awaited)
-        for need, name in sorted((found for found in ready if found[0] > limit), reverse=True):
+        for need, name in demand.ready_last_first(on_stage):
+            if need <= limit:
+                return
             for blob in residency.models[name].blobs:
                 if residency.evictables.may_leave(blob) and demand.soonest(blob, on_stage) == need:
                     assert blob.extent is not None
-                    yield need, blob.extent
+                    yield need, 0, blob.extent
+
+
+def _merged(
+    partial: Iterable[tuple[Need, int, Extent]], missed: Iterator[tuple[Need, int, Extent]]
+) -> Iterator[tuple[Need, int, Extent]]:
+    """Both, last needed first. Nearly all that is partial comes before all that is missed."""
+    rest = iter(partial)
+    for found in rest:
+        if is_pressing(found[0]):
+            yield from heapq.merge(chain([found], rest), missed, key=itemgetter(0), reverse=True)
+            return
+        yield found
+    yield from missed

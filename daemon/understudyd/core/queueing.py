@@ -42,6 +42,7 @@ class RequestQueue:
         self._tags = FairTags(max_waiting) if is_fair else None
         self._waiting: dict[str, Request] = {}
         self._turns: list[Turn] = []
+        self._skips: list[int] = []
         self._of_models: Grouped[Place] = Grouped()
         self.first_place = self._of_models.first
         self._of_clients: Grouped[Turn] = Grouped()
@@ -74,6 +75,7 @@ class RequestQueue:
         self._waiting[request.id] = request
         ahead = bisect_left(self._turns, request.turn)
         self._turns.insert(ahead, request.turn)
+        self._skips.insert(ahead, 0)
         if self._of_models.add(request.model, request.place):
             self.turned[request.model] = None
         self._of_clients.add(info.client, request.turn)
@@ -93,16 +95,18 @@ class RequestQueue:
         self._leave(request)
         if self._tags is not None:
             self._tags.take(request.info, clients, self._least_tag())
-        pressing, bound = self.pressing.limits.skips, self.bound.limits.skips
-        for _, _, passed in self._turns[: bisect_left(self._turns, request.turn)]:
-            before, passed.skips = passed.skips, passed.skips + 1
-            if before < pressing <= passed.skips:
-                self.pressing.end(passed)
-            if before < bound <= passed.skips:
-                self.bound.end(passed)
+        self._overtake(bisect_left(self._turns, request.turn))
         for passed in self.wronged_by(request):
             self.pressing.end(passed)
         self._call_up(now_s)
+
+    def _overtake(self, passed: int) -> None:
+        """Somebody went before the first so many. Of a thousand, at every run: so nothing is called."""
+        skips = self._skips[:passed] = [skips + 1 for skips in self._skips[:passed]]
+        for patience in (self.pressing, self.bound):
+            if (limit := patience.limits.most_skips) in skips:
+                for place in [place for place, count in enumerate(skips) if count == limit]:
+                    patience.end(self._turns[place][2])
 
     def answered(self, request: Request, now_s: float, why: str) -> None:
         """The request has its answer; it is forgotten once it holds no lease."""
@@ -127,6 +131,12 @@ class RequestQueue:
         self.bound.pass_time(now_s)
 
     # -- who waits ----------------------------------------------------------------------------------
+
+    def skips_of(self, request: Request) -> int:
+        """How often it was overtaken: a request behind it in the fair order went on deck."""
+        if request.state is not RequestState.WAITING:
+            return request.skips
+        return self._skips[bisect_left(self._turns, request.turn)]
 
     def waiting(self) -> Iterator[Request]:
         """Waiting requests by arrival."""
@@ -223,7 +233,9 @@ class RequestQueue:
 
     def _leave(self, request: Request) -> None:
         del self._waiting[request.id]
-        del self._turns[bisect_left(self._turns, request.turn)]
+        place = bisect_left(self._turns, request.turn)
+        request.skips = self._skips.pop(place)
+        del self._turns[place]
         self._of_clients.remove(request.info.client, request.turn)
         heads = self._of_models.changes
         if not self._of_models.remove(request.model, request.place):
@@ -240,7 +252,8 @@ class RequestQueue:
             _, seq, request = heapq.heappop(self._coming)
             if request.state is not RequestState.WAITING:
                 continue
-            if (before := bisect_left(self._turns, request.turn) - request.skips) > 0:
+            ahead = bisect_left(self._turns, request.turn)
+            if (before := ahead - self._skips[ahead]) > 0:
                 heapq.heappush(self._coming, (self._left + before, seq, request))
                 continue
             request.turn_at_s = now_s
@@ -252,6 +265,7 @@ class RequestQueue:
         """All orders agree; answered requests stay only while they hold a lease."""
         waiting = self._waiting.values()
         assert self._turns == sorted(request.turn for request in waiting)
+        assert len(self._skips) == len(self._turns)
         self._of_models.check()
         self._of_clients.check()
         for request in waiting:
@@ -263,7 +277,8 @@ class RequestQueue:
             patience.ended.check()
             turns = [turn for group in patience.ended.groups.values() for turn in group]
             assert all(turn[2].state is RequestState.WAITING for turn in turns)
-            spent = {request.seq for request in waiting if request.skips >= patience.limits.skips}
+            most = patience.limits.skips
+            spent = {turn[1] for turn, skips in zip(self._turns, self._skips) if skips >= most}
             assert spent <= {turn[1] for turn in turns}
         assert len(self._waiting) <= self.max_waiting
         seqs = [r.seq for r in self._waiting.values()]

@@ -2,7 +2,7 @@
 
 from understudyd.core.entities import Model
 from understudyd.core.residency import Residency
-from understudyd.core.states import PartsState
+from understudyd.core.states import BlobState, PartsState
 from understudyd.core.types import ErrorCode
 
 
@@ -10,6 +10,9 @@ def refusal_of(residency: Residency, model: Model) -> tuple[ErrorCode, str] | No
     """The code and what to do; None for a model that can run."""
     if model.parts.state is PartsState.BROKEN:
         return ErrorCode.INTERNAL, f"{model.name} could not be prepared: {model.parts.last_reason}"
+    unmade = next((b for b in model.blobs if b.is_overlay and b.state is BlobState.DAMAGED), None)
+    if unmade is not None:
+        return ErrorCode.BAD_REQUEST, f"{model.name} cannot be made: {unmade.life.last_reason}"
     if model.is_unfit:
         return ErrorCode.MODEL_CORRUPT, f"{model.name} is damaged on disk; remove it and add it again"
     too_large = larger_than_arena(residency, model) or larger_than_what_pins_leave(residency, model)
@@ -19,7 +22,7 @@ def refusal_of(residency: Residency, model: Model) -> tuple[ErrorCode, str] | No
 def larger_than_arena(residency: Residency, model: Model) -> str | None:
     """That it cannot run here even with the arena to itself; None where it can."""
     arena = residency.arena
-    needed = sum(arena.rounded(blob.info.size_bytes) for blob in set(model.blobs))
+    needed = sum(arena.rounded(blob.info.size_bytes) for blob in set(model.all_blobs))
     if needed <= arena.size_bytes:
         return None
     return f"{model.name} needs {_size(needed)}, the arena has {_size(arena.size_bytes)}; enlarge the arena"

@@ -11,7 +11,7 @@ from understudyd.core.types import ErrorCode, RequestInfo, Tier
 class Request:
     """One admitted request. `seq` is its arrival number, `tag` its virtual time (`fairness.py`).
 
-    `skips` is how often it was overtaken: a request behind it in the fair order went on deck. Its turn came
+    `skips` is how often it had been overtaken when it left the queue (`queueing.skips_of`). Its turn came
     at `turn_at_s` (`queueing.py`). `lease` is the edition of its model whose blobs stay in place for it.
     `expected_wait_s` is what was ahead of it when it came (`outlook.py`).
     `cancel_message` is what the answer says once a run that `cancel_code` ends has ended.

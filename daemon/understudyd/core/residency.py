@@ -1,11 +1,11 @@
-"""What is in the arena, what is on its way, and who moves it.
+"""What is in the arena: placed, viewed, leased, moved, evicted.
 
-`Residency` keeps models, blobs, loads and loaders consistent with each other and with the arena's map,
-and appends the actions that make the world follow. It decides nothing: the machine says what to load
-and prices evictions (`policy.py`), the catalogue which models there are (`catalogue.py`).
+`Residency` keeps models and blobs consistent with each other and with the arena's map, and appends the
+actions that make the world follow. It decides nothing: the machine says what to load (`transit.py`) and
+prices evictions (`policy.py`), the catalogue which models there are (`catalogue.py`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from understudyd.core.actions import (
     Action,
@@ -17,12 +17,12 @@ from understudyd.core.actions import (
 from understudyd.core.copies import HostCopies
 from understudyd.core.decisions import Decisions
 from understudyd.core.demand import Demand
-from understudyd.core.entities import Blob, Load, Loader, Model
+from understudyd.core.entities import Blob, Model
 from understudyd.core.evictables import Evictables
 from understudyd.core.extents import ArenaMap, Extent
+from understudyd.core.folding import Folds
 from understudyd.core.loads import Loads
-from understudyd.core.placement import Candidates, cheapest
-from understudyd.core.quarantine import Quarantine
+from understudyd.core.placement import cheapest
 from understudyd.core.retries import Retries
 from understudyd.core.states import (
     BLOB_TABLE,
@@ -33,14 +33,16 @@ from understudyd.core.states import (
     PartsState,
 )
 from understudyd.core.types import BlobInfo
+from understudyd.core.windows import Priced
 
 
 class Residency:
-    """Models, blobs, loads, loaders and the arena's map, always consistent with each other.
+    """Models, blobs and the arena's map, always consistent with each other.
 
-    `ready` are the models that can go on deck, as `Model.is_ready` says; it is asked of very many at every
-    event. `changes` counts what may make room: while it stands, what found no room finds none.
-    `replacements` counts models that stand for other blobs now.
+    `book` has the loads under way and the loaders, `folds` the overlay that is being made. `ready` are the
+    models that can go on deck, as `Model.is_ready` says; it is asked of very many at every event. `changes`
+    counts what may make room: while it stands, what found no room finds none. `replacements` counts models
+    that stand for other blobs now, `losses` evicted blobs of which nothing is left but the file.
     """
 
     def __init__(
@@ -57,15 +59,15 @@ class Residency:
         self.ready = demand.ready
         self.pinned: dict[str, Model] = {}
         self.blobs: dict[str, Blob] = {}
+        self.overlays: dict[str, Blob] = {}
         self.evictables = Evictables(demand, self.models, self.pinned)
         self.copies = HostCopies(pool_bytes, quarantine_grace_s, demand, self.evictables)
-        self._book = Loads(actions)
-        self.loads = self._book.under_way
-        self.loaders = self._book.loaders
-        self.load = self._book.find
-        self.idle_loaders = self._book.idle_loaders
-        self.loader_ready = self._book.loader_ready
-        self.evictions = 0
+        self.book = Loads(actions, decisions)
+        self.loads = self.book.under_way
+        self.loaders = self.book.loaders
+        self.idle_loaders = self.book.idle_loaders
+        self.folds = Folds(actions, decisions)
+        self.evictions = self.losses = 0
         self.arrivals = 0
         self.readiness = 0
         self.retries = Retries()
@@ -73,7 +75,6 @@ class Residency:
         self.changes = 0
         self.replacements = 0
         self._actions = actions
-        self._quarantine = Quarantine(quarantine_grace_s)
         self._decisions = decisions
         self._demand = demand
 
@@ -85,6 +86,8 @@ class Residency:
         if blob is None:
             life = Lifecycle(f"blob {info.key[:12]}", BlobState.ABSENT, BLOB_TABLE)
             blob = self.blobs[info.key] = Blob(info, life)
+            if info.made_of:
+                self.overlays[info.key] = blob
         return blob
 
     def abandon(self, blob: Blob, now_s: float) -> None:
@@ -94,13 +97,20 @@ class Residency:
             if not blob.extent.leases:
                 self.evict(blob, now_s, "no model left")
         elif blob.load_id is not None:
-            self.cancel_load(self.loads[blob.load_id])
-        self._forget_if_unused(blob, now_s)
+            self.book.cancel(self.loads[blob.load_id])
+        elif blob.state is BlobState.FOLDING:
+            assert self.folds.under_way is not None
+            self.folds.cancel(self.folds.under_way)
+        self.forget_if_unused(blob, now_s)
 
-    def _forget_if_unused(self, blob: Blob, now_s: float) -> None:
+    def forget_if_unused(self, blob: Blob, now_s: float) -> None:
+        """No model has it and it is nowhere: it leaves no trace."""
         if not blob.models and blob.state in (BlobState.ABSENT, BlobState.DAMAGED):
             self.copies.drop(blob, now_s, "no model left")
             self.blobs.pop(blob.key, None)
+            self.overlays.pop(blob.key, None)
+            for source in blob.sources:
+                source.overlays.pop(blob.key, None)
 
     def prepare(self, model: Model, now_s: float) -> None:
         """Have the model's small parts built, once."""
@@ -124,58 +134,73 @@ class Residency:
 
     def version(self) -> object:
         """While it is the same, nothing else can be loaded, and nothing else is ready."""
-        book, pauses = self._book.changes, self.retries.pauses
-        return (self.changes, self.arrivals, self.evictions, self.readiness, book, pauses, len(self.models))
+        book, folds, pauses = self.book.changes, self.folds.changes, self.retries.pauses
+        changes = (self.changes, self.arrivals, self.evictions, self.readiness)
+        return (*changes, book, folds, pauses, len(self.models))
 
     def required_bytes(self, model: Model) -> int:
         """Arena bytes that must exist for the model to run beside everything pinned."""
-        needed = set(model.blobs).union(*(other.blobs for other in self.pinned.values()))
+        models = (model, *self.pinned.values())
+        needed = {blob for one in models for blob in one.all_blobs}
         return sum(self.arena.rounded(b.info.size_bytes) for b in needed)
 
     def pin(self, model: Model, pinned: bool) -> None:
         """Keep the model's blobs in the arena once they are there, or stop doing so."""
         self.changes += 1
         self.evictables.mark(model.blobs)
+        self.evictables.mark(model.adapters)
         if pinned:
             self.pinned[model.name] = model
         else:
             self.pinned.pop(model.name, None)
 
     def is_pinned(self, blob: Blob) -> bool:
-        """A pinned model has this blob."""
-        return not self.pinned.keys().isdisjoint(blob.models)
+        """A pinned model needs this blob."""
+        return bool(self.pinned) and not self.pinned.keys().isdisjoint(blob.users)
 
     def is_held_up(self, model: Model, now_s: float) -> bool:
         """Nothing can be done for the model now: a pause after a failed load, or no loader lives."""
-        lacking = [b for b in model.blobs if b.state is BlobState.ABSENT]
-        return bool(lacking) and (not self._book.has_loader() or any(b.retry_at_s > now_s for b in lacking))
+        lacking = [b for b in model.needed() if b.state is BlobState.ABSENT]
+        if any(b.retry_at_s > now_s for b in lacking):
+            return True
+        return any(not b.is_overlay for b in lacking) and not self.book.has_loader()
 
     # -- leases and eviction ------------------------------------------------------------------------
 
     def lease(self, model: Model, now_s: float) -> None:
         """The model's blobs stay where they are until `unlease`."""
         for blob in model.blobs:
-            assert blob.extent is not None
-            if blob.extent.leases == 0:
-                blob.extent.life.to(ExtentState.LEASED, now_s, model.key)
-                self.evictables.mark([blob])
-            blob.extent.leases += 1
+            self.hold(blob, now_s, model.key)
         model.leases += 1
         self.leases += 1
 
     def unlease(self, model: Model, now_s: float) -> None:
         """One use of the model's blobs has completed on the device."""
         for blob in model.blobs:
-            assert blob.extent is not None
-            blob.extent.leases -= 1
-            if blob.extent.leases == 0:
-                blob.extent.life.to(ExtentState.READY, now_s, model.key)
-                self.evictables.mark([blob])
-                if not blob.models:
-                    self.abandon(blob, now_s)
+            self.release(blob, now_s, model.key)
         model.leases -= 1
         self.leases -= 1
+
+    def hold(self, blob: Blob, now_s: float, why: str) -> None:
+        """A resident blob stays where it is until `release`, once for each time."""
+        extent = blob.extent
+        assert extent is not None
+        if extent.leases == 0:
+            extent.life.to(ExtentState.LEASED, now_s, why)
+            self.evictables.mark([blob])
+        extent.leases += 1
+
+    def release(self, blob: Blob, now_s: float, why: str) -> None:
+        """One use of the blob is over."""
+        extent = blob.extent
+        assert extent is not None
+        extent.leases -= 1
         self.changes += 1
+        if extent.leases == 0:
+            extent.life.to(ExtentState.READY, now_s, why)
+            self.evictables.mark([blob])
+            if not blob.models:
+                self.abandon(blob, now_s)
 
     def evict(self, blob: Blob, now_s: float, why: str) -> None:
         """Take a resident, unleased blob out of the arena."""
@@ -191,14 +216,17 @@ class Residency:
         self._actions.append(DropViews(blob.key, extent.generation))
         self.arena.release(extent, now_s, why)
         blob.extent = None
+        self.evictables.mark(blob.sources)
         self._no_longer_ready(blob)
         self.evictions += 1
+        self.losses += not (blob.has_copy or blob.is_overlay)
         self.changes += 1
 
     def _no_longer_ready(self, blob: Blob) -> None:
         self.evictables.mark([blob])
-        for name in blob.models:
-            self.no_longer_ready(name)
+        if not blob.overlays:  # nobody runs with an adapter
+            for name in blob.models:
+                self.no_longer_ready(name)
 
     def evictable(self, extent: Extent) -> Blob | None:
         """The blob of an extent that may be evicted: ready, with views, not leased, not pinned."""
@@ -232,40 +260,14 @@ class Residency:
 
     def move_failed(self, blob: Blob, now_s: float, why: str) -> None:
         """The bytes are lost, the blob must be loaded again."""
-        self._drop_extent(blob, now_s, why)
+        self.drop_extent(blob, now_s, why)
 
-    # -- loads --------------------------------------------------------------------------------------
+    # -- room ---------------------------------------------------------------------------------------
 
-    def begin_load(
-        self,
-        blob: Blob,
-        loader: Loader,
-        candidates: Candidates | None,
-        now_s: float,
-        beside: Sequence[int] = (),
-    ) -> bool:
-        """Start loading into a gap, or into the window that is cheapest to clear; False when no room.
-
-        `candidates` may be evicted. Blobs of these sizes `beside` it will follow. The load comes from the
-        blob's host copy, or leaves one behind if that is worth more than what it replaces.
-        """
-        extent = self._place(blob, candidates, now_s, beside)
-        if extent is None:
-            return False
-        copy = self.copies.borrow(blob, now_s)
-        from_pool = copy is not None
-        if copy is None:
-            copy = self.copies.make(blob, self.copies.worth(blob), now_s)
-        load = self._book.start(blob, loader, extent, copy, from_pool, now_s)
-        if self._decisions is not None:
-            self._decisions.loading(load, is_pinned=self.is_pinned(blob), is_likely=candidates is None)
-        blob.extent = extent
-        blob.life.to(BlobState.LOADING, now_s, f"load {load.id}")
-        return True
-
-    def _place(
-        self, blob: Blob, candidates: Candidates | None, now_s: float, beside: Sequence[int]
+    def place(
+        self, blob: Blob, candidates: Iterable[Priced] | None, now_s: float, beside: Sequence[int]
     ) -> Extent | None:
+        """A gap, or the window that is cheapest to clear of `candidates`, with room for those `beside` it."""
         arena, size_bytes = self.arena, blob.info.size_bytes
         extent = arena.allocate(size_bytes, blob.key, sum(map(arena.rounded, beside)))
         if extent is not None or candidates is None:
@@ -284,62 +286,15 @@ class Residency:
             self._take_out(victim, now_s, f"room for {blob.key[:12]}")
         return arena.allocate(size_bytes, blob.key, room_bytes)
 
-    def begin_fetch(self, blob: Blob, loader: Loader, limit: float, now_s: float) -> bool:
-        """Start bringing a blob to the host pool only, for copies worth less than `limit`; False: no room."""
-        copy = self.copies.make(blob, limit, now_s)
-        if copy is None:
-            return False
-        load = self._book.start(blob, loader, None, copy, False, now_s)
-        if self._decisions is not None:
-            self._decisions.loading(load, is_pinned=self.is_pinned(blob), is_likely=True)
-        blob.life.to(BlobState.FETCHING, now_s, f"load {load.id}")
-        return True
-
-    def cancel_load(self, load: Load) -> None:
-        """Ask the loader to stop between two chunks."""
-        if self._decisions is not None and not load.is_cancelling:
-            self._decisions.stopped(load)
-        self._book.cancel(load)
-
-    def load_finished(self, load: Load, now_s: float) -> None:
-        """The bytes are there; the views follow, unless nobody wants the blob any more."""
-        blob, extent = load.blob, load.extent
-        self.copies.load_finished(load, now_s)
-        self._book.end(load, now_s)
-        if extent is None:
-            blob.life.to(BlobState.ABSENT, now_s, "in the host pool")
-            self.retries.start_anew(blob)
-            self._forget_if_unused(blob, now_s)
-            return
-        extent.life.to(ExtentState.READY, now_s, f"load {load.id}")
-        blob.life.to(BlobState.VIEWING, now_s, f"load {load.id}")
-        self._view_or_drop(blob, extent, now_s)
-
-    def _view_or_drop(self, blob: Blob, extent: Extent, now_s: float) -> None:
-        if blob.models:
-            self._actions.append(BuildViews(blob.key, extent.offset, extent.generation))
-        else:
-            self._drop_extent(blob, now_s, "no model left")
-
-    def load_ended_empty(self, load: Load, now_s: float, why: str) -> None:
-        """The load was cancelled or failed and its loader writes no more: its extents are free again."""
-        self.copies.load_ended_empty(load, now_s, why)
-        self._book.end(load, now_s)
-        self._drop_extent(load.blob, now_s, why)
-
-    def load_failed(self, load: Load, now_s: float, why: str) -> None:
-        """As `load_ended_empty`; a host copy that could not be read is not tried again."""
-        self.load_ended_empty(load, now_s, why)
-        if load.from_pool:
-            self.copies.drop(load.blob, now_s, why)
-
-    def _drop_extent(self, blob: Blob, now_s: float, why: str) -> None:
+    def drop_extent(self, blob: Blob, now_s: float, why: str) -> None:
+        """What is, or was to be, in the blob's place is of no use, and nobody writes there."""
         if blob.extent is not None:
             self.arena.release(blob.extent, now_s, why)
             self.changes += 1
             blob.extent = None
         blob.life.to(BlobState.ABSENT, now_s, why)
-        self._forget_if_unused(blob, now_s)
+        self.evictables.mark(blob.sources)
+        self.forget_if_unused(blob, now_s)
 
     # -- views --------------------------------------------------------------------------------------
 
@@ -353,6 +308,20 @@ class Residency:
             raise IllegalEvent(f"{key[:12]} has no extent of generation {generation}")
         blob.life.require(state)
         return blob
+
+    def filled(self, blob: Blob, now_s: float, why: str) -> None:
+        """The bytes are there; the views follow, unless nobody wants the blob any more."""
+        assert blob.extent is not None
+        blob.extent.life.to(ExtentState.READY, now_s, why)
+        blob.life.to(BlobState.VIEWING, now_s, why)
+        self.evictables.mark(blob.sources)
+        self._view_or_drop(blob, blob.extent, now_s)
+
+    def _view_or_drop(self, blob: Blob, extent: Extent, now_s: float) -> None:
+        if blob.models:
+            self._actions.append(BuildViews(blob.key, extent.offset, extent.generation))
+        else:
+            self.drop_extent(blob, now_s, "no model left")
 
     def views_built(self, blob: Blob, now_s: float) -> None:
         """The blob is resident."""
@@ -369,55 +338,4 @@ class Residency:
         """The extent is of no use."""
         assert blob.extent is not None
         self._actions.append(DropViews(blob.key, blob.extent.generation))
-        self._drop_extent(blob, now_s, why)
-
-    # -- loaders ------------------------------------------------------------------------------------
-
-    def loader_lost(self, loader_id: int, now_s: float, why: str) -> Blob | None:
-        """Quarantine what the loader may still be writing to; returns the blob it was loading."""
-        load = self._book.loader_lost(loader_id, now_s, why)
-        if load is None:
-            return None
-        if load.extent is not None:
-            load.extent.life.to(ExtentState.QUARANTINED, now_s, why)
-            self._quarantine.hold(load.extent, loader_id)
-        self.copies.loader_lost(load, now_s, why)
-        load.blob.extent = None
-        load.blob.life.to(BlobState.ABSENT, now_s, why)
-        self._forget_if_unused(load.blob, now_s)
-        return load.blob
-
-    def loader_reaped(self, loader_id: int, now_s: float) -> None:
-        """The process is gone: its quarantined extents are free after the grace period."""
-        self._book.loader_reaped(loader_id, now_s)
-        self._quarantine.loader_reaped(loader_id, now_s)
-        self.copies.loader_reaped(loader_id, now_s)
-
-    # -- time ---------------------------------------------------------------------------------------
-
-    def pass_time(self, now_s: float) -> None:
-        """Free what has been quarantined long enough; forget pauses that are over."""
-        for extent in self._quarantine.release(now_s):
-            self.arena.release(extent, now_s, "quarantine over")
-            self.changes += 1
-        self.copies.pass_time(now_s)
-        self.retries.pass_time(now_s)
-
-    def deadlines(self) -> Iterator[float]:
-        """When quarantines end and pauses between attempts are over."""
-        yield from self._quarantine.deadlines()
-        yield from self.copies.deadlines()
-        yield from self.retries.deadlines()
-
-    def is_still(self) -> bool:
-        """A loader is idle, and nothing under way will make room: no load, lease, view, move or quarantine.
-
-        What is on its way to the host pool only makes no room in the arena.
-        """
-        return (
-            all(load.extent is None for load in self.loads.values())
-            and not self.leases
-            and not self._quarantine
-            and next(self.idle_loaders(), None) is not None
-            and not any(b.state in (BlobState.VIEWING, BlobState.MOVING) for b in self.blobs.values())
-        )
+        self.drop_extent(blob, now_s, why)

@@ -15,9 +15,10 @@ REST_S, MAX_REST_S = 30.0, 3600.0
 class Retries:
     """Sets `Blob.retry_at_s`, before which nobody loads the blob.
 
-    Wrong bytes get one second chance (a bad read), then the blob is DAMAGED until a model that has it is
-    added anew. Anything else is tried `MAX_ATTEMPTS` times with growing pauses; then it rests, longer each
-    time, so that pins and prefetching do not wear the loaders out. Whoever asks for the model ends the rest.
+    Wrong bytes get one second chance (a bad read), an overlay that cannot be made none; then the blob is
+    DAMAGED until a model that has it is added anew. Anything else is tried `MAX_ATTEMPTS` times with growing
+    pauses; then it rests, longer each time, so that pins and prefetching do not wear the loaders out. Whoever
+    asks for the model ends the rest.
     """
 
     def __init__(self) -> None:
@@ -28,12 +29,12 @@ class Retries:
         """How many blobs wait for another attempt."""
         return len(self._pausing)
 
-    def failed(self, blob: Blob, code: ErrorCode, now_s: float) -> bool:
-        """Count a load that did not end well; True when the blob is given up for now."""
+    def failed(self, blob: Blob, code: ErrorCode, message: str, now_s: float) -> bool:
+        """Count a load, or a fold, that did not end well; True when the blob is given up for now."""
         blob.failures += 1
         blob.corrupt_reads += code is ErrorCode.MODEL_CORRUPT
-        if blob.corrupt_reads >= MAX_CORRUPT_READS:
-            blob.life.to(BlobState.DAMAGED, now_s, "checksum")
+        if code is ErrorCode.BAD_REQUEST or blob.corrupt_reads >= MAX_CORRUPT_READS:
+            blob.life.to(BlobState.DAMAGED, now_s, message)
             self.start_anew(blob)
             return True
         is_given_up = blob.failures >= MAX_ATTEMPTS
@@ -53,7 +54,7 @@ class Retries:
 
     def end_rest(self, model: Model) -> None:
         """Somebody asks for the model: blobs that were given up are tried again at once."""
-        for blob in model.blobs:
+        for blob in model.all_blobs:
             if blob.failures == 0:
                 blob.retry_at_s = 0.0
 

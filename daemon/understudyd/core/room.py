@@ -19,7 +19,7 @@ def make_room(residency: Residency, model: Model, prices: Mapping[Extent, float]
     event, after which this is asked again if need be.
     """
     arena = residency.arena
-    lacking = [arena.rounded(b.info.size_bytes) for b in model.blobs if b.state is BlobState.ABSENT]
+    lacking = [arena.rounded(b.info.size_bytes) for b in model.needed() if b.state is BlobState.ABSENT]
     evictions = residency.evictions
     for extent in _victims(residency, model, prices):
         if arena.free_bytes >= sum(lacking):
@@ -35,7 +35,7 @@ def make_room(residency: Residency, model: Model, prices: Mapping[Extent, float]
 
 def _victims(residency: Residency, model: Model, prices: Mapping[Extent, float]) -> list[Extent]:
     """What may be evicted, the cheapest first; what has no price last, and never the model's own blobs."""
-    own = {blob.key for blob in model.blobs}
+    own = {blob.key for blob in model.needed()}
     evictable = [e for e in residency.arena if e.blob not in own and residency.evictable(e) is not None]
     return sorted(evictable, key=lambda extent: (prices.get(extent, float("inf")), extent.offset))
 

@@ -57,7 +57,10 @@ class ExtentView:
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """One model: where it is and what holds it there. `waiting` counts its requests in the queue."""
+    """One model: where it is and what holds it there. `waiting` counts its requests in the queue.
+
+    One that `is_derived` shares all but overlays with another model.
+    """
 
     name: str
     tier: Tier
@@ -69,11 +72,12 @@ class ModelView:
     chance: float
     max_batch: int
     can_batch: bool
+    is_derived: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class BlobView:
-    """One blob of a model; `story` is its recent history."""
+    """One blob of a model; `made_of` others if it is an overlay; `story` is its recent history."""
 
     key: str
     size_bytes: int
@@ -82,6 +86,7 @@ class BlobView:
     has_copy: bool
     shared_by: tuple[str, ...]
     story: str
+    made_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +177,24 @@ def model(machine: Machine, name: str) -> ModelView:
         chance=machine.forecast.chance(name),
         max_batch=entity.max_batch,
         can_batch=entity.can_batch,
+        is_derived=entity.info.is_derived,
     )
 
 
 def models(machine: Machine) -> list[ModelView]:
-    """All models by name."""
-    return [model(machine, name) for name in sorted(machine.residency.models)]
+    """All models by name, but for derived ones."""
+    found = machine.residency.models.items()
+    return [model(machine, name) for name, one in sorted(found) if not one.info.is_derived]
+
+
+def derived(machine: Machine) -> list[ModelView]:
+    """Derived models, who was asked for last first."""
+    return [model(machine, name) for name in reversed(machine.catalogue.derived)]
 
 
 def blobs(machine: Machine, name: str) -> list[BlobView]:
-    """A model's blobs in order of first use. Raises KeyError when it is unknown."""
-    return [_blob(b) for b in machine.residency.models[name].blobs]
+    """A model's blobs in order of first use, adapters last. Raises KeyError when it is unknown."""
+    return [_blob(b) for b in machine.residency.models[name].all_blobs]
 
 
 def _blob(blob: Blob) -> BlobView:
@@ -194,6 +206,7 @@ def _blob(blob: Blob) -> BlobView:
         has_copy=blob.has_copy,
         shared_by=tuple(sorted(blob.models)),
         story=blob.life.story(),
+        made_of=tuple(source.key for source in blob.sources),
     )
 
 
@@ -217,13 +230,13 @@ def requests(machine: Machine, now_s: float) -> list[RequestView]:
             case RequestState.WAITING:
                 model = machine.residency.models[request.model]
                 starts_in_s = max(starts_in_s, free_s, outlook.ready_in_s(model, now_s))
-        views.append(_request(request, now_s, starts_in_s))
+        views.append(_request(request, machine.queue.skips_of(request), now_s, starts_in_s))
         if request.state is RequestState.WAITING:
             starts_in_s += outlook.run_s(request)
     return views
 
 
-def _request(request: Request, now_s: float, starts_in_s: float) -> RequestView:
+def _request(request: Request, skips: int, now_s: float, starts_in_s: float) -> RequestView:
     return RequestView(
         id=request.id,
         client=request.info.client,
@@ -231,7 +244,7 @@ def _request(request: Request, now_s: float, starts_in_s: float) -> RequestView:
         state=request.state.value,
         waited_s=now_s - request.received_at_s,
         priority=request.info.priority,
-        skips=request.skips,
+        skips=skips,
         tier=request.tier,
         starts_in_s=starts_in_s,
     )

@@ -22,13 +22,14 @@ class RequestState(StrEnum):
 class BlobState(StrEnum):
     """A blob as the arena sees it.
 
-    FETCHING: on its way to the host pool only. MOVING: resident, changing its place. DAMAGED: its file is
-    wrong, nobody loads it any more.
+    FETCHING: on its way to the host pool only. FOLDING: an overlay that is being made. MOVING: resident,
+    changing its place. DAMAGED: its file is wrong, or it cannot be made; nobody tries any more.
     """
 
     ABSENT = "absent"
     FETCHING = "fetching"
     LOADING = "loading"
+    FOLDING = "folding"
     VIEWING = "viewing"
     RESIDENT = "resident"
     MOVING = "moving"
@@ -77,9 +78,10 @@ REQUEST_TABLE: Mapping[RequestState, frozenset[RequestState]] = {
     R.ANSWERED: frozenset(),
 }
 BLOB_TABLE: Mapping[BlobState, frozenset[BlobState]] = {
-    B.ABSENT: frozenset({B.LOADING, B.FETCHING, B.DAMAGED}),
+    B.ABSENT: frozenset({B.LOADING, B.FETCHING, B.FOLDING, B.DAMAGED}),
     B.FETCHING: frozenset({B.ABSENT}),
     B.LOADING: frozenset({B.VIEWING, B.ABSENT}),
+    B.FOLDING: frozenset({B.VIEWING, B.ABSENT}),
     B.VIEWING: frozenset({B.RESIDENT, B.ABSENT}),
     B.RESIDENT: frozenset({B.ABSENT, B.MOVING}),
     B.MOVING: frozenset({B.VIEWING, B.ABSENT}),

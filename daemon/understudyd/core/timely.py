@@ -52,11 +52,12 @@ class Timely:
         if not self._is_changed or name not in self.names:
             return frozenset()
         before = self.names[: self.names.index(name)]
-        return frozenset(blob.key for other in before for blob in self._models[other].blobs)
+        known = (self._models[other] for other in before if other in self._models)  # one may just have left
+        return frozenset(blob.key for model in known for blob in model.all_blobs)
 
     def keeps_others_waiting(self, model: Model, now_s: float) -> bool:
         """It is on its way, and the stage will wait for it: nothing else should slow it down."""
-        is_coming = any(blob.state is BlobState.LOADING for blob in model.blobs)
+        is_coming = any(blob.state is BlobState.LOADING for blob in model.needed())
         self.stage_awaits_load = is_coming and self._is_late(model.name, now_s)
         return self.stage_awaits_load
 

@@ -51,7 +51,7 @@ class BlobInfo:
     """Content-addressed weights of one component; `size_bytes` is what it takes in the arena.
 
     Blobs that are `made_of` others, overlays, are folded in the arena out of those, not loaded: of the base
-    component's blob first, then of adapters' blobs, in order.
+    component's blob first, then of adapters' blobs, each once.
     """
 
     key: str

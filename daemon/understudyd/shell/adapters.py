@@ -9,6 +9,7 @@ from understudy.wire import Generate, ImageInfo, Timings
 from understudyd.core.actions import StartLoad
 from understudyd.shell.loading import LoadTask
 from understudyd.shell.supervisor import LoaderPool
+from understudyd.store.adapters.overlays import OverlaidComponent, OverlayPlan
 from understudyd.store.records import BlobRecord
 
 if TYPE_CHECKING:
@@ -71,6 +72,25 @@ class StageAdapter:
         self.strays = stage.strays
         self.tasks = stage.tasks
         self.close = stage.close
+
+    def prepare_derived(self, key: str, base_key: str, overlays: Mapping[str, OverlaidComponent]) -> None:
+        """See `StageDoor`."""
+        self._stage.prepare_derived(key, base_key, overlays)
+
+    def fold(
+        self,
+        overlay: str,
+        generation: int,
+        offset: int,
+        plan: OverlayPlan,
+        sources: Sequence[tuple[str, int]],
+    ) -> None:
+        """See `StageDoor`."""
+        self._stage.fold(overlay, generation, offset, plan, sources)
+
+    def cancel_fold(self, overlay: str, generation: int) -> None:
+        """See `StageDoor`."""
+        self._stage.cancel_fold(overlay, generation)
 
     def put_on_deck(
         self,

@@ -17,7 +17,16 @@ from understudy import admin as proto
 
 log = logging.getLogger(__name__)
 
-READ_ONLY = (proto.Status, proto.Models, proto.Show, proto.Queue, proto.Decisions, proto.Loaders, proto.Trace)
+READ_ONLY = (
+    proto.Status,
+    proto.Models,
+    proto.Loras,
+    proto.Show,
+    proto.Queue,
+    proto.Decisions,
+    proto.Loaders,
+    proto.Trace,
+)
 
 Notify = Callable[[proto.Note], None]
 Execute = Callable[[proto.Command, Notify], Awaitable[Any]]

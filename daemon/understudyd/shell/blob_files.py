@@ -9,8 +9,8 @@ from pathlib import Path
 
 from understudyd.core.actions import StartLoad
 from understudyd.core.events import Event, LoadCancelled, LoaderLost, LoadFailed, LoadFinished
+from understudyd.shell.places import BlobPlace
 from understudyd.shell.read_through import ReadThrough
-from understudyd.shell.served import BlobPlace
 from understudyd.store.store import Store
 
 

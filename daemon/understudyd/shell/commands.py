@@ -12,13 +12,14 @@ from understudyd.core import events as ev
 from understudyd.core import snapshot
 from understudyd.core.entities import Model
 from understudyd.core.refusals import larger_than_arena, refusal_of
-from understudyd.core.states import BlobState
-from understudyd.core.types import Tier
 from understudyd.names import how_to_list, unknown_model
+from understudyd.shell.adapter_book import AdapterRefused
 from understudyd.shell.admin import Notify
 from understudyd.shell.explaining import SHOWN_DECISIONS, describe
 from understudyd.shell.ingesting import IngestFailed, ingest
 from understudyd.shell.keeper import ReplaceFailed
+from understudyd.shell.lora_commands import LoraCommands
+from understudyd.shell.lora_views import LoraViews, blob_tier
 from understudyd.shell.runtime import Runtime
 from understudyd.shell.scanning import scan
 from understudyd.shell.supervisor import LoaderPool
@@ -60,6 +61,8 @@ class Commands:
         self._timeline = timeline
         self._daemon = daemon
         self._clock = clock
+        views = LoraViews(runtime.keeper.adapters, runtime.machine, runtime.tally)
+        self._loras = LoraCommands(runtime.keeper, views, clock)
 
     async def execute(self, command: proto.Command, notify: Notify) -> Any:
         """The command's result document. Raises `AdminError`."""
@@ -67,7 +70,15 @@ class Commands:
             case proto.Status():
                 return self._status()
             case proto.Models():
-                return [self._model_row(view) for view in snapshot.models(self._machine)]
+                return [
+                    self._model_row(v) for v in snapshot.models(self._machine) if not self._is_derived(v.name)
+                ]
+            case proto.Loras():
+                return self._loras.listing()
+            case proto.AddLora():
+                return await self._loras.add(command, notify)
+            case proto.RemoveLora(name=name):
+                return await self._loras.remove(name)
             case proto.Show(arena=True):
                 return self._arena()
             case proto.Show(name=name):
@@ -113,7 +124,7 @@ class Commands:
 
     def _status(self) -> dict[str, Any]:
         machine, runtime = self._machine, self._runtime
-        models = machine.residency.models.values()
+        models = [m for m in machine.residency.models.values() if not m.info.is_derived]
         tally = runtime.tally
         return {
             "daemon": self._daemon.daemon_id,
@@ -122,8 +133,13 @@ class Commands:
             "state": self._daemon.state,
             "uptime_s": round(self._clock() - self._daemon.started_at_s, 1),
             "device": self._daemon.device,
-            "models": len(machine.residency.models),
+            "models": len(models),
             "models_resident": sum(m.is_resident for m in models),
+            "loras": len(runtime.keeper.adapters.book.found),
+            "combinations": len(machine.residency.models) - len(models),
+            "combinations_resident": sum(
+                m.is_resident for m in machine.residency.models.values() if m.info.is_derived
+            ),
             "requests_waiting": len(machine.queue),
             "request_running": self._running(),
             "max_batch": {m.name: m.max_batch for m in models if m.max_batch > 1},
@@ -166,26 +182,31 @@ class Commands:
             "size_bytes": view.size_bytes,
             "tier": view.tier.value,
             "pinned": view.pinned,
-            "requests": tally.by_model[view.name],
+            "requests": tally.by_name[view.name],
             "last_used_s_ago": None if used_at_s is None else round(self._clock() - used_at_s, 1),
         }
 
+    def _is_derived(self, name: str) -> bool:
+        return self._machine.residency.models[name].info.is_derived
+
     def _show(self, name: str) -> dict[str, Any]:
+        if name not in self._runtime.records and (document := self._loras.show(name)) is not None:
+            return document | {"decisions": self._told(SHOWN_DECISIONS, document["name"])}
         self._known(name)
         view = snapshot.model(self._machine, name)
         edition = self._runtime.keeper.served.current(name)
         record = edition.record
-        blobs = {b.key: b for b in snapshot.blobs(self._machine, name)}
+        blobs = self._machine.residency.blobs
         components = [
             {
                 "name": c.name,
                 "signature": c.signature,
                 "blob": c.blob.sha256,
                 "size_bytes": c.blob.size_bytes,
-                "tier": _blob_tier(blobs[c.blob.sha256]).value,
+                "tier": blob_tier(self._machine, c.blob.sha256).value,
                 "host_copy": blobs[c.blob.sha256].has_copy,
-                "shared_by": list(blobs[c.blob.sha256].shared_by),
-                "history": blobs[c.blob.sha256].story,
+                "shared_by": sorted(blobs[c.blob.sha256].models),
+                "history": blobs[c.blob.sha256].life.story(),
             }
             for c in record.components
         ]
@@ -212,9 +233,9 @@ class Commands:
         return self._told(last, None)
 
     def _told(self, last: int, name: str | None) -> list[dict[str, Any]]:
-        kept, places = self._machine.decisions, self._runtime.keeper.served.places
-        now_s = self._clock()
-        return [] if kept is None else [describe(made, places, now_s) for made in kept.last(last, name)]
+        kept, now_s = self._machine.decisions, self._clock()
+        label = self._runtime.keeper.label
+        return [] if kept is None else [describe(made, label, now_s) for made in kept.last(last, name)]
 
     def _arena(self) -> dict[str, Any]:
         machine = self._machine
@@ -300,7 +321,7 @@ class Commands:
         return "its files go when no request, no other daemon and no damaged model may need them"
 
     async def _load(self, name: str, wait: bool) -> dict[str, Any]:
-        model = self._known(name)
+        name, model = self._meant(name)
         self._check_servable(model)
         models = self._machine.residency.models
         self._runtime.handle(ev.LoadWanted(name))
@@ -312,7 +333,7 @@ class Commands:
         return {"name": name, "tier": models[name].tier.value}
 
     def _evict(self, name: str) -> dict[str, Any]:
-        self._known(name)
+        name, _ = self._meant(name)
         if name in self._machine.residency.pinned:
             raise AdminError("pinned", f"{name!r} is pinned; unpin it first")
         before = self._machine.residency.arena.free_bytes
@@ -324,7 +345,7 @@ class Commands:
         return {"name": name, "freed_bytes": freed, "tier": model.tier.value}
 
     def _pin(self, name: str, *, pinned: bool) -> dict[str, Any]:
-        model = self._known(name)
+        name, model = self._meant(name)
         if pinned:
             self._check_servable(model)
         self._runtime.handle(ev.PinChanged(name, pinned))
@@ -349,20 +370,22 @@ class Commands:
         if refusal is not None:
             raise AdminError(refusal[0].value, refusal[1])
 
-    def _known(self, name: str) -> Model:
+    def _meant(self, name: str) -> tuple[str, Model]:
+        """A model, or one with adapters, which the core knows from now on. Raises `AdminError`."""
+        try:
+            name = self._runtime.keeper.adapters.wish(name).model
+        except AdapterRefused as error:
+            raise AdminError(error.code, str(error)) from error
         model = self._machine.residency.models.get(name)
-        if model is None or model.retiring:
+        return (name, model) if model is not None and model.info.is_derived else (name, self._known(name))
+
+    def _known(self, name: str) -> Model:
+        """A model without adapters. Raises `AdminError`."""
+        model = self._machine.residency.models.get(name)
+        if model is None or model.retiring or model.info.is_derived:
+            if name in self._runtime.keeper.adapters.book.found:
+                raise AdminError("unknown_model", f"{name!r} is a LoRA; `remove-lora` removes it")
             names = self._runtime.keeper.names()
             message = unknown_model(name, names, how_to_list(names, "understudyctl models"))
             raise AdminError("unknown_model", message)
         return model
-
-
-def _blob_tier(blob: snapshot.BlobView) -> Tier:
-    match BlobState(blob.state):
-        case BlobState.RESIDENT | BlobState.MOVING:
-            return Tier.RESIDENT
-        case BlobState.LOADING | BlobState.VIEWING:
-            return Tier.LOADING
-        case _:
-            return Tier.HOST if blob.has_copy else Tier.DISK

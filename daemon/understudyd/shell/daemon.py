@@ -116,7 +116,8 @@ class Daemon:
         )
         leaving.callback(runtime.close)
         frontend = await self._make_doors(loop, runtime, pool, leaving)
-        forecast_file = ForecastFile(stores.own.path, runtime.machine)
+        revive = runtime.keeper.adapters.revive
+        forecast_file = ForecastFile(stores.own.path, runtime.machine, revive=revive)
         leaving.push_async_callback(forecast_file.close)
         leaving.push_async_callback(self._drain, runtime)
         runtime.attach_pool(PoolAdapter(pool))
@@ -180,7 +181,7 @@ class Daemon:
         """Serve what they hold. A read-only store that cannot be reached may come later."""
         report = await runtime.keeper.rescan()
         for name, why in report.damaged.items():
-            log.warning("model %s is left out: %s", name, why)
+            log.warning("%s is left out: %s", name, why)
         for path, why in report.away.items():
             log.warning("the store %s cannot be read (%s): its models are found by a rescan", path, why)
 

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from understudyd.core.machine import Machine
-from understudyd.core.remembered import DamagedDocument, field, number
+from understudyd.core.remembered import DamagedDocument, field, number, rows, text
 from understudyd.shell.small_file import replace_file
 from understudyd.shell.threads import in_daemon_thread
 
@@ -28,7 +28,10 @@ _LEAVING_S = 5.0
 
 
 class ForecastFile:
-    """Reads and writes forecast.json in `folder`. Only the event loop calls this; files are for threads."""
+    """Reads and writes forecast.json in `folder`. Only the event loop calls this; files are for threads.
+
+    `revive` is told the names of models that were known when it was written, and may be made known again.
+    """
 
     def __init__(
         self,
@@ -37,14 +40,17 @@ class ForecastFile:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         period_s: float = PERIOD_S,
+        revive: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._path = folder / NAME
         self._machine = machine
         self._clock = clock
         self._wall_clock = wall_clock
         self._period_s = period_s
+        self._revive = revive
         self._written = 0
         self._task: asyncio.Task[None] | None = None
+        self._leaving = asyncio.Event()
 
     async def read(self) -> None:
         """Have the machine's forecast know what the file says of models that are here; before any request."""
@@ -61,6 +67,9 @@ class ForecastFile:
         last_request_unix_s = number(field(found, "last_request_unix_s"), "last_request_unix_s")
         off_s = max(0.0, self._wall_clock() - last_request_unix_s)
         document, estimates = field(found, "forecast"), found.get("estimates")
+        for name in rows(field(document, "names"), "names"):
+            if text(name, "a name") not in residency.models:
+                self._revive(name)
         forecast.restore(document, residency.models, residency.blobs, self._clock() - off_s)
         self._written = forecast.requests
         if estimates is not None:  # as of an older file: loads and runs are timed anew
@@ -73,19 +82,21 @@ class ForecastFile:
     async def close(self) -> None:
         """Write once more."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            self._leaving.set()
             try:
                 async with asyncio.timeout(_LEAVING_S):
-                    await self._write()
+                    await self._task
             except TimeoutError:
                 log.warning("%s was not written in time", self._path)
 
     async def _keep_writing(self) -> None:
-        while True:
-            await asyncio.sleep(self._period_s)
+        """One after the other, to the end: an older file must not replace a newer one."""
+        while not self._leaving.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._period_s):
+                    await self._leaving.wait()
             await self._write()
+        await self._write()
 
     async def _write(self) -> None:
         forecast = self._machine.forecast

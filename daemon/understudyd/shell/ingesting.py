@@ -7,13 +7,13 @@ touch the process that serves.
 import asyncio
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from understudy.admin import MAX_LINE_BYTES, Add, Done, Error, Line, Note, Scan
+from understudy.admin import MAX_LINE_BYTES, Add, AddLora, Done, Error, Line, Note, Scan
 from understudyd.store.sources.opening import user_name
 
 _decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
@@ -27,14 +27,24 @@ class IngestFailed(Exception):
         self.code = code
 
 
-async def ingest(store: Path, command: Add | Scan, on_note: Callable[[Note], None]) -> Any:
+async def ingest(
+    store: Path,
+    command: Add | Scan | AddLora,
+    on_note: Callable[[Note], None],
+    read_only: Sequence[Path] = (),
+) -> Any:
     """Ingest what `command` names into the store folder; the document that the process answers with.
+
+    A LoRA may be for a model of the `read_only` stores.
 
     Raises `IngestFailed`; nothing of what failed is left behind then. A scan is done when its tree is: what
     became of each model is in its results.
     """
-    argv = [sys.executable, "-m", "understudyd.store.ingest", "--json", "--store", str(store)]
+    module = "understudyd.store.adapters.cli" if isinstance(command, AddLora) else "understudyd.store.ingest"
+    argv = [sys.executable, "-m", module, "--json", "--store", str(store)]
     argv += ingest_arguments(command)
+    if isinstance(command, AddLora):
+        argv += [f"--models-of={path}" for path in read_only]
     child = await asyncio.create_subprocess_exec(
         *argv,
         stdin=asyncio.subprocess.DEVNULL,
@@ -58,8 +68,10 @@ async def ingest(store: Path, command: Add | Scan, on_note: Callable[[Note], Non
             raise IngestFailed("ingest_died", f"the ingest process ended with {status}: {errors}")
 
 
-def ingest_arguments(command: Add | Scan) -> list[str]:
+def ingest_arguments(command: Add | Scan | AddLora) -> list[str]:
     """The command line of ingest for a command, without the store and the form of its report."""
+    if isinstance(command, AddLora):
+        return _lora_arguments(command)
     match command:
         case Add():
             given: dict[str, str | None] = {"--name": command.name, "--source": command.source}
@@ -69,21 +81,32 @@ def ingest_arguments(command: Add | Scan) -> list[str]:
             given = {"--scan": command.folder, "--name-prefix": command.name_prefix or None}
             flags = {"--dry-run": command.dry_run}
     given |= {"--variant": command.variant, "--config": command.config, "--dtype": command.dtype}
-    # One word each, so that no value is taken for an option.
-    argv = [f"{option}={value}" for option, value in given.items() if value is not None]
+    argv = _words(given)
     argv += [f"--like={name}" for name in command.like]
     flags |= {"--ignore-pickle": command.ignore_pickle, "--replace": command.replace}
     return argv + [flag for flag, is_set in flags.items() if is_set]
 
 
-def _way_round(code: str, store: Path, command: Add | Scan) -> str:
+def _lora_arguments(command: AddLora) -> list[str]:
+    given = {"--source": command.source, "--name": command.name, "--name-prefix": command.name_prefix or None}
+    given |= {"--base": command.base, "--revision": command.revision, "--weight-name": command.weight_name}
+    return _words(given) + (["--replace"] if command.replace else [])
+
+
+def _words(given: Mapping[str, str | None]) -> list[str]:
+    """One word each, so that no value is taken for an option."""
+    return [f"{option}={value}" for option, value in given.items() if value is not None]
+
+
+def _way_round(code: str, store: Path, command: Add | Scan | AddLora) -> str:
     """What else to do about a path that the daemon does not see: a service's view of the disk is narrowed."""
-    source = command.source if isinstance(command, Add) else command.folder
+    source = command.folder if isinstance(command, Scan) else command.source
     is_path = Path(source).is_absolute()
     if code not in ("unreadable", "not_found") or not is_path or command.is_missing:
         return ""
     user = user_name()
-    words = ["sudo", "-u", user, "understudyd", "ingest", "--store", str(store), *ingest_arguments(command)]
+    verb = "ingest-lora" if isinstance(command, AddLora) else "ingest"
+    words = ["sudo", "-u", user, "understudyd", verb, "--store", str(store), *ingest_arguments(command)]
     return (
         f". The daemon runs as {user} and, as a service, may see less of the disk than that user; from a "
         f"shell: {shlex.join(words)}; then: understudyctl rescan"

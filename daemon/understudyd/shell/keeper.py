@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.machine import Machine
+from understudyd.shell.adapter_keeper import AdapterKeeper, EditionAction
 from understudyd.shell.model_settings import ModelSettings
 from understudyd.shell.served import ServedModels
 from understudyd.shell.threads import in_daemon_thread
@@ -23,8 +24,6 @@ from understudyd.store.records import ModelRecord
 from understudyd.store.union import FoundModel, StoreUnion
 
 log = logging.getLogger(__name__)
-
-EditionAction = ac.RetireModel | ac.AdoptEdition | ac.RejectEdition | ac.RetireEdition
 
 
 class ReplaceFailed(Exception):
@@ -58,6 +57,16 @@ class Keeper:
         self.settings = settings or ModelSettings()
         self.served = ServedModels(stores, self.settings)
         self.lock = asyncio.Lock()
+        self.adapters = AdapterKeeper(
+            machine,
+            stores,
+            self.served,
+            self.settings,
+            handle,
+            self.lock,
+            self._blobs_in_use,
+            lambda: self._start(self._collect_garbage()),
+        )
         self._machine = machine
         self._loop = loop
         self._handle = handle
@@ -74,6 +83,7 @@ class Keeper:
         await self.settings.put(name, replace(self.settings.of(name), max_batch=max_batch))
         if name in self.names():
             self._handle(ev.MaxBatchChanged(name, max_batch))
+            self.adapters.set_max_batch(name, max_batch)
 
     # -- adding and replacing -----------------------------------------------------------------------
 
@@ -97,8 +107,13 @@ class Keeper:
         return found.record
 
     def names(self) -> list[str]:
-        """What may be asked for."""
-        return [name for name, model in self._machine.residency.models.items() if not model.retiring]
+        """The models that may be asked for, those with adapters left out."""
+        models = self._machine.residency.models
+        return [name for name, m in models.items() if not (m.retiring or m.info.is_derived)]
+
+    def label(self, blob: str) -> str | None:
+        """What people know a blob or an overlay by; None for one that nobody has any more."""
+        return self.served.places.label(blob) or self.adapters.derived.label(blob)
 
     def is_leaving(self, name: str) -> bool:
         """The model is being removed: it is in use still, or its files are."""
@@ -138,6 +153,7 @@ class Keeper:
             )
         removal: asyncio.Future[int] = self._loop.create_future()
         self._removals[name] = removal
+        self.adapters.base_leaves(name)
         self._handle(ev.ModelRemoved(name))
         return await removal
 
@@ -162,7 +178,12 @@ class Keeper:
                 if not (is_there or home.path in inventory.away or self.is_leaving(name)):
                     self._dropped.add(name)
                     report.removed.append(name)
+                    self.adapters.base_leaves(name)
                     self._handle(ev.ModelRemoved(name))
+            added, replaced, removed = self.adapters.rescan(inventory)
+            report.added += added
+            report.replaced += replaced
+            report.removed += removed
         for name, swap in swaps.items():
             try:
                 await swap
@@ -175,9 +196,13 @@ class Keeper:
 
     def perform(self, action: EditionAction) -> None:
         """Follow the core."""
+        if action.name in self.adapters.derived:
+            self.adapters.perform(action)
+            return
         match action:
             case ac.AdoptEdition(name=name, key=key):
                 self.served.adopt(name, key)
+                self.adapters.base_replaced(name)
                 _settle(self._swaps.pop(key), None)
             case ac.RejectEdition(name=name, key=key, message=message):
                 log.warning("%s: the new edition cannot be used, the old one is served on: %s", name, message)
@@ -234,7 +259,7 @@ class Keeper:
             async with self.lock:
                 await in_daemon_thread(self.stores.own.clean, self._blobs_in_use())
         except StoreError as error:
-            log.warning("what a replaced model left stays in the store for now: %s", error)
+            log.warning("what was replaced stays in the store for now: %s", error)
 
     def _blobs_in_use(self) -> frozenset[str]:
         """Those that an edition has which is not retired yet, whatever the store's manifests say.
@@ -253,7 +278,8 @@ class Keeper:
         """
         if not isinstance(event, ev.ModelPrepared | ev.ModelPreparationFailed):
             return event
-        edition = self.served.editions.get(event.key)
+        derived = self.adapters.derived.editions.get(event.key)
+        edition = self.served.editions.get(event.key if derived is None else derived.base_key)
         if edition is None:
             return event
         try:

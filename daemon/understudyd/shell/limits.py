@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from understudy.wire import MAX_FRAME_BYTES, MAX_ID_CHARS, MAX_SEED, Generate
+from understudy.wire import MAX_ADAPTERS, MAX_FRAME_BYTES, MAX_ID_CHARS, MAX_SEED, Adapter, Generate
 from understudyd.shell.input_limits import InputLimits, inputs_refusal, options_refusal
 
 _ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_ID_CHARS}}}")
@@ -29,6 +29,7 @@ class Limits:
     max_prompt_chars: int = 8192
     max_pixels: int = 2048 * 2048
     max_steps: int = 500
+    max_adapter_scale: float = 100.0
     max_images: int = 16
     max_guidance: float = 100.0
     max_priority: int = 100
@@ -68,6 +69,7 @@ def refusal(request: Generate, payload: Sequence[bytes], limits: Limits) -> str 
         or _real("guidance", request.guidance, 0.0, limits.max_guidance)
         or _deadline(request.deadline_s, limits.max_deadline_s)
         or _output(request)
+        or _adapters(request.adapters, limits)
         or options_refusal(request.options, limits.inputs)
         or inputs_refusal(request.inputs, payload, limits.inputs)
     )
@@ -84,6 +86,18 @@ def _texts(request: Generate, limits: Limits) -> str | None:
     if request.scheduler is not None and not _SCHEDULER.fullmatch(request.scheduler):
         return f"scheduler {request.scheduler!r:.40} is none; use a class name, DDIMScheduler for example"
     return None
+
+
+def _adapters(adapters: Sequence[Adapter], limits: Limits) -> str | None:
+    if len(adapters) > MAX_ADAPTERS:
+        return f"{len(adapters)} adapters are given, the limit is {MAX_ADAPTERS}; name fewer"
+    for adapter in adapters:
+        if not 1 <= len(adapter.name) <= limits.max_model_chars:
+            return (
+                f"an adapter's name has 1 to {limits.max_model_chars} characters; list_models shows the names"
+            )
+    high = limits.max_adapter_scale
+    return next(filter(None, (_real(f"the scale of {a.name}", a.scale, -high, high) for a in adapters)), None)
 
 
 def _output(request: Generate) -> str | None:

@@ -11,6 +11,7 @@ from understudy.wire import Generate, ImageInfo, ModelEntry, Reply, Timings
 from understudyd.core.actions import StartLoad
 from understudyd.core.events import Event
 from understudyd.core.types import ErrorCode
+from understudyd.store.adapters.overlays import OverlaidComponent, OverlayPlan
 from understudyd.store.records import BlobRecord
 
 Emit = Callable[[Event], None]
@@ -82,6 +83,9 @@ class StageDoor(Protocol):
     def prepare_model(self, name: str) -> None:
         """Build the model's small parts."""
 
+    def prepare_derived(self, key: str, base_key: str, overlays: Mapping[str, OverlaidComponent]) -> None:
+        """Build a derived model's: its base's, with overlays over components. Ends as `prepare_model`."""
+
     def forget_model(self, name: str) -> None:
         """Drop them."""
 
@@ -90,6 +94,19 @@ class StageDoor(Protocol):
 
     def drop_views(self, blob: str, generation: int) -> None:
         """Forget them, before this returns."""
+
+    def fold(
+        self,
+        overlay: str,
+        generation: int,
+        offset: int,
+        plan: OverlayPlan,
+        sources: Sequence[tuple[str, int]],
+    ) -> None:
+        """Make an overlay at `offset` out of resident blobs; `core.actions.Fold` names its events."""
+
+    def cancel_fold(self, overlay: str, generation: int) -> None:
+        """Stop it between two steps; too late or unknown is no error."""
 
     def move_extent(self, blob: str, offset: int, to_offset: int, size_bytes: int, generation: int) -> None:
         """Move a blob without views to a lower place of the arena, which may overlap its old one."""

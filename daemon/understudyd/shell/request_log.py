@@ -17,8 +17,9 @@ from typing import BinaryIO
 
 import msgspec
 
-from understudy.wire import Generate, Timings
+from understudy.wire import Adapter, Generate, Timings
 from understudyd.recorded import TraceRequest, log_line
+from understudyd.shell.adapter_keeper import Wish
 from understudyd.shell.threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class RequestLog:
         request_id: str,
         client: str,
         request: Generate,
+        wish: Wish,
         steps: int,
         received_at_s: float,
         timings: Timings,
@@ -71,8 +73,9 @@ class RequestLog:
         """It got its images, after `steps` steps (0: nobody knows)."""
         line = TraceRequest(
             arrival_s=round(self._unix_s + received_at_s, 6),
-            model=request.model,
+            model=wish.base,
             client=client.partition("#")[0],
+            loras="+".join(map(_lora, wish.adapters)),
             task=request.task or "",
             images=request.images,
             steps=max(1, steps or request.steps or 1),
@@ -112,6 +115,10 @@ class RequestLog:
                 self._lines.put_nowait(line)
             except queue.Full:
                 self._lost += 1
+
+
+def _lora(adapter: Adapter) -> str:
+    return adapter.name if adapter.scale == 1.0 else f"{adapter.name}@{adapter.scale!r}"
 
 
 class _Writer:

@@ -1,8 +1,7 @@
 """The shell's middle: event -> machine -> perform. Everything here runs on the event loop's thread.
 
 Stage and loader pool emit core events; the front end hands in requests; the machine's actions are
-performed in order. Until the stage is attached (torch is imported while the loaders already read), its
-actions are kept and performed then.
+performed in order.
 """
 
 import asyncio
@@ -12,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import assert_never
 
 from understudy.wire import Accepted, Failed, Finished, Generate, ModelEntry, Progress, Timings
 from understudyd.core import actions as ac
@@ -23,13 +21,17 @@ from understudyd.core.states import IllegalEvent
 from understudyd.core.types import ErrorCode, RequestInfo, Tier
 from understudyd.names import how_to_list, unknown_model
 from understudyd.recorded import work_of
+from understudyd.shell.adapter_book import AdapterRefused
+from understudyd.shell.adapter_keeper import Wish
 from understudyd.shell.batch_key import batch_key
 from understudyd.shell.blob_files import BlobFiles
 from understudyd.shell.keeper import Keeper
+from understudyd.shell.lora_views import lora_entries
 from understudyd.shell.model_settings import ModelSettings
 from understudyd.shell.ports import LoadRunner, ReplySink, RunResult, StageDoor
 from understudyd.shell.read_through import ReadThrough
 from understudyd.shell.request_log import RequestLog
+from understudyd.shell.stage_hands import Asked, StageHands
 from understudyd.shell.tally import Tally
 from understudyd.store.records import ModelRecord
 from understudyd.store.union import StoreUnion
@@ -44,16 +46,6 @@ RETRYABLE = frozenset(
         ErrorCode.LOAD_FAILED,
         ErrorCode.INTERNAL,
     }
-)
-
-StageAction = (
-    ac.BuildViews
-    | ac.DropViews
-    | ac.MoveExtent
-    | ac.PrepareModel
-    | ac.ForgetModel
-    | ac.PutOnDeck
-    | ac.CancelRun
 )
 
 
@@ -71,6 +63,7 @@ class _Pending:
 
     client: str
     request: Generate
+    wish: Wish
     received_at_s: float
     payload: tuple[bytes, ...] = ()
     tier: Tier = Tier.DISK
@@ -105,10 +98,9 @@ class Runtime:
         self._on_defect = on_defect
         self._thread = threading.get_ident()
         self._pool: LoadRunner | None = None
-        self._stage: StageDoor | None = None
+        self._hands = StageHands(self.keeper.adapters.derived, self._asked, self.handle)
         self._replies: ReplySink | None = None
         self._inbox: deque[ev.Event] = deque()
-        self._deferred: list[StageAction] = []
         self._is_handling = False
         self._wake_at_s: float | None = None
         self._waker: asyncio.TimerHandle | None = None
@@ -136,10 +128,7 @@ class Runtime:
 
     def attach_stage(self, stage: StageDoor) -> None:
         """The stage is built: perform what it was to do meanwhile."""
-        self._stage = stage
-        deferred, self._deferred = self._deferred, []
-        for action in deferred:
-            self._perform_on_stage(stage, action)
+        self._hands.attach(stage)
 
     # -- events in ----------------------------------------------------------------------------------
 
@@ -218,44 +207,28 @@ class Runtime:
                 assert self._pool is not None
                 self._pool.pause_loads(is_paused)
             case ac.RetireModel() | ac.AdoptEdition() | ac.RejectEdition() | ac.RetireEdition():
+                if isinstance(action, ac.RetireModel) and action.name in self.keeper.adapters.derived:
+                    self.tally.forget(action.name)
                 self.keeper.perform(action)
             case _:
-                if self._stage is None:
-                    self._deferred.append(action)
-                else:
-                    self._perform_on_stage(self._stage, action)
+                self._hands.perform(action)
 
-    def _perform_on_stage(self, stage: StageDoor, action: StageAction) -> None:
-        match action:
-            case ac.BuildViews(blob=key, offset=offset, generation=generation):
-                stage.build_views(key, offset, generation)
-            case ac.DropViews(blob=key, generation=generation):
-                stage.drop_views(key, generation)
-            case ac.MoveExtent(blob=key):
-                stage.move_extent(key, action.offset, action.to_offset, action.size_bytes, action.generation)
-            case ac.PrepareModel(key=key):
-                stage.prepare_model(key)
-            case ac.ForgetModel(key=key):
-                stage.forget_model(key)
-            case ac.PutOnDeck(request_id=request_id, model=model):
-                pending = self.pending[request_id]
-                companions = {other: self.pending[other].request for other in action.companions}
-                stage.put_on_deck(request_id, model, pending.request, pending.payload, companions)
-            case ac.CancelRun(request_id=request_id, code=code):
-                stage.cancel_run(request_id, code)
-            case _:
-                assert_never(action)
+    def _asked(self, request_id: str) -> Asked:
+        pending = self.pending[request_id]
+        return pending.request, pending.payload
 
     def _answer(self, request_id: str, code: ErrorCode | None, message: str) -> None:
         pending = self.pending.pop(request_id)
         request = pending.request
         if code is None:
-            assert self._stage is not None
-            result = self._stage.take_result(request_id, pending.received_at_s)
+            assert self._hands.stage is not None
+            result = self._hands.stage.take_result(request_id, pending.received_at_s)
             timings = result.timings
             visible_s = timings.gap_s if result.switched else None
             if pending.done is None:
-                self.tally.finished(request.model, self._clock(), visible_s)
+                wish = pending.wish
+                used = {wish.base, wish.model, *(adapter.name for adapter in wish.adapters)}
+                self.tally.finished(used, self._clock(), visible_s)
                 self._log_request(request_id, pending, timings)
                 self._send_images(pending, result, timings)
             elif not pending.done.done():
@@ -267,13 +240,16 @@ class Runtime:
             return
         self._log_request(request_id, pending, None)
         if code is ErrorCode.UNKNOWN_MODEL:
-            names = self.keeper.names()
-            message = unknown_model(request.model, names, how_to_list(names, "understudy models"))
+            names = [*self.keeper.names(), *self.keeper.adapters.book.found]
+            message = unknown_model(pending.wish.base, names, how_to_list(names, "understudy models"))
+        self._send_failure(pending.client, request, code.value, message)
+
+    def _send_failure(self, client: str, request: Generate, code: str, message: str) -> None:
         if code not in (ErrorCode.CANCELLED, ErrorCode.CLIENT_GONE):
-            self.tally.failure(code.value, message)
-        failed = Failed(id=request.id, code=code.value, message=message, retryable=code in RETRYABLE)
+            self.tally.failure(code, message)
+        failed = Failed(id=request.id, code=code, message=message, retryable=code in RETRYABLE)
         if self._replies is not None:
-            self._replies.send(pending.client, failed)
+            self._replies.send(client, failed)
 
     def _log_request(self, request_id: str, pending: _Pending, timings: Timings | None) -> None:
         if self._request_log is None:
@@ -281,9 +257,8 @@ class Runtime:
         if timings is None:
             self._request_log.failed(request_id)
         else:
-            self._request_log.finished(
-                request_id, pending.client, pending.request, pending.steps, pending.received_at_s, timings
-            )
+            line = (pending.client, pending.request, pending.wish, pending.steps, pending.received_at_s)
+            self._request_log.finished(request_id, *line, timings)
 
     def _send_images(self, pending: _Pending, result: RunResult, timings: Timings) -> None:
         finished = Finished(
@@ -294,6 +269,7 @@ class Runtime:
             timings=timings,
             tier=pending.tier.value,
             switched=result.switched,
+            adapters=pending.wish.adapters,
         )
         if self._replies is not None:
             self._replies.send(pending.client, finished, result.images)
@@ -303,9 +279,14 @@ class Runtime:
     def submit(self, client: str, request: Generate, payload: Sequence[bytes] = ()) -> None:
         """A client's request; ids are made unique by the client's name."""
         request_id = f"{client}/{request.id}"
+        try:
+            wish = self.keeper.adapters.wish(request.model, request.adapters)
+        except AdapterRefused as error:
+            self._send_failure(client, request, error.code, str(error))
+            return
         if self._request_log is not None:
             self._request_log.received(request_id)
-        self._submit(request_id, _Pending(client, request, self._clock(), tuple(payload)))
+        self._submit(request_id, _Pending(client, request, wish, self._clock(), tuple(payload)))
 
     def cancel(self, client: str, request_id: str) -> None:
         """A client takes its request back."""
@@ -316,8 +297,9 @@ class Runtime:
         self.handle(ev.ClientGone(client))
 
     def models(self) -> list[ModelEntry]:
-        """What may be asked for, by name."""
-        return [
+        """What may be asked for, by name: models, then adapters."""
+        names = set(self.keeper.names())
+        entries = [
             ModelEntry(
                 name=view.name,
                 pipeline=self.records[view.name].pipeline_class,
@@ -325,8 +307,9 @@ class Runtime:
                 tier=view.tier.value,
             )
             for view in snapshot.models(self.machine)
-            if not self.machine.residency.models[view.name].retiring
+            if view.name in names
         ]
+        return entries + lora_entries(self.keeper.adapters.book, self.machine)
 
     def progress(self, request_id: str, step: int, steps: int) -> None:
         """The stage reports a step; from any thread."""
@@ -346,7 +329,11 @@ class Runtime:
         """Run a request of the daemon's own. Raises `RunFailed`."""
         done: asyncio.Future[RunResult] = self._loop.create_future()
         request_id = f"understudyd/{request.id}"
-        self._submit(request_id, _Pending("understudyd", request, self._clock(), done=done))
+        try:
+            wish = self.keeper.adapters.wish(request.model, request.adapters)
+        except AdapterRefused as error:
+            raise RunFailed(ErrorCode.BAD_REQUEST, str(error)) from error
+        self._submit(request_id, _Pending("understudyd", request, wish, self._clock(), done=done))
         try:
             return await done
         finally:
@@ -359,7 +346,7 @@ class Runtime:
         info = RequestInfo(
             request_id=request_id,
             client=pending.client,
-            model=request.model,
+            model=pending.wish.model,
             priority=request.priority,
             deadline_at_s=pending.received_at_s + deadline if deadline is not None else None,
             cost=work_of(request.images, request.steps),
@@ -372,11 +359,11 @@ class Runtime:
     def tasks(self, name: str) -> list[str]:
         """What the model's components can do; nothing is known before it is prepared."""
         key = self.machine.residency.models[name].key
-        return self._stage.tasks(key) if self._stage is not None else []
+        return self._hands.stage.tasks(key) if self._hands.stage is not None else []
 
     def strays(self) -> list[str]:
         """Tensors of bound components outside the arena; see `StageDoor`."""
-        return self._stage.strays() if self._stage is not None else []
+        return self._hands.stage.strays() if self._hands.stage is not None else []
 
     # -- waiting ------------------------------------------------------------------------------------
 

@@ -1,23 +1,13 @@
 """The models that are served: what each name stands for, and the editions that somebody still uses."""
 
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from understudyd.core.types import BlobInfo, ModelInfo
 from understudyd.shell.model_settings import ModelSettings
-from understudyd.store.records import BlobRecord, ModelRecord
-from understudyd.store.store import Store
+from understudyd.shell.places import BlobPlaces
+from understudyd.store.records import ModelRecord
 from understudyd.store.union import FoundModel, StoreUnion
-
-
-@dataclass(frozen=True, slots=True)
-class BlobPlace:
-    """A blob, what to call it in the timeline, and the stores that have it."""
-
-    record: BlobRecord
-    label: str
-    homes: tuple[Store, ...]
 
 
 class ServedModels:
@@ -29,7 +19,7 @@ class ServedModels:
     def __init__(self, stores: StoreUnion, settings: ModelSettings) -> None:
         self.records: dict[str, ModelRecord] = {}
         self.editions: dict[str, FoundModel] = {}
-        self.places: dict[str, BlobPlace] = {}
+        self.places = BlobPlaces()
         self._keys: dict[str, str] = {}
         self._settings = settings
         self.signature = stores.signature
@@ -55,6 +45,10 @@ class ServedModels:
         """What the name stands for. Raises KeyError."""
         return self.editions[self._keys[name]]
 
+    def current_key(self, name: str) -> str:
+        """The edition that the name stands for. Raises KeyError."""
+        return self._keys[name]
+
     def enter(self, found: FoundModel) -> ModelInfo:
         """Keep an edition under a number that no other of its name has; returns what the core is told."""
         record = found.record
@@ -64,12 +58,7 @@ class ServedModels:
         info = next(info for info in infos if info.key not in self.editions)
         self.editions[info.key] = found
         for component in record.components:
-            known = self.places.get(component.blob.sha256)
-            label = f"{record.name} {component.name}" if known is None else known.label
-            homes = () if known is None else known.homes
-            if found.home not in homes:
-                homes = (*homes, found.home)
-            self.places[component.blob.sha256] = BlobPlace(component.blob, label, homes)
+            self.places.claim(component.blob, f"{record.name} {component.name}", found.home)
         return info
 
     def adopt(self, name: str, key: str) -> None:
@@ -85,8 +74,6 @@ class ServedModels:
     def forget(self, key: str) -> FoundModel:
         """Nobody uses this edition any more."""
         gone = self.editions.pop(key)
-        used = {c.blob.sha256 for edition in self.editions.values() for c in edition.record.components}
         for component in gone.record.components:
-            if component.blob.sha256 not in used:
-                self.places.pop(component.blob.sha256, None)
+            self.places.release(component.blob.sha256)
         return gone

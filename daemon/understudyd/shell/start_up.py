@@ -1,4 +1,4 @@
-"""What is done before clients come: every architecture runs once, and `[startup] models` are made ready.
+"""What is done before clients come: every architecture runs once, and what `[startup]` wants is made ready.
 
 Each part has its time limit, after which the daemon serves without the rest and says what that is.
 """
@@ -14,6 +14,7 @@ from understudyd.config import Config
 from understudyd.core import events as ev
 from understudyd.core.types import ErrorCode
 from understudyd.names import unknown_model
+from understudyd.shell.adapter_book import AdapterRefused
 from understudyd.shell.families import family, representatives
 from understudyd.shell.runtime import RunFailed, Runtime
 from understudyd.store.records import ModelRecord
@@ -33,20 +34,44 @@ class StartUp:
         self._stage = config.stage
         self._say = say
         self._names: list[str] = []
+        self._families: set[tuple[str, ...]] = set()  # of the chosen models
 
     def load_ahead(self) -> set[str]:
         """Have what will be needed on its way while torch is imported; the models' names."""
         records = self._runtime.records
         for name in dict.fromkeys(self._chosen.models):
-            if name in records:
-                self._names.append(name)
+            try:
+                wish = self._runtime.keeper.adapters.wish(name)
+            except AdapterRefused as error:
+                self.missing[name] = error.code
+                log.warning("startup.models: %s", error)
+                continue
+            if wish.base in records:
+                self._names.append(wish.model)
+                self._families.add(family(records[wish.base]))
             else:
                 self.missing[name] = "unknown"
                 log.warning("startup.models: %s", unknown_model(name, records, "add it first"))
+        if self._chosen.forecast:
+            self._names += self._expected()
         names = [*self._names, *(record.name for record in self._architectures())]
         for name in dict.fromkeys(names):
             self._runtime.handle(ev.LoadWanted(name))
         return set(names)
+
+    def _expected(self) -> list[str]:
+        """What the forecast makes likeliest, beside what is chosen, as far as there is room."""
+        residency, forecast = self._runtime.machine.residency, self._runtime.machine.forecast
+        blobs = {blob for name in self._names for blob in residency.models[name].blobs}
+        names = []
+        for name in forecast.ranked():
+            needed = blobs.union(residency.models[name].blobs)
+            if sum(residency.arena.rounded(b.info.size_bytes) for b in needed) > residency.arena.size_bytes:
+                break
+            if name not in self._names:
+                names.append(name)
+            blobs = needed
+        return names
 
     async def warm_up(self) -> None:
         """Run each architecture, then the chosen models; returns when all is done or its time is over."""
@@ -70,9 +95,9 @@ class StartUp:
         """One model of each, but for those that a chosen model will have run."""
         if not self._stage.warm_up:
             return []
-        records = self._runtime.records
-        chosen = {family(records[name]) for name in self._names if self._chosen.prompts}
-        return [record for record in representatives(records.values()) if family(record) not in chosen]
+        chosen = self._families if self._chosen.prompts else set()
+        models = representatives(self._runtime.records.values())
+        return [record for record in models if family(record) not in chosen]
 
     async def _warm_architectures(self) -> None:
         """First-use kernels and autotuning must not meet a client."""

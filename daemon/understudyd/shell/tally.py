@@ -1,6 +1,7 @@
 """Counters and recent figures for `status`: what an operator asks first."""
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 RECENT = 2048
@@ -16,22 +17,31 @@ def percentile(values: list[float], share: float) -> float | None:
 
 @dataclass(slots=True)
 class Tally:
-    """Requests by outcome and model, and the visible switch times of the last `RECENT` switches."""
+    """Requests by outcome and by what they used, visible switch times of the last `RECENT` switches."""
 
     done: int = 0
     failed: Counter[str] = field(default_factory=Counter)
-    by_model: Counter[str] = field(default_factory=Counter)
+    by_name: Counter[str] = field(default_factory=Counter)
     last_used_at_s: dict[str, float] = field(default_factory=dict)
     last_error: str = ""
     _switches_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
-    def finished(self, model: str, now_s: float, visible_switch_s: float | None) -> None:
-        """A request got its images; `visible_switch_s` is None when nothing waited or nothing changed."""
+    def finished(self, names: Iterable[str], now_s: float, visible_switch_s: float | None) -> None:
+        """A request got its images, made with the model and the adapters of these names.
+
+        `visible_switch_s` is None when nothing waited or nothing changed.
+        """
         self.done += 1
-        self.by_model[model] += 1
-        self.last_used_at_s[model] = now_s
+        for name in names:
+            self.by_name[name] += 1
+            self.last_used_at_s[name] = now_s
         if visible_switch_s is not None:
             self._switches_s.append(visible_switch_s)
+
+    def forget(self, name: str) -> None:
+        """There is nothing of this name any more."""
+        self.by_name.pop(name, None)
+        self.last_used_at_s.pop(name, None)
 
     def failure(self, code: str, message: str) -> None:
         """A request got an error."""

@@ -30,6 +30,7 @@ _PROFILES = f"One of {', '.join(profiles.names())}, or a file."
 @click.option("--profile", default="a100-sd15", show_default=True, help=_PROFILES)
 @click.option("--arena", type=Size(), help="GPU memory for weights.")
 @click.option("--models-resident", help='Arena for so many models: "7" or "10%".  [default: 10%]')
+@click.option("--overlays-resident", type=click.IntRange(0), help="And for so many combinations of adapters.")
 @click.option("--slots", type=click.IntRange(0), help="Compare misses with so many slots; 0: not.")
 @click.option("--policy", type=click.Choice(get_args(PolicyName)), default="understudy", show_default=True)
 @click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw a PNG.")
@@ -38,6 +39,7 @@ def simulate_command(
     profile: str,
     arena: int | None,
     models_resident: str | None,
+    overlays_resident: int | None,
     slots: int | None,
     policy: PolicyName,
     picture: Path | None,
@@ -53,6 +55,7 @@ def simulate_command(
         raise click.UsageError("give --arena or --models-resident, not both")
     if arena is None:
         arena = costs.bytes_of(resident_models(models_resident or "10%", len(found.models)))
+        arena += costs.overlays_bytes(overlays_resident or 0, overlays_resident or 0)
     asked = replace(scenario(found, costs, options), arena_bytes=arena, policy=policy)
     if asked.resident < 1:
         raise click.ClickException(
@@ -114,11 +117,14 @@ def plan_command(
 @click.option("--models", type=click.IntRange(1), default=synthetic.Shape.models, show_default=True)
 @click.option("--clients", type=click.IntRange(1), default=synthetic.Shape.clients, show_default=True)
 @click.option("--skew", type=float, default=synthetic.Shape.skew, show_default=True, help="Of popularity.")
+@click.option("--loras", type=click.IntRange(0), default=0, help="Adapters, dealt out to the models.")
 @click.option("--seed", type=int, default=synthetic.Shape.seed, show_default=True)
-def synthesize_command(path: Path, requests: int, models: int, clients: int, skew: float, seed: int) -> None:
+def synthesize_command(
+    path: Path, requests: int, models: int, clients: int, skew: float, loras: int, seed: int
+) -> None:
     """Write made-up requests to PATH (CSV; gzip when it ends in .gz), shaped like real ones."""
-    shape = synthetic.Shape(models=models, clients=clients, skew=skew, seed=seed)
-    write(path, synthetic.csv_lines(synthetic.generate(requests, shape)))
+    shape = synthetic.Shape(models=models, clients=clients, skew=skew, loras=loras, seed=seed)
+    write(path, synthetic.csv_lines(synthetic.generate(requests, shape), with_loras=bool(loras)))
 
 
 def write(path: Path, lines: Iterable[str]) -> None:

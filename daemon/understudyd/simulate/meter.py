@@ -105,6 +105,13 @@ class Meter:
         return 100.0 * self.idle_s / self.busy_s if self.busy_s else 0.0
 
     @property
+    def served_per_s(self) -> float:
+        """Requests a second, from the first arrival to the last end."""
+        if self.first_at_s is None or self.last_at_s <= self.first_at_s:
+            return 0.0
+        return self.served / (self.last_at_s - self.first_at_s)
+
+    @property
     def utilisation_percent(self) -> float:
         """Busy time in percent of the time from the first arrival to the last end."""
         if self.first_at_s is None or self.last_at_s <= self.first_at_s:

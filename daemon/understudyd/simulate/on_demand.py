@@ -2,7 +2,7 @@
 
 A model of its own, not the core machine: whole models, one after another, nothing ahead of time. It is
 generous to them: components load at once at the full rate, host memory holds as many models as it can from
-the start, and images are encoded off the stage.
+the start, and images are encoded off the stage. Adapters are fused into a resident model's own weights.
 """
 
 from collections.abc import Iterable
@@ -48,7 +48,8 @@ def serve(
     for _, name in zip(range(in_host), models):
         host.add(name)
     prepared: set[str] = set()
-    free_at_s, on_stage = 0.0, ""
+    fused: dict[str, str] = {}
+    free_at_s, on_stage = 0.0, ("", "")
     for request in requests:
         name, at_s = request.model, request.arrival_s
         meter.arrived(at_s)  # in order of service: whoever comes meanwhile changes nothing that is measured
@@ -58,13 +59,18 @@ def serve(
             start_s += _load_s(profile, is_in_host=name in host)
             arena.add(name)
             host.add(name)
+            fused.pop(name, None)
+        if request.loras != fused.get(name, "") and profile.loras is not None:
+            start_s += profile.loras.change_s.value
+            fused[name] = request.loras
         if name not in prepared:
             start_s += profile.prepare_s.value
             prepared.add(name)
-        start_s += profile.bind_s.value if name != on_stage else 0.0
-        meter.started(at_s, name != on_stage, start_s)
+        is_switch = (name, request.loras) != on_stage
+        start_s += profile.bind_s.value if is_switch else 0.0
+        meter.started(at_s, is_switch, start_s)
         run_s = profile.run_s(request)
-        free_at_s, on_stage = start_s + run_s, name
+        free_at_s, on_stage = start_s + run_s, (name, request.loras)
         meter.ended(run_s, free_at_s)
     return meter
 

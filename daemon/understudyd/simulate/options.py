@@ -92,6 +92,8 @@ def load_options(command: F) -> F:
 
 def scenario(survey: Survey, profile: Profile, options: dict[str, Any]) -> Scenario:
     """What is common to the commands; the arena is still to be chosen. Raises `click.UsageError`."""
+    if survey.combinations and profile.loras is None:
+        raise click.UsageError(f"the trace has adapters; {profile.name} has no [loras] to say what they cost")
     compress, utilisation = options["compress"], options["utilisation"]
     if compress is not None and utilisation is not None:
         raise click.UsageError("give --compress or --utilisation, not both")

@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 
 from understudyd.core.types import BlobInfo, ModelInfo
-from understudyd.recorded import TraceRequest
+from understudyd.recorded import TraceRequest, derived_name
 from understudyd.simulate.trace import Survey
 
 FOLDER = Path(__file__).parent / "profiles"
@@ -49,6 +49,32 @@ class Component(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is_shared: bool = False
 
 
+class Overlay(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What adapters change of a component: the size of its folded weights."""
+
+    component: str
+    size_bytes: Annotated[int, msgspec.Meta(ge=1)]
+    source: Source
+
+
+class Loras(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What adapters cost. All have `adapter_bytes` and change the same.
+
+    `fold_s` is what folding one adapter into all overlays of a model takes, for the stage to do beside a run.
+    `change_s` is what today's practice takes to change adapters: load, fuse, and unfuse later.
+    """
+
+    adapter_bytes: Figure
+    fold_s: Figure
+    change_s: Figure
+    overlays: Annotated[tuple[Overlay, ...], msgspec.Meta(min_length=1)]
+
+    @property
+    def overlay_bytes(self) -> int:
+        """What one combination of adapters takes beside its model."""
+        return sum(overlay.size_bytes for overlay in self.overlays)
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds and bytes of one architecture on one machine.
 
@@ -75,6 +101,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     encode_s: Figure
     move_bytes_per_s: Figure
     batch_fixed_share: Figure = BATCH_FIXED_SHARE
+    loras: Loras | None = None
 
     @property
     def model_bytes(self) -> int:
@@ -92,12 +119,41 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shared = sum(-(-c.size_bytes // 4096) * 4096 for c in self.components if c.is_shared)
         return models * own + shared
 
+    def overlays_bytes(self, combinations: int, adapters: int) -> int:
+        """Room for so many combinations of adapters, and for the adapters."""
+        if self.loras is None:
+            return 0
+        overlays = sum(-(-overlay.size_bytes // 4096) * 4096 for overlay in self.loras.overlays)
+        adapter = -(-int(self.loras.adapter_bytes.value) // 4096) * 4096
+        return combinations * overlays + adapters * max(adapter, 4096)
+
     def model(self, name: str, max_batch: int = 1) -> ModelInfo:
         """A model of this architecture as the core sees it."""
         blobs = (
             BlobInfo(c.name if c.is_shared else f"{name}/{c.name}", c.size_bytes) for c in self.components
         )
         return ModelInfo(name, tuple(blobs), max_batch=max_batch)
+
+    def derived(self, name: str, adapters: Sequence[tuple[str, float]], max_batch: int = 1) -> ModelInfo:
+        """A model with adapters. Raises `ProfileError` without figures for them."""
+        if self.loras is None:
+            raise ProfileError(f"{self.name} does not say what adapters cost: it has no [loras]")
+        base, combination = self.model(name), derived_name("", adapters)
+        size_bytes = int(self.loras.adapter_bytes.value)
+        sources = [BlobInfo(f"lora {adapter}", size_bytes) for adapter, _ in adapters]
+        places = {component.name: place for place, component in enumerate(self.components)}
+        overlays = []
+        for overlay in self.loras.overlays:
+            under = base.blobs[places[overlay.component]]
+            made_of = (under, *dict.fromkeys(sources))
+            overlays.append(BlobInfo(f"{under.key}{combination}", overlay.size_bytes, made_of))
+        blobs = (*base.blobs, *overlays)
+        return ModelInfo(derived_name(name, adapters), blobs, max_batch=max_batch, is_derived=True)
+
+    def fold_s(self, overlay_bytes: int, adapters: int) -> float:
+        """Seconds to make an overlay."""
+        assert self.loras is not None
+        return self.loras.fold_s.value * adapters * overlay_bytes / self.loras.overlay_bytes
 
     def run_s(self, request: TraceRequest) -> float:
         """Seconds on the stage, binding not included."""
@@ -157,12 +213,20 @@ def load(name_or_path: str) -> Profile:
 
 
 def check(profile: Profile) -> Profile:
-    """Rates that time is divided by are not 0. Raises `ProfileError`."""
+    """Rates that time is divided by are not 0, components have names of their own. Raises `ProfileError`."""
+    names = [component.name for component in profile.components]
+    if len(set(names)) < len(names):
+        raise ProfileError(f"{profile.name}: two components have one name; give each its own")
     for name in ("bus_bytes_per_s", "disk_bytes_per_s", "loader_bytes_per_s", "move_bytes_per_s", "step_s"):
         if getattr(profile, name).value == 0:
             raise ProfileError(f"{profile.name}: {name} must not be 0")
     if profile.batch_fixed_share.value > 1:
         raise ProfileError(f"{profile.name}: batch_fixed_share is a share, at most 1")
+    if profile.loras is not None:
+        names = [component.name for component in profile.components]
+        for overlay in profile.loras.overlays:
+            if overlay.component not in names:
+                raise ProfileError(f"{profile.name}: no component {overlay.component!r} for an overlay")
     return profile
 
 
@@ -174,6 +238,11 @@ def to_toml(profile: Profile) -> str:
     for name in Profile.__struct_fields__:
         if isinstance(figure := getattr(profile, name), Figure):
             lines += ["", f"[{name}]", *_lines(figure)]
+    if (loras := profile.loras) is not None:
+        for name in ("adapter_bytes", "fold_s", "change_s"):
+            lines += ["", f"[loras.{name}]", *_lines(getattr(loras, name))]
+        for overlay in loras.overlays:
+            lines += ["", "[[loras.overlays]]", *_lines(overlay)]
     return "\n".join(lines) + "\n"
 
 

@@ -8,10 +8,15 @@ lookahead and loaders, can be played with least recently used, least frequently 
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol, cast
+
+import msgspec
 
 from understudyd.core.forecast import Forecast
 from understudyd.core.machine import Machine
+from understudyd.core.policy import PolicySettings
+from understudyd.simulate.profiles import Figure, Profile
 
 
 class Valuing(Protocol):
@@ -139,3 +144,17 @@ def plug_in(machine: Machine, valuing: Valuing) -> None:
     """Have a machine that has seen nothing yet value by this instead of its own forecast, and exactly."""
     machine.forecast = machine.policy.forecast = machine.demand.forecast = cast(Forecast, valuing)
     machine.demand.looked_at = sys.maxsize
+
+
+def on_demand_settings(settings: PolicySettings) -> PolicySettings:
+    """In order of arrival, and nothing is loaded or folded before the stage is free."""
+    return replace(settings, order="fcfs", lookahead=0, prefetch=False)
+
+
+def overlays_for_free(profile: Profile) -> Profile:
+    """As if every overlay lay in the arena: folding takes no time, and adapters have no size."""
+    if profile.loras is None:
+        return profile
+    nothing = Figure(0.0, "a bound: everything is there")
+    loras = msgspec.structs.replace(profile.loras, adapter_bytes=nothing, fold_s=nothing)
+    return msgspec.structs.replace(profile, loras=loras, load_s=nothing, views_s=nothing)

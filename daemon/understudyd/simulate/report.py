@@ -8,19 +8,31 @@ import msgspec
 
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
-from understudyd.recorded import TraceRequest
+from understudyd.recorded import TraceRequest, derived_name, loras_of
 from understudyd.simulate import on_demand, slots
 from understudyd.simulate.meter import Meter, Quantiles
 from understudyd.simulate.profiles import Profile
-from understudyd.simulate.references import Foresight, Frequency, Recency, Valuing, plug_in
+from understudyd.simulate.references import (
+    Foresight,
+    Frequency,
+    Recency,
+    Valuing,
+    on_demand_settings,
+    overlays_for_free,
+    plug_in,
+)
 from understudyd.simulate.trace import Survey, read
 from understudyd.simulate.world import START_BEFORE_S, Watch, World
 
 UNLIMITED = 1 << 40
 """Nobody is refused because too many wait."""
 
-PolicyName = Literal["understudy", "lru", "lfu", "fifo-on-demand", "belady"]
-"""The daemon's policy; the daemon with another forecast; or what serves in order and loads on demand."""
+PolicyName = Literal["understudy", "lru", "lfu", "fifo-on-demand", "belady", "fold-on-demand", "all-resident"]
+"""The daemon's policy; the daemon with another forecast; or what serves in order and loads on demand.
+
+Two bounds for what is done about adapters: the daemon in order of arrival, with nothing made ahead of time,
+and the daemon with every overlay there.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     visible_switch_p95_ms: float
     switches: int
     stage_utilisation_percent: float
+    requests_per_s: float = 0.0
+    adapters: int = 0
+    combinations: int = 0
+    folds: int | None = None
     loads: int | None = None
     loaded_bytes: int | None = None
     events: int | None = None
@@ -127,6 +143,7 @@ def simulate(scenario: Scenario, *, watch: Watch | None = None) -> Result:
 
 def play(scenario: Scenario, *, watch: Watch | None = None) -> World:
     """Only the machine's part of a simulation."""
+    scenario = _bounded(scenario)
     machine = Machine(
         scenario.arena_bytes,
         pool_bytes=scenario.pool_bytes,
@@ -145,6 +162,19 @@ def play(scenario: Scenario, *, watch: Watch | None = None) -> World:
     return world
 
 
+def _bounded(scenario: Scenario) -> Scenario:
+    match scenario.policy:
+        case "fold-on-demand":
+            return replace(scenario, settings=on_demand_settings(scenario.settings))
+        case "all-resident":
+            profile = overlays_for_free(scenario.profile)
+            room_bytes = profile.overlays_bytes(scenario.survey.combinations, scenario.survey.adapters)
+            arena_bytes = scenario.arena_bytes + room_bytes
+            return replace(scenario, profile=profile, arena_bytes=arena_bytes)
+        case _:
+            return scenario
+
+
 def serve_on_demand(scenario: Scenario, valuing: Valuing) -> Meter:
     """What loading on demand, in order of arrival, makes of the scenario."""
     return on_demand.serve(
@@ -157,9 +187,12 @@ def serve_on_demand(scenario: Scenario, valuing: Valuing) -> Meter:
     )
 
 
-def foresight(scenario: Scenario) -> Foresight:
-    """The future of the scenario's trace; 8 bytes a request."""
-    return Foresight(slots.next_uses(request.model for request in read(scenario.survey.path)))
+def foresight(scenario: Scenario, *, of_combinations: bool = False) -> Foresight:
+    """The future of the scenario's trace: of models, or of models with their adapters; 8 bytes a request."""
+    requests = read(scenario.survey.path)
+    if of_combinations:
+        return Foresight(slots.next_uses(derived_name(r.model, loras_of(r.loras)) for r in requests))
+    return Foresight(slots.next_uses(r.model for r in requests))
 
 
 def _valuing(scenario: Scenario) -> Valuing | None:
@@ -169,7 +202,7 @@ def _valuing(scenario: Scenario) -> Valuing | None:
         case "lfu":
             return Frequency()
         case "belady":
-            return foresight(scenario)
+            return foresight(scenario, of_combinations=True)
         case _:
             return None
 
@@ -202,6 +235,8 @@ def _report(scenario: Scenario, meter: Meter, baseline: Meter, world: World | No
         arena_bytes=scenario.arena_bytes,
         host_pool_bytes=scenario.pool_bytes,
         max_batch=scenario.max_batch,
+        adapters=scenario.survey.adapters,
+        combinations=scenario.survey.combinations,
         idle_while_waiting_percent=round(meter.idle_percent, 3),
         idle_while_waiting_percent_lru_on_demand=round(baseline.idle_percent, 3),
         wait_p50_s=round(meter.wait_s.at(0.50), 3),
@@ -210,6 +245,7 @@ def _report(scenario: Scenario, meter: Meter, baseline: Meter, world: World | No
         visible_switch_p50_ms=round(meter.switch_s.at(0.50) * 1e3, 3),
         visible_switch_p95_ms=round(meter.switch_s.at(0.95) * 1e3, 3),
         switches=meter.switches,
+        requests_per_s=round(meter.served_per_s, 4),
         stage_utilisation_percent=round(meter.utilisation_percent, 2),
     )
     if scenario.slots:
@@ -232,6 +268,7 @@ def _with_decisions(report: Report, world: World) -> Report:
     return msgspec.structs.replace(
         report,
         runs=world.runs,
+        folds=world.folds,
         loads=world.loads,
         loaded_bytes=world.loaded_bytes,
         events=world.events,

@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 
 import msgspec
 
-from understudyd.recorded import TraceRequest
+from understudyd.recorded import TraceRequest, loras_of
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -80,6 +80,10 @@ def _checked(path: Path, requests: Iterator[TraceRequest]) -> Iterator[TraceRequ
             raise TraceError(f"{path}, request {number}: comes before the one before it; sort by arrival_s")
         if request.images < 1 or request.steps < 1:
             raise TraceError(f"{path}, request {number}: images and steps must be at least 1")
+        try:
+            loras_of(request.loras)
+        except ValueError as error:
+            raise TraceError(f"{path}, request {number}: loras {request.loras!r}: {error}") from error
         before_s = request.arrival_s
         yield request
 
@@ -89,6 +93,7 @@ class Survey:
     """What must be known of a trace before it is played: found out in a pass of its own.
 
     `models` in order of their first request; `image_steps` sums images x steps, `images` the images.
+    `combinations` counts models with adapters as they were asked for, `adapters` these.
     """
 
     path: Path
@@ -98,6 +103,8 @@ class Survey:
     last_s: float
     images: int
     image_steps: int
+    combinations: int = 0
+    adapters: int = 0
 
     @property
     def span_s(self) -> float:
@@ -108,6 +115,8 @@ class Survey:
 def survey(path: Path) -> Survey:
     """Read the trace once. Raises `TraceError`, also when there is no request in it."""
     models: dict[str, None] = {}
+    combinations: set[tuple[str, str]] = set()
+    adapters: set[str] = set()
     requests = images = image_steps = 0
     first_s: float | None = None
     last_s = 0.0
@@ -116,8 +125,12 @@ def survey(path: Path) -> Survey:
         first_s = last_s if first_s is None else first_s
         requests += 1
         models.setdefault(request.model)
+        if request.loras:
+            combinations.add((request.model, request.loras))
+            adapters.update(name for name, _ in loras_of(request.loras))
         images += request.images
         image_steps += request.images * request.steps
     if first_s is None:
         raise TraceError(f"{path} has no requests")
-    return Survey(path, tuple(models), requests, first_s, last_s, images, image_steps)
+    counts = (len(combinations), len(adapters))
+    return Survey(path, tuple(models), requests, first_s, last_s, images, image_steps, *counts)

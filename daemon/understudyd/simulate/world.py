@@ -14,7 +14,7 @@ from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.machine import Machine
 from understudyd.core.types import Outcome, RequestInfo
-from understudyd.recorded import TraceRequest, work_of
+from understudyd.recorded import TraceRequest, derived_name, loras_of, work_of
 from understudyd.simulate.meter import Meter, Quantiles
 from understudyd.simulate.profiles import Profile
 from understudyd.simulate.traffic import Traffic
@@ -23,6 +23,7 @@ START_BEFORE_S = 3600.0
 """The daemon is started so long before the first request: its host pool has filled, as far as it will."""
 
 _STEP_BYTES = 4 << 20  # a cancelled load stops within a piece of this size
+_FOLD_STEP_S = 0.001  # a cancelled fold stops after one weight
 
 Watch = Callable[[float, ac.Action], None]
 
@@ -59,6 +60,7 @@ class World:
         self.decision_us = Quantiles(least=0.01)
         self.events = 0
         self.loads = 0
+        self.folds = 0
         self.loaded_bytes = 0
         self.now_s = 0.0
         self._profile = profile
@@ -147,6 +149,16 @@ class World:
 
     # -- requests and the stage ---------------------------------------------------------------------
 
+    def _model(self, request: TraceRequest) -> str:
+        """The model's name for the core, which knows it from now on."""
+        if not request.loras:
+            return request.model
+        adapters = loras_of(request.loras)
+        name = derived_name(request.model, adapters)
+        if name not in self.machine.residency.models:
+            self.tell(ev.ModelAdded(self._profile.derived(request.model, adapters, self._max_batch)))
+        return name
+
     def _ask(self, request: TraceRequest) -> None:
         self._asked += 1
         request_id = f"r{self._asked}"
@@ -155,7 +167,7 @@ class World:
         info = RequestInfo(
             request_id,
             request.client,
-            request.model,
+            self._model(request),
             request.priority,
             batch_key=f"{request.task}/{request.loras}/{request.steps}",
             images=request.images,
@@ -229,6 +241,12 @@ class World:
                 if self._traffic.cancel(load_id, self.now_s):
                     piece_s = _STEP_BYTES / self._profile.disk_bytes_per_s.value
                     self._later(piece_s, ev.LoadCancelled(load_id))
+            case ac.Fold(overlay=key, generation=generation, size_bytes=size_bytes, sources=sources):
+                self.folds += 1
+                fold_s = self._profile.fold_s(size_bytes, len(sources) - 1)
+                self._later(fold_s, ev.FoldFinished(key, generation))
+            case ac.CancelFold(overlay=key, generation=generation):
+                self._stop_fold(key, generation)
             case ac.BuildViews(blob=key, generation=generation):
                 self._later(self._profile.views_s.value, ev.ViewsBuilt(key, generation))
             case ac.PrepareModel(which):
@@ -246,3 +264,12 @@ class World:
                 raise AssertionError(f"{request_id}: traces know neither cancellations nor deadlines")
             case _:
                 assert_never(action)
+
+    def _stop_fold(self, key: str, generation: int) -> None:
+        """Between two steps, each of which is short."""
+        finished = ev.FoldFinished(key, generation)
+        entry = next((entry for entry in self._agenda if entry[2] == finished), None)
+        if entry is not None:
+            self._agenda.remove(entry)
+            heapq.heapify(self._agenda)
+            self._later(_FOLD_STEP_S, ev.FoldCancelled(key, generation))

@@ -37,6 +37,12 @@ class FoldJob:
         self._sources = tuple(sources)
         self._cancelled = threading.Event()
 
+    @property
+    def label(self) -> str:
+        """What people know it by: "pixel-art@0.8 unet"."""
+        adapters = "+".join(f"{applied.record.name}@{applied.scale!r}" for applied in self.plan.adapters)
+        return f"{adapters} {self.plan.component}"
+
     def cancel(self) -> None:
         """Stop before the next step."""
         self._cancelled.set()

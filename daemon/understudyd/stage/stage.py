@@ -75,6 +75,7 @@ class Stage:
         """`arena` is all of it, shape [bytes], uint8, on `device`; `threads` are torch's, on the CPU."""
         self._threads = threads
         self._clock = clock
+        self._record = record
         self._device = open_device(device)
         self._announcer = Announcer(emit)
         self._arena = WeightArena(arena)
@@ -277,7 +278,9 @@ class Stage:
 
     def _fold(self, job: FoldJob) -> None:
         self._repertoire.learn(job.overlay, job.plan)
+        started_at_s = self._clock()
         outcome = job.run(self._arena, self._device, self._breathing(), self._crew)
+        self._record("fold", job.label, started_at_s, self._clock())
         del self._folds[job.overlay, job.generation]
         self._announcer.announce(outcome)
 

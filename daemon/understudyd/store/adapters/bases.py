@@ -1,7 +1,8 @@
 """What an adapter may be for: the models of a store as diffusers' LoRA loaders see them."""
 
+import contextlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -63,14 +64,13 @@ def base_of(store: Store, record: ModelRecord) -> Base | None:
     return Base(family, signatures, (record.name,))
 
 
-def find_bases(store: Store, name: str | None = None) -> list[Base]:
-    """The bases among a store's models, each structure once; or only that of the model `name`.
+def find_bases(stores: Sequence[Store], name: str | None = None) -> list[Base]:
+    """The bases among the stores' models, each structure once; or only that of the model `name`.
 
     Raises `StoreError`: there is no such model, or none that takes LoRAs.
     """
-    records = [store.model(name)] if name is not None else list(store.models().values())
     found: dict[Any, Base] = {}
-    for record in records:
+    for store, record in _records(stores, name):
         if (base := base_of(store, record)) is not None:
             key = (base.family, base.records)
             models = found[key].models if key in found else ()
@@ -83,6 +83,22 @@ def find_bases(store: Store, name: str | None = None) -> list[Base]:
             else "the store has no model that takes LoRAs; add the base model first",
         )
     return list(found.values())
+
+
+def _records(stores: Sequence[Store], name: str | None) -> Iterator[tuple[Store, ModelRecord]]:
+    """Every model, the first store's of each name; or the first of that name. Raises `StoreError`."""
+    if name is not None:
+        for store in stores[:-1]:
+            with contextlib.suppress(StoreError):
+                yield store, store.model(name)
+                return
+        yield stores[-1], stores[-1].model(name)
+        return
+    seen: set[str] = set()
+    for store in stores:
+        models = store.models()
+        yield from ((store, record) for other, record in models.items() if other not in seen)
+        seen |= models.keys()
 
 
 def _constructor(signature: SignatureRecord) -> Any:

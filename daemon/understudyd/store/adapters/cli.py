@@ -45,6 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Add LoRA adapters to a store: a file, every file of a folder tree, or a hub id.",
     )
     parser.add_argument("--store", type=Path, required=True, help="the store's folder; has the base models")
+    parser.add_argument(
+        "--models-of", type=Path, action="append", default=[], metavar="STORE",
+        help="a store that is only read; its models may be bases, too",
+    )  # fmt: skip
     parser.add_argument("--source", required=True, help="a .safetensors file, a folder of them or a hub id")
     parser.add_argument("--name", help="the adapter's name, of one LoRA; otherwise made from its path")
     parser.add_argument("--name-prefix", default="", help="put this before the names that are made")
@@ -59,10 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
 def _add(arguments: argparse.Namespace, progress: Progress, write: Callable[[Line], None]) -> int:
     try:
         store = Store.open(arguments.store, writable=True)
+        options = AdapterOptions(
+            base=arguments.base,
+            replace=arguments.replace,
+            name_prefix=arguments.name_prefix,
+            more_stores=tuple(Store(path) for path in arguments.models_of if (path / "models").is_dir()),
+        )
         results = add_adapters(
             store,
             _files(arguments, progress),
-            AdapterOptions(base=arguments.base, replace=arguments.replace, name_prefix=arguments.name_prefix),
+            options,
             progress=progress,
             on_result=lambda result: write(Note(phase=result.outcome, result=result)),
         )
@@ -106,3 +116,7 @@ def _say(line: Line) -> None:
             show(scan_table([msgspec.to_builtins(result) for result in results]))
         case Error(code=code, message=message):
             print(f"error ({code}): {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(sys.argv[1:]))

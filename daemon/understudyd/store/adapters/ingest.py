@@ -46,6 +46,8 @@ Progress = Callable[[str, int, int], None]
 class AdapterOptions:
     """How LoRAs are added. `base` is the model of the store they are for; without it every model is tried.
 
+    The models of `more_stores`, which are only read, count as well.
+
     `replace` lets an adapter of the same name and other content go; `name_prefix` is put before the names
     that are made from paths.
     """
@@ -53,6 +55,7 @@ class AdapterOptions:
     base: str | None = None
     replace: bool = False
     name_prefix: str = ""
+    more_stores: tuple[Store, ...] = ()
 
 
 def add_adapter(store: Store, file: AdapterFile, options: AdapterOptions = AdapterOptions()) -> AdapterRecord:
@@ -106,7 +109,7 @@ class _Addition:
         from understudyd.store.adapters.bases import find_bases  # imports torch, for seconds
 
         if not self._bases:
-            self._bases = find_bases(self.store, self.options.base)
+            self._bases = find_bases((self.store, *self.options.more_stores), self.options.base)
         return self._bases
 
     def settle(self, file: AdapterFile) -> ScanResult:

@@ -55,9 +55,12 @@ class OverlayPlan:
     size_bytes: int
 
     def key(self, base_blob: str) -> str:
-        """Equal for overlays of equal bytes: one base blob, equal adapters in equal order and strength."""
+        """Equal for overlays of equal bytes: one base blob, equal adapters in equal order and strength.
+
+        The component counts, too: an adapter may change two components that have one blob differently.
+        """
         applied = [(a.record.content, a.scale) for a in self.adapters]
-        return hashlib.sha256(msgspec.json.encode((base_blob, applied))).hexdigest()
+        return hashlib.sha256(msgspec.json.encode((self.component, base_blob, applied))).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
