@@ -66,9 +66,7 @@ class FoldJob:
         outcome = FoldFinished if is_whole else FoldCancelled
         return outcome(self.overlay, self.generation)
 
-    def _fold(
-        self, arena: WeightArena, device: Device, breathe: Callable[[], None], crew: FoldCrew
-    ) -> bool:
+    def _fold(self, arena: WeightArena, device: Device, breathe: Callable[[], None], crew: FoldCrew) -> bool:
         memory = self._memory(arena)
 
         def fold(weights: Iterable[FoldedWeight]) -> Iterator[int]:
