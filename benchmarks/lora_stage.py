@@ -220,7 +220,7 @@ def measure_stage(theatre: LoraTheatre, switches: int, calls: int) -> dict[str, 
     for name in names:
         theatre.fold(name)  # first touch of the overlay's pages
         folds[f"stage_fold_ms_{name}"] = statistics.median(theatre.fold(name) for _ in range(7))
-        folds[f"views_ms_{name}"] = theatre.show(name)
+        folds[f"views_ms_{name}"] = statistics.median(theatre.show(name) for _ in range(7))
     gc.collect()
     gc.freeze()  # as the daemon does once it has started
     try:
