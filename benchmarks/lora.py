@@ -44,6 +44,7 @@ LATENT_SIDE = 16
 OURS = ("read", "fold")
 THEIRS = ("load", "fuse", "unfuse", "unload")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_OVERLAYS_BYTES = 2 << 30
 MODELS = {"sd15": sd15, "sdxl": sdxl}
 
 
@@ -196,8 +197,8 @@ def architecture_of(name: str, options: argparse.Namespace) -> Architecture:
 
 
 def needed_bytes(architecture: Architecture) -> int:
-    """What its largest moment takes: the UNet twice, and overlay, originals and diffusers' temporaries."""
-    return 3 * architecture.size_bytes
+    """What its largest moment takes: the UNet twice while it moves into the arena; later less."""
+    return 2 * architecture.size_bytes + _OVERLAYS_BYTES
 
 
 def main(arguments: list[str] | None = None) -> None:

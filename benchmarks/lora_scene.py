@@ -126,7 +126,7 @@ class Scene:
 
 def family_of(architecture: Architecture) -> type[Any]:
     """Whose conversion reads its adapters."""
-    family = loader_family(architecture.pipeline_class)
+    family: type[Any] | None = loader_family(architecture.pipeline_class)
     assert family is not None
     return family
 

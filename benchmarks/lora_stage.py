@@ -216,7 +216,7 @@ def arena_bytes(architecture: Architecture, adapters: Sequence[tuple[AdapterReco
 def measure_stage(theatre: LoraTheatre, switches: int, calls: int) -> dict[str, float]:
     """Medians in milliseconds, of changes between the two adapters; see the module. No `calls`, no steps."""
     names = theatre.names
-    folds = {}
+    folds: dict[str, float] = {}
     for name in names:
         theatre.fold(name)  # first touch of the overlay's pages
         folds[f"stage_fold_ms_{name}"] = statistics.median(theatre.fold(name) for _ in range(7))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmarks import lora
 from benchmarks.lora_scene import Scene, WrongFold
-from benchmarks.real_size import sd15, sdxl
+from benchmarks.real_size import Architecture, sd15, sdxl
 
 from ingest_kit import single_threaded
 
@@ -22,7 +22,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("architecture", [NARROW, sdxl(narrow=True)])
-def test_figures_of_one_round(tmp_path: Path, architecture: lora.Architecture) -> None:
+def test_figures_of_one_round(tmp_path: Path, architecture: Architecture) -> None:
     scene = Scene(architecture, 4, tmp_path, threads=2)
     with torch.no_grad():
         found = lora.measure(scene, 1)

@@ -34,13 +34,10 @@ class FoldProducts:
 
         With `place` [out, in] given, of the factors' dtype, it may be that tensor.
         """
-        if not self._by_onednn(up, down):
+        if self._by_onednn(up, down):
+            yield from _onednn_pieces(up, down)
+        else:
             yield slice(None), torch.mm(up, down, out=place)
-            return
-        rows = max(1, _PIECE_ELEMENTS // down.shape[1])
-        for first in range(0, len(up), rows):
-            piece = slice(first, first + rows)
-            yield piece, _onednn(up[piece], down)
 
     def convolution(self, up: Tensor, down: Tensor) -> Tensor:
         """What a convolution larger than 1x1 is changed by: conv(A^T, B)^T."""
@@ -53,18 +50,25 @@ class FoldProducts:
         shape = (*up.shape, down.shape[1])
         found = self._is_exact.get(shape)
         if found is None:
-            found = self._is_exact[shape] = self._try(*shape)
+            found = self._is_exact[shape] = _agree(*shape)
         return found
 
-    def _try(self, wide_out: int, rank: int, wide_in: int) -> bool:
-        """Compare both on random factors of this shape."""
-        if not torch.backends.mkldnn.is_available():
-            return False
-        random = torch.Generator().manual_seed(rank)
-        up, down = (torch.randn(shape, generator=random) for shape in ((wide_out, rank), (rank, wide_in)))
-        self._is_exact[wide_out, rank, wide_in] = True
-        ours = torch.cat([piece for _, piece in self.pieces(up, down, None)])
-        return torch.equal(ours, torch.mm(up, down))
+
+def _agree(wide_out: int, rank: int, wide_in: int) -> bool:
+    """Compare both on random factors of this shape."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    random = torch.Generator().manual_seed(rank)
+    up, down = (torch.randn(shape, generator=random) for shape in ((wide_out, rank), (rank, wide_in)))
+    expected = torch.mm(up, down)
+    return all(bool(torch.equal(piece, expected[rows])) for rows, piece in _onednn_pieces(up, down))
+
+
+def _onednn_pieces(up: Tensor, down: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    rows = max(1, _PIECE_ELEMENTS // down.shape[1])
+    for first in range(0, len(up), rows):
+        piece = slice(first, first + rows)
+        yield piece, _onednn(up[piece], down)
 
 
 def _onednn(up: Tensor, down: Tensor) -> Tensor:
