@@ -57,7 +57,8 @@ class Run:
     """What one run came to. `load_ms` is the mean time of a UNet's load, what a model's load mostly is, or of
     an adapter's; `fold_ms` that of the `folds`.
 
-    `throughput_per_s` counts only the rounds that all runs shared, so that it can be compared.
+    `throughput_per_s` counts only the rounds that all runs shared, so that it can be compared;
+    `round_throughputs_per_s` has each of them.
     """
 
     completed: int
@@ -65,6 +66,7 @@ class Run:
     wrong: int
     figures: Figures
     throughput_per_s: float
+    round_throughputs_per_s: tuple[float, ...]
     load_ms: float | None
     fold_ms: float | None = None
     folds: int = 0
@@ -223,6 +225,7 @@ def sum_up(
         wrong=sum(answer.sha256 != expected[answer.index] for answer in images),
         figures=figures(taken, elapsed_s=sum(_elapsed_s(answers) for answers in rounds)),
         throughput_per_s=_throughput_per_s(shared),
+        round_throughputs_per_s=tuple(_throughput_per_s([answers]) for answers in shared),
         load_ms=_mean_ms(filter(_is_own_load, during)),
         fold_ms=_mean_ms(lane(during, "fold")),
         folds=len(lane(during, "fold")),

@@ -108,7 +108,8 @@ class Theatre:
             for request_id, model in order:
                 self.stage.put_on_deck(request_id, model, RunParams(prompt="a red circle", seed=1))
                 self._wait(RunStarted(request_id))
-            self._wait(LeaseEnded(last_id))
+            for request_id, _ in order:  # each has told its spans by then
+                self._wait(LeaseEnded(request_id))
         finally:
             is_over.set()
             hook.remove()

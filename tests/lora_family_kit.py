@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,10 @@ class Loras:
         kit.write_kohya(made, folder / "kohya.safetensors", alphas=[3.0])
 
     def write(self, name: str, made: kit.MadeAdapter) -> Path:
-        return kit.write_diffusers(made, self.folder / f"{name}.safetensors")
+        return kit.write_diffusers(made, self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
     def write_dora(self) -> Path:
         """One that is no plain LoRA."""
@@ -43,15 +47,23 @@ class Loras:
 
     def add(self, store: Path, name: str) -> AdapterRecord:
         """Add a file to a store that nobody serves, or that is scanned again afterwards."""
-        path = self.folder / f"{name}.safetensors"
+        path = self._path(name)
         file = AdapterFile(path, path.stem, str(path), path.stat().st_size)
         options = AdapterOptions(base="sd-c", replace=True)
         return add_adapter(Store.open(store, writable=True), file, options)
 
     def image(self, adapters: Applied, seed: int = 7) -> bytes:
         """By load_lora_weights, set_adapters and fuse_lora."""
-        files = [(self.folder / f"{name}.safetensors", scale) for name, scale in adapters]
-        pipeline = fused(self.base, torch.float32, files)
+        (made,) = self.images(self.fused(adapters), seed, width=32, height=32)
+        return made
+
+    def fused(self, adapters: Applied) -> Any:
+        """diffusers' own pipeline with the adapters in it."""
+        return fused(self.base, torch.float32, [(self._path(name), scale) for name, scale in adapters])
+
+    def images(self, pipeline: Any, seed: int = 7, steps: int = 2, **call: Any) -> list[bytes]:
+        """What this pipeline makes of the tests' prompt."""
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator("cpu").manual_seed(seed)
-        return bytes(pipeline(PROMPT, generator=generator, **REFERENCE).images[0].convert("RGB").tobytes())
+        made = pipeline(PROMPT, generator=generator, num_inference_steps=steps, guidance_scale=5.0, **call)
+        return [bytes(image.convert("RGB").tobytes()) for image in made.images]

@@ -30,6 +30,7 @@ def test_the_benchmark_from_end_to_end(tmp_path: Path) -> None:
     assert len(set(scene.references.values())) == len(scene.references), "no two images are alike"
     found = lora_serve.summary(PLAN, runs)
     assert json.dumps(found)
+    assert len(runs[serve.OURS].round_throughputs_per_s) == 1, "the second round is ours alone"
     assert (found["completed"], found["lost"], found["wrong_image"]) == (24, 0, 0)
     assert (found["adapters"], found["bases"]) == (6, 2)
     ours, resident, demand = (runs[name] for name in (serve.OURS, serve.ALL_RESIDENT, serve.ON_DEMAND))
@@ -37,3 +38,19 @@ def test_the_benchmark_from_end_to_end(tmp_path: Path) -> None:
     assert ours.folds > 0 and demand.folds > 0, "there is not room for all"
     assert ours.fold_ms is not None and ours.fold_ms > 0
     assert ours.figures.requests == 24, "every image has its span on stage"
+
+
+def test_a_disturbed_round_does_not_spoil_the_median() -> None:
+    def run(*throughputs: float) -> serve.Run:
+        return serve.Run(
+            completed=0, lost=0, wrong=0, figures=None, throughput_per_s=0.0,  # type: ignore[arg-type]
+            round_throughputs_per_s=throughputs, load_ms=None,
+        )  # fmt: skip
+
+    runs = {
+        serve.OURS: run(9.0, 1.0, 9.0, 5.0),
+        serve.ALL_RESIDENT: run(10.0, 10.0, 10.0, 4.0),
+        serve.ON_DEMAND: run(5.0, 5.0, 5.0, 5.0),
+    }
+    assert lora_serve.median_gap_closed(runs) == pytest.approx(0.8)
+    assert lora_serve.median_gap_closed({name: run() for name in runs}) is None

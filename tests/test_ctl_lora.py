@@ -30,7 +30,10 @@ MORE = {
 }
 PARTS = [
     {"name": "unet", "role": "overlay", "blob": "f" * 64, "size_bytes": 1024, "tier": "resident",
-     "host_copy": False, "shared_by": ["a", "b"], "history": ""},
+     "host_copy": False, "shared_by": ["a", "b"], "history": "", "made_of": [["pixel-[art]", 0.8]],
+     "fold_s": 0.012, "chance_next": 0.25},
+    {"name": "pixel-[art]", "role": "lora", "blob": "e" * 64, "size_bytes": 512, "tier": "host",
+     "host_copy": True, "shared_by": [], "history": ""},
 ]  # fmt: skip
 
 
@@ -67,7 +70,7 @@ def test_show_of_a_lora_and_of_a_combination(daemon: FakeDaemon) -> None:
     assert "licence" not in text, "nothing is known of it"
     daemon.answers["show"] = COMBINATION | {"components": PARTS, "parts": "prepared"}
     text = daemon.run("show", "sd15+pixel-[art]@0.8").stdout
-    for fact in ("pixel-[art] x 0.8", "overlay", "f" * 16, "prepared"):
+    for fact in ("pixel-[art] x 0.8", "overlay", "12 ms", "f" * 16, "prepared"):
         assert fact in text
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
 import adapter_kit as kit
 import understudy
@@ -15,7 +16,9 @@ from adapter_kit import Making
 from daemon_kit import DaemonProcess, running_daemon
 from family_kit import Family, pixels
 from ingest_kit import single_threaded
+from input_kit import mask, picture
 from lora_family_kit import OPTIONS, PROMPT, REFERENCE, Applied, Loras
+from test_kinds import distance
 from understudy import admin
 from understudy.ctl import main as ctl
 from understudy_demo import tiny
@@ -94,6 +97,25 @@ def test_a_lora_alone_is_a_model(client: understudy.Client, loras: Loras) -> Non
     assert result.model == "plain" and result.adapters == (understudy.Adapter("plain", 1.0),)
 
 
+def test_every_task_takes_adapters(client: understudy.Client, loras: Loras) -> None:
+    applied = [("whole", 0.7), ("plain", 0.5)]
+    fused, size = loras.fused(applied), {"width": 32, "height": 32}
+    inputs, mask_image = {"image": picture(1)}, mask()
+    asked: dict[str, Any] = {"adapters": applied, "seed": 7, "steps": 4, "guidance": 5.0}
+
+    def made(**more: Any) -> list[bytes]:
+        return [pixels(image) for image in client.generate("sd-c", PROMPT, **asked, **more).images]
+
+    several = made(images=3, **size)
+    assert several == loras.images(fused, steps=4, num_images_per_prompt=3, **size)
+    assert len(set(several)) == 3
+    image_to_image = AutoPipelineForImage2Image.from_pipe(fused)
+    assert made(**inputs) == loras.images(image_to_image, steps=4, **inputs)
+    inpainting = AutoPipelineForInpainting.from_pipe(fused)
+    expected = loras.images(inpainting, steps=4, mask_image=mask_image, **inputs, **size)
+    assert made(mask=mask_image, **inputs, **size) == expected
+
+
 def test_more_combinations_than_fit_are_all_right(client: understudy.Client, loras: Loras) -> None:
     """Forty combinations at once, and other models between them, in an arena for a few."""
     scales = [round(0.1 * number, 1) for number in range(1, 21)]
@@ -137,7 +159,9 @@ def test_operators_see_loras_and_combinations_and_pin_them(
     (one,) = [c for c in document["combinations"] if c["name"] == name]
     assert one["tier"] in ("resident", "bound") and one["pinned"] and one["size_bytes"] > 0
     shown = added.ask(admin.Show(name=name))
-    assert [part["tier"] for part in shown["components"] if part["role"] == "overlay"] == ["resident"]
+    (overlay,) = [part for part in shown["components"] if part["role"] == "overlay"]
+    assert (overlay["tier"], overlay["made_of"]) == ("resident", [["plain", 0.5]])
+    assert 0 < overlay["fold_s"] < 5 and 0 <= overlay["chance_next"] <= 1
     assert added.ask(admin.Show(name="plain"))["fits"] == ["sd-a", "sd-b", "sd-c", "sd-half"]
     assert name not in [model["name"] for model in added.ask(admin.Models())]
     for scale in (0.1, 0.2, 0.3, 0.4):
@@ -158,7 +182,11 @@ def test_batches_of_one_combination(added: DaemonProcess, client: understudy.Cli
             understudy.Request(model="sd-c", prompt=PROMPT, adapters=["plain"], **(OPTIONS | {"seed": seed}))
             for seed in range(4)
         ]
-        assert len(list(client.generate_many(wishes))) == 4
+        made = list(client.generate_many(wishes))
+        assert len(made) == 4
+        for result in made:
+            assert isinstance(result, understudy.Result)
+            assert distance([pixels(result.images[0])], [loras.image([("plain", 1.0)], result.seed)]) <= 1
     finally:
         added.ask(admin.Set(name="sd-c", max_batch=1))
 

@@ -40,11 +40,13 @@ def combination(document: Document) -> RenderableType:
             "yes" if part.get("host_copy") else "",
             size(part.get("size_bytes")),
             str(len(part.get("shared_by") or ())),
+            " + ".join(f"{name} x {scale:g}" for name, scale in part.get("made_of") or []),
+            f"{1e3 * part['fold_s']:.0f} ms" if "fold_s" in part else "",
             str(part.get("blob", ""))[:16],
         ]
         for part in document.get("components") or []
     ]
-    columns = ["part", "what", "tier", "host copy", ">size", ">shared by", "blob"]
+    columns = ["part", "what", "tier", "host copy", ">size", ">shared by", "made of", ">folds in", "blob"]
     return Group(facts(scalars), table(columns, rows))
 
 

@@ -13,6 +13,7 @@ from understudyd.shell.adapter_book import AdapterBook
 from understudyd.shell.adapter_keeper import AdapterKeeper
 from understudyd.shell.derived import Derived
 from understudyd.shell.tally import Tally
+from understudyd.store.adapters.overlays import OverlaidComponent
 from understudyd.store.union import FoundAdapter
 
 
@@ -111,11 +112,20 @@ class LoraViews:
             rows.append(self._part(component.name, "base", blob.sha256, blob.size_bytes))
             overlaid = derived.overlays.get(component.name)
             if overlaid is not None:
-                rows.append(self._part(component.name, "overlay", overlaid.key, overlaid.plan.size_bytes))
+                rows.append(self._overlay(component.name, overlaid))
         for found in derived.found:
             record = found.record
             rows.append(self._part(record.name, "lora", record.blob.sha256, record.blob.size_bytes))
         return rows
+
+    def _overlay(self, component: str, overlaid: OverlaidComponent) -> dict[str, Any]:
+        """What it is made of beside the base, how long that takes, how likely it is needed next."""
+        size_bytes = overlaid.plan.size_bytes
+        return self._part(component, "overlay", overlaid.key, size_bytes) | {
+            "made_of": [[applied.record.name, applied.scale] for applied in overlaid.plan.adapters],
+            "fold_s": round(self._machine.outlook.estimates.fold_s(size_bytes), 4),
+            "chance_next": round(self._machine.forecast.chance(overlaid.key), 4),
+        }
 
     def _part(self, name: str, role: str, key: str, size_bytes: int) -> dict[str, Any]:
         blob = self._machine.residency.blobs.get(key)
