@@ -44,6 +44,8 @@ LATENT_SIDE = 16
 OURS = ("read", "fold")
 THEIRS = ("load", "fuse", "unfuse", "unload")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SETTLE_S = 0.1
+"""Torch's threads look for work for a while after they had some; each side begins when they have stopped."""
 _OVERLAYS_BYTES = 2 << 30
 MODELS = {"sd15": sd15, "sdxl": sdxl}
 
@@ -85,8 +87,8 @@ def warm_heap() -> None:
     """Bring glibc's allocator to where drawing an image would have brought it.
 
     It keeps freed memory as soon as a block of nearly 32 MiB was freed (a skip connection of SD 1.5 is one).
-    Before that, or in a heap that happens to lie otherwise, diffusers' every product is memory new from the
-    kernel: 0.4 to 2 s more for a change.
+    Before that diffusers' every product is memory new from the kernel: 128 of them took 0.2 s of processor
+    time in place of 0.05.
     """
     torch.zeros(31 << 20, dtype=torch.uint8)
 
@@ -105,9 +107,11 @@ def measure(scene: Scene, rounds: int) -> dict[str, float | int]:
     scene.read()
     scene.fold()  # first touch of the overlay's pages: a running arena's were touched long ago
     for _ in range(rounds):
+        time.sleep(SETTLE_S)
         watch.take("read", scene.read)
         watch.take("fold", scene.fold)
         drift = max(drift, _differences(pristine, scene.checksums()))
+        time.sleep(SETTLE_S)
         with quiet_libraries():
             watch.take("load", scene.load)
             watch.take("fuse", scene.fuse)
