@@ -5,7 +5,7 @@ beside it by the stage. Requests alternate between the two; each is stopped at i
 everything bound, as in `benchmarks.switch`.
 
 * `visible_switch_ms_*`: from the end of one request's last stage operation to the first one of the next.
-* `stage_fold_ms`: a fold asked of the idle stage, until the event comes.
+* `stage_fold_ms_*`: a fold asked of the idle stage, until the event comes; `views_ms_*`: its overlay's views.
 * `step_ms`, `step_beside_fold_ms`: a call of the UNet inside a run, for two images of the model's size, alone
   and with a whole fold beside it; `fold_beside_step_ms`: how long that took.
 
@@ -123,11 +123,13 @@ class LoraTheatre:
         self._wait(FoldFinished(key, generation))
         return (time.perf_counter() - started_s) * 1e3
 
-    def show(self, name: str) -> None:
-        """Build the views of a folded overlay."""
+    def show(self, name: str) -> float:
+        """Build the views of a folded overlay; milliseconds until they are there."""
         key, generation = self._overlays[name].key, next(self._generations)
+        started_s = time.perf_counter()
         self.stage.build_views(key, self._offsets[key], generation)
         self._wait(ViewsBuilt(key, generation))
+        return (time.perf_counter() - started_s) * 1e3
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -212,13 +214,13 @@ def arena_bytes(architecture: Architecture, adapters: Sequence[tuple[AdapterReco
 
 
 def measure_stage(theatre: LoraTheatre, switches: int, calls: int) -> dict[str, float]:
-    """Medians in milliseconds, of changes between the two adapters; see the module."""
+    """Medians in milliseconds, of changes between the two adapters; see the module. No `calls`, no steps."""
     names = theatre.names
-    folds = {}
+    folds: dict[str, float] = {}
     for name in names:
         theatre.fold(name)  # first touch of the overlay's pages
-        folds[f"stage_fold_ms_{name}"] = statistics.median(theatre.fold(name) for _ in range(3))
-        theatre.show(name)
+        folds[f"stage_fold_ms_{name}"] = statistics.median(theatre.fold(name) for _ in range(7))
+        folds[f"views_ms_{name}"] = statistics.median(theatre.show(name) for _ in range(7))
     gc.collect()
     gc.freeze()  # as the daemon does once it has started
     try:
@@ -232,7 +234,7 @@ def measure_stage(theatre: LoraTheatre, switches: int, calls: int) -> dict[str, 
         "visible_switch_ms_p99": percentile(hot, 99),
         "visible_to_base_ms_p50": statistics.median(back),
         **folds,
-        **_steps(theatre, names[-1], calls),
+        **(_steps(theatre, names[-1], calls) if calls else {}),
     }
 
 

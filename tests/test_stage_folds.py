@@ -27,6 +27,7 @@ from understudyd.core.types import ErrorCode, Outcome
 from understudyd.stage import fold_job
 from understudyd.stage import stage as stage_module
 from understudyd.stage.device import CpuDevice
+from understudyd.stage.fold_crew import FoldCrew
 from understudyd.stage.fold_job import FoldJob
 from understudyd.stage.views import WeightArena
 from understudyd.store.adapters.overlays import OverlaidComponent
@@ -95,7 +96,7 @@ def test_a_cancelled_job_stops_before_the_next_step(rig: OverlayRig, stop_at: in
 
     if stop_at == 0:
         job.cancel()
-    assert job.run(arena, device, breathe) == FoldCancelled(overlay.key, 5)
+    assert job.run(arena, device, breathe, FoldCrew()) == FoldCancelled(overlay.key, 5)
     assert device.waits == 1, "nothing may write to the extent any more"
     assert steps == stop_at
     unfinished = overlay.plan.weights[stop_at + 1].folded.offset
@@ -112,7 +113,7 @@ def test_a_cancel_in_the_last_step_still_counts(rig: OverlayRig) -> None:
         nonlocal steps
         steps += 1
 
-    assert job.run(arena, CpuDevice(), count) == FoldFinished(overlay.key, 5)
+    assert job.run(arena, CpuDevice(), count, FoldCrew()) == FoldFinished(overlay.key, 5)
     last, steps = steps, 0
 
     def cancel_in_the_last() -> None:
@@ -121,7 +122,7 @@ def test_a_cancel_in_the_last_step_still_counts(rig: OverlayRig) -> None:
             again.cancel()
 
     again, _, arena = job_of(rig, overlay)
-    assert again.run(arena, CpuDevice(), cancel_in_the_last) == FoldCancelled(overlay.key, 5)
+    assert again.run(arena, CpuDevice(), cancel_in_the_last, FoldCrew()) == FoldCancelled(overlay.key, 5)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_whatever_goes_wrong_is_told(
     device = RecordingDevice()
     with monkeypatch.context() as patched:
         patched.setattr(fold_job, "fold_steps", broken)
-        outcome = job.run(arena, device, lambda: None)
+        outcome = job.run(arena, device, lambda: None, FoldCrew())
     assert isinstance(outcome, FoldFailed)
     assert (outcome.overlay, outcome.generation, outcome.code) == (overlay.key, 5, code)
     assert type(error).__name__ in outcome.message

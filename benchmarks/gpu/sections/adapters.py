@@ -13,7 +13,7 @@ _RESERVE_BYTES = 4 * GIB
 
 def measure_adapters(bench: Bench) -> dict[str, Any]:
     """Milliseconds: the figures of `benchmarks.lora_stage` for adapters of rank 16 and 64."""
-    from benchmarks.lora import make_adapters  # diffusers and peft, which other sections do without
+    from benchmarks.lora_scene import make_adapters  # diffusers and peft, which other sections do without
     from benchmarks.lora_stage import LoraTheatre, arena_bytes, measure_stage
 
     dtype = torch.float16 if bench.is_cuda else torch.float32

@@ -2,15 +2,16 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from understudyd.core.events import FoldCancelled, FoldFailed, FoldFinished
 from understudyd.core.types import ErrorCode
 from understudyd.stage.device import Device
 from understudyd.stage.errors import StageError
+from understudyd.stage.fold_crew import FoldCrew
 from understudyd.stage.folding import ArenaFoldMemory, NotFinite, fold_steps
 from understudyd.stage.views import WeightArena
-from understudyd.store.adapters.overlays import OverlayPlan
+from understudyd.store.adapters.overlays import FoldedWeight, OverlayPlan
 
 _log = logging.getLogger(__name__)
 
@@ -47,11 +48,14 @@ class FoldJob:
         self._cancelled.set()
 
     def run(
-        self, arena: WeightArena, device: Device, breathe: Callable[[], None]
+        self, arena: WeightArena, device: Device, breathe: Callable[[], None], crew: FoldCrew
     ) -> FoldFinished | FoldFailed | FoldCancelled:
-        """Fold, calling `breathe` between steps. Nothing writes to the extent after this has returned."""
+        """Fold, with the crew's help, calling `breathe` between steps of the calling thread.
+
+        Nothing writes to the extent after this has returned.
+        """
         try:
-            is_whole = self._fold(arena, device, breathe)
+            is_whole = self._fold(arena, device, breathe, crew)
         except NotFinite as error:
             return self._failed(error.code, str(error))
         except Exception as error:  # noqa: BLE001  a task's boundary: the stage goes on
@@ -62,13 +66,18 @@ class FoldJob:
         outcome = FoldFinished if is_whole else FoldCancelled
         return outcome(self.overlay, self.generation)
 
-    def _fold(self, arena: WeightArena, device: Device, breathe: Callable[[], None]) -> bool:
+    def _fold(self, arena: WeightArena, device: Device, breathe: Callable[[], None], crew: FoldCrew) -> bool:
         memory = self._memory(arena)
+
+        def fold(weights: Iterable[FoldedWeight]) -> Iterator[int]:
+            return fold_steps(self.plan, memory, crew.products, weights)
+
         try:
-            for _ in fold_steps(self.plan, memory):
-                if self._cancelled.is_set():
-                    return False
-                breathe()
+            with crew.sharing(self.plan.weights, fold) as shared:
+                for _ in fold(shared):
+                    if self._cancelled.is_set():
+                        return False
+                    breathe()
             return not self._cancelled.is_set()
         finally:
             device.wait(device.mark_last_use())

@@ -27,6 +27,7 @@ from understudyd.core.events import (
 from understudyd.core.types import ErrorCode
 from understudyd.stage.baton import Baton
 from understudyd.stage.device import open_device
+from understudyd.stage.fold_crew import FoldCrew
 from understudyd.stage.fold_job import FoldJob
 from understudyd.stage.performer import Announcer, Performer
 from understudyd.stage.repertoire import ModelStore, Prepared, Repertoire
@@ -89,6 +90,8 @@ class Stage:
         self._view_jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._folds: dict[tuple[str, int], FoldJob] = {}
         self._fold_jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        helpers = threads - 1 if self._device.device.type == "cpu" else 0
+        self._crew = FoldCrew(threads, helpers, is_busy=lambda: bool(self._runs))
         self._is_closed = False
         self._workers = [self._start(f"stage-{i}", self._work) for i in range(WORKERS)]
         self._workers.append(self._start("stage-prepare", lambda: _drain(self._chores)))
@@ -223,6 +226,7 @@ class Stage:
             jobs.put(None)
         for thread in self._workers:
             thread.join(_JOIN_S)
+        self._crew.close()
 
     # -- the threads -------------------------------------------------------------------------------
 
@@ -269,12 +273,13 @@ class Stage:
 
     def _work_on_folds(self) -> None:
         self._device.stand_back()
+        torch.set_num_threads(1)
         _drain(self._fold_jobs)
 
     def _fold(self, job: FoldJob) -> None:
         self._repertoire.learn(job.overlay, job.plan)
         started_at_s = self._clock()
-        outcome = job.run(self._arena, self._device, self._breathing())
+        outcome = job.run(self._arena, self._device, self._breathing(), self._crew)
         self._record("fold", job.label, started_at_s, self._clock())
         del self._folds[job.overlay, job.generation]
         self._announcer.announce(outcome)
