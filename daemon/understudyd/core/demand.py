@@ -130,9 +130,9 @@ class Demand:
         self._sort()
         turned = list(self._turned)
         self._turned.clear()
-        if self.wanted or self._was_wanted:
-            turned += [*self._was_wanted, *self.wanted]
-            self._was_wanted = list(self.wanted)
+        if (wanted := list(self.wanted)) != self._was_wanted:
+            turned += [*self._was_wanted, *wanted]
+            self._was_wanted = wanted
         return turned
 
     def _sort(self) -> None:
@@ -151,7 +151,9 @@ class Demand:
 
     def unseen(self) -> Set[str]:
         """What `turned` would tell."""
-        return self._marked.keys() | self._turned.keys() | self.wanted.keys() | set(self._was_wanted)
+        unseen = self._marked.keys() | self._turned.keys()
+        is_same = list(self.wanted) == self._was_wanted
+        return unseen if is_same else unseen | self.wanted.keys() | set(self._was_wanted)
 
     def check(self) -> None:
         """Who lacks something is known, each in its place, but for those that are marked."""

@@ -50,8 +50,8 @@ class Evictables:
         for blob in blobs:
             self._marked[blob] = None
 
-    def file(self) -> None:
-        """File anew what was marked."""
+    def file(self) -> int:
+        """File anew what was marked; returns how many that were."""
         for name in self._demand.turned():
             if name in self._models:
                 self.mark(self._models[name].blobs)
@@ -65,7 +65,9 @@ class Evictables:
                 self.away.put(blob)
             else:
                 self.away.discard(blob)
+        count = len(self._marked)
         self._marked.clear()
+        return count
 
     def blob_of(self, extent: Extent) -> Blob:
         """The blob of a filed extent."""

@@ -17,7 +17,7 @@ from understudyd.core.entities import Blob, Model
 from understudyd.core.forecast import Forecast
 from understudyd.core.lookahead import Lookahead
 from understudyd.core.outlook import Outlook
-from understudyd.core.pace import MUCH, Pace
+from understudyd.core.pace import FILING, MUCH, Pace
 from understudyd.core.policy import Policy, PolicySettings
 from understudyd.core.refusals import refusal_of
 from understudyd.core.request import Request
@@ -363,12 +363,11 @@ class Machine:
             self._actions.append(PauseLoads(should_rest))
 
     def _advance(self, now_s: float) -> None:
-        if is_filled := self._deck.fill(now_s):
+        if self._deck.fill(now_s):
             self._pace.went_over(len(self.queue))
         if self._pace.may_go_on():
+            self._pace.went_over(FILING * self.residency.evictables.file())
             self._lookahead.start_loads(self.on_stage, self._deck.is_busy, now_s)
-        elif is_filled:
-            self.residency.evictables.file()  # so much less is left for the next event
 
     # -- inside -------------------------------------------------------------------------------------
 

@@ -1,12 +1,15 @@
 """A bound on what one event sets off, so that nobody waits long for the machine, however much it holds.
 
-Two things take long where there is much of them: going over who is overtaken, and looking for what to evict.
-An event does one of them where there is much; what is left follows at the next event, and that is due at
-once: between the two, the loop that drives the machine may take in a message or hand out an answer.
+Some things take long where there is much of them: going over who is overtaken, filing anew whose place may
+have changed, looking for what to evict. An event does one of them where there is much; what is left follows
+at the next event, and that is due at once: between the two, the loop that drives the machine may take in a
+message or hand out an answer.
 """
 
 MUCH = 128
 """Requests or extents: from so many on they take more than some twenty microseconds to go over."""
+FILING = 12
+"""To file one blob anew takes as long as to go over so many."""
 
 
 class Pace:
