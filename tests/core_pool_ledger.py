@@ -42,7 +42,7 @@ class PoolLedger:
         for kept in event.copies:
             end = kept.offset + _rounded(kept.size_bytes)
             is_true = sizes.get(kept.blob) == kept.size_bytes and kept.offset % PAGE == 0
-            is_inside = 0 <= kept.offset and end <= self.pool_bytes
+            is_inside = kept.offset >= 0 and end <= self.pool_bytes
             clash = any(c.blob == kept.blob or (c.start < end and kept.offset < c.end) for c in self.copies)
             if is_true and is_inside and not clash:
                 self.copies.append(Copy(kept.offset, end, kept.blob, "ready", proved=False))

@@ -19,7 +19,9 @@ def loads(world: World) -> list[tuple[str, bool, bool]]:
     return [(load.blob, load.from_pool, load.must_verify) for load in world.of(ac.StartLoad)]
 
 
-def found_world(found: ev.CopiesFound, *, pages: int = 8, faults: dict[str, list[ErrorCode]] | None = None) -> World:
+def found_world(
+    found: ev.CopiesFound, *, pages: int = 8, faults: dict[str, list[ErrorCode]] | None = None
+) -> World:
     """A machine that is told of copies before it has a loader."""
     world = busy_world(pages, *INFOS, pool_pages=8, loaders=None)
     world.tell(found)

@@ -112,6 +112,11 @@ class Frontend:
         self._router: Router | None = None
         self.counters = Counters()
 
+    def change_limits(self, limits: Limits) -> None:
+        """From now on; who is connected keeps the outbox that it has."""
+        self._limits = limits
+        self._input_room.change(limits.max_open_input_bytes, limits.max_all_input_bytes)
+
     def start(self) -> list[str]:
         """Listen; returns the endpoints with wildcard ports filled in. Raises `EndpointError`."""
         self._router = Router(

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 from understudy.paths import CLIENT_SOCKET
-from understudyd.config import AUTO, Config, ServerConfig
+from understudyd.config import AUTO, Config, PolicyConfig, ServerConfig
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
 from understudyd.shell.adapters import StageAdapter
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.host_pool import HostPool
 from understudyd.shell.input_limits import InputLimits
+from understudyd.shell.kept_pool import KeptPool
 from understudyd.shell.limits import Limits
 from understudyd.shell.memory import Arena, ArenaError, CpuArena, memory_available_bytes
 from understudyd.shell.read_through import ReadThrough
@@ -42,6 +43,7 @@ class Parts:
         self._gpu: str | int = int(gpu) if gpu.isdigit() else gpu
         # Asked before the host pool takes its share, which it does in the background.
         self._available_bytes = memory_available_bytes()
+        self._pool_to_come_bytes = 0
 
     def stores(self) -> StoreUnion:
         """The writable store, made where there is none, and the read-only ones. Raises `StoreError`."""
@@ -56,12 +58,18 @@ class Parts:
             return None
         return ReadThrough(chosen.path / "cache", int(chosen.cache), float(chosen.cache_rate))
 
-    def host_pool(self) -> HostPool | None:
-        """None where it is to have no bytes. Raises `ArenaError`."""
+    def host_pool(self, kept: KeptPool | None = None) -> HostPool | None:
+        """The one that the last life left, else a new one; None without bytes. Raises `ArenaError`."""
         wanted = int(self.config.host.pool)
-        if wanted == AUTO:
-            wanted = _whole_grains(self._available_bytes * HOST_POOL_SHARE) if self.device == "cuda" else 0
-        return HostPool(wanted) if wanted else None
+        if wanted == AUTO and self.device != "cuda":
+            wanted = 0
+
+        def make() -> HostPool | None:
+            size = _whole_grains(self._available_bytes * HOST_POOL_SHARE) if wanted == AUTO else wanted
+            self._pool_to_come_bytes = size
+            return HostPool(size) if size else None
+
+        return make() if kept is None else kept.host_pool(wanted, make)
 
     def loader_pool(
         self, loop: asyncio.AbstractEventLoop, timeline: Timeline, host_pool: HostPool | None
@@ -114,7 +122,7 @@ class Parts:
                     *(size / 2**30, left_bytes / 2**30, reserve / 2**30),
                 )
             return memory_cuda.CudaArena(size, self._gpu, share=self.config.loader.transport != "thread")
-        left_bytes = self._available_bytes - max(0, int(self.config.host.pool))
+        left_bytes = self._available_bytes - self._pool_to_come_bytes
         size = _whole_grains(left_bytes * CPU_ARENA_SHARE) if wanted == AUTO else wanted
         # Every page is made now: about half a second a GiB in which nothing else would be said.
         _log.info("making an arena of %.2f GiB", size / 2**30)
@@ -122,21 +130,12 @@ class Parts:
 
     def machine(self, arena: Arena, host_pool: HostPool | None) -> Machine:
         """The core."""
-        chosen = self.config.policy
-        policy = PolicySettings(
-            order=chosen.order,
-            lookahead=chosen.lookahead,
-            max_wait_s=chosen.max_wait_s,
-            max_skips=chosen.max_skips,
-            prefetch=chosen.prefetch,
-            pause_priority=chosen.pause_priority,
-        )
         return Machine(
             arena.size_bytes,
             pool_bytes=0 if host_pool is None else host_pool.size_bytes,
-            policy=policy,
+            policy=policy_of(self.config.policy),
             max_waiting=self.config.queue.max_waiting,
-            decisions=chosen.decisions,
+            decisions=self.config.policy.decisions,
         )
 
     def request_log(self) -> RequestLog | None:
@@ -168,6 +167,18 @@ class Parts:
         )
         stage.start_custom_classes()
         return StageAdapter(stage)
+
+
+def policy_of(chosen: PolicyConfig) -> PolicySettings:
+    """What the core is told about it."""
+    return PolicySettings(
+        order=chosen.order,
+        lookahead=chosen.lookahead,
+        max_wait_s=chosen.max_wait_s,
+        max_skips=chosen.max_skips,
+        prefetch=chosen.prefetch,
+        pause_priority=chosen.pause_priority,
+    )
 
 
 def limits_of(chosen: ServerConfig) -> Limits:
