@@ -42,9 +42,10 @@ class UserManager:
     def run(self, *command: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         """A command in the manager's view of the machine."""
         enter = ["nsenter", "--target", str(self.process.pid), "--mount"]
-        environ = {"PATH": "/opt/understudy/bin:/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": "/run"}
+        path = "/opt/understudy/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        environ = {"PATH": path, "XDG_RUNTIME_DIR": "/run", "OMP_NUM_THREADS": "1"}
         found = subprocess.run(
-            [*enter, *command], capture_output=True, text=True, env=environ, timeout=120.0, check=False
+            [*enter, *command], capture_output=True, text=True, env=environ, timeout=240.0, check=False
         )
         assert not check or found.returncode == 0, f"{command}: {found.stderr}{found.stdout}\n{self.words()}"
         return found
@@ -85,7 +86,9 @@ def why_not() -> str:
     """What keeps a manager from running here; empty when nothing does."""
     if os.geteuid() != 0:
         return "a service manager's corner takes root to make"
-    missing = [tool for tool in ("unshare", "nsenter", "systemctl", "systemd-sysusers") if not shutil.which(tool)]
+    missing = [
+        tool for tool in ("unshare", "nsenter", "systemctl", "systemd-sysusers") if not shutil.which(tool)
+    ]
     if missing or not SYSTEMD.exists():
         return f"not installed: {', '.join(missing) or SYSTEMD}"
     if _groups() is None:
@@ -154,10 +157,8 @@ def _wait_until_up(manager: UserManager) -> None:
 def _end(process: "subprocess.Popen[bytes]", group: Path) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGRTMIN + 14)  # "exit at once", systemd(1)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            pass
     with contextlib.suppress(OSError):
         (group / "cgroup.kill").write_text("1")
     process.wait(10.0)
