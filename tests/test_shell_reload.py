@@ -21,8 +21,6 @@ def test_what_can_be_is_put_into_force_and_the_rest_is_named(tmp_path: Path) -> 
     applied: list[Config] = []
     live, fixed = '[log]\nlevel = "debug"\n[server]\ndrain_s = 5\n', '[device]\narena = "1GiB"\n'
     text = f"{live}{fixed}[policy]\nmax_skips = 3\n"
-        '[log]\nlevel = "debug"\n[server]\ndrain_s = 5\n[device]\narena = "1GiB"\n[policy]\nmax_skips = 3\n'
-    )
     reload = reload_to(text, tmp_path, applied)
     done = asyncio.run(reload())
     assert done.applied == ("server.drain_s", "log.level")
