@@ -40,6 +40,6 @@ cp /opt/checkout/systemd/understudyd.service /opt/checkout/systemd/understudyd@.
 
 # Where a system's manager keeps the directories of services.
 export XDG_RUNTIME_DIR=/run XDG_CONFIG_HOME=/var/lib XDG_STATE_HOME=/var/lib XDG_CACHE_HOME=/var/cache HOME=/home
-export SYSTEMD_LOG_LEVEL=info SYSTEMD_LOG_TARGET=console
+export SYSTEMD_LOG_LEVEL=info
 unset NOTIFY_SOCKET LISTEN_PID LISTEN_FDS LISTEN_FDNAMES
 exec /lib/systemd/systemd --user --unit=basic.target
