@@ -118,7 +118,8 @@ def scene_in(folder: Path, *, architecture: str, quick: bool, disk_rate: int) ->
 
     made = (sd15 if architecture == "sd15" else sdxl)(narrow=quick, sample_size=SIDE_PX // 8)
     store = Store.open(folder / "store", writable=True)
-    dtypes = dict.fromkeys(made.builders, torch.bfloat16)
+    dtype = torch.float32 if architecture == "sd15" else torch.bfloat16
+    dtypes = dict.fromkeys(made.builders, dtype)
     record = real_store.publish(store, made, MODEL, seed=0, dtypes=dtypes)
     size_bytes = sum(component.blob.size_bytes for component in record.components) + _SLACK_BYTES
     config = folder / "understudyd.toml"
