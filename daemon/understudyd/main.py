@@ -4,8 +4,10 @@ import faulthandler
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -40,12 +42,22 @@ def serve(path: Path | None) -> None:
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     faulthandler.enable()  # a watchdog's SIGABRT leaves every thread's traceback behind
     try:
-        raise SystemExit(_serve(config, read))
+        status = _serve(config, read)
     except click.ClickException as error:
-        if not is_json:
-            raise
-        logging.getLogger(__name__).critical("%s", error.message)
-        raise SystemExit(error.exit_code) from error
+        status = error.exit_code
+        if is_json:
+            logging.getLogger(__name__).critical("%s", error.message)
+        else:
+            error.show()
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """The interpreter's own end would crash a thread that is in the middle of importing torch."""
+    if any(thread.daemon and thread is not threading.current_thread() for thread in threading.enumerate()):
+        logging.shutdown()
+        os._exit(status)
+    raise SystemExit(status)
 
 
 def _serve(config: configuration.Config, read: Callable[[], configuration.Config]) -> int:

@@ -1,8 +1,8 @@
 """One life of the daemon: put the parts together, get ready, serve, drain, leave nothing behind.
 
-Order matters: the loaders come up before the arena, which may be as large as what they leave; both stand and
-weights are on their way while torch is imported; the front end listens only when every architecture has run
-once. Clients that are early wait in ZeroMQ's connect.
+Order matters: the loaders come up before the arena, which may be as large as what they leave. All the while
+torch is imported, by a thread that nobody waits for who leaves early (`main.py`). The front end listens only
+when every architecture has run once. Clients that are early wait in ZeroMQ's connect.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from understudyd.shell.reload import Reload, Reloaded
 from understudyd.shell.runtime import Runtime
 from understudyd.shell.start_up import StartUp
 from understudyd.shell.supervisor import LoaderPool
+from understudyd.shell.threads import in_daemon_thread
 from understudyd.shell.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,8 @@ class Daemon:
         stores.own.usage.begin()
         leaving.callback(stores.own.usage.end)
         leaving.push_async_callback(self._let_go)
+        importing = loop.create_task(in_daemon_thread(self._parts.import_stage))
+        importing.add_done_callback(lambda done: done.cancelled() or done.exception())  # or nobody looks
         pool = await self._attach_loaders(loop, leaving)
         arena = await self._make_arena(loop)
         cache = await self._open_cache(loop, leaving)
@@ -164,7 +167,7 @@ class Daemon:
         pool.open(arena, runtime.emit)
         self._start_up = StartUp(runtime, self.config, self._say)
         self._watch_loads(runtime, self._start_up.load_ahead(), leaving)
-        await self._make_stage(loop, arena, runtime)
+        await self._make_stage(loop, importing, arena, runtime)
         with self._phase("warm-up"):
             await self._unless_stopped(self._start_up.warm_up())
         runtime.attach_replies(frontend)
@@ -239,9 +242,16 @@ class Daemon:
         with self._phase("weights"):
             await runtime.until(lambda: not is_loading())
 
-    async def _make_stage(self, loop: asyncio.AbstractEventLoop, arena: Arena, runtime: Runtime) -> None:
+    async def _make_stage(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        importing: Awaitable[None],
+        arena: Arena,
+        runtime: Runtime,
+    ) -> None:
         self._say("importing torch")
         with self._phase("import"):
+            await importing
             self._stage = await loop.run_in_executor(None, self._parts.stage, arena, runtime, self._timeline)
         self._check_not_stopped()
         runtime.attach_stage(self._stage)

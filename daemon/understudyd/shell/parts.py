@@ -149,8 +149,12 @@ class Parts:
         endpoints = [f"ipc://{chosen.runtime_dir / CLIENT_SOCKET}", *chosen.endpoints]
         return Frontend(loop, endpoints, runtime, limits=limits_of(chosen), daemon_id=daemon_id)
 
+    def import_stage(self) -> None:
+        """Import torch, diffusers and all that the stage needs: takes seconds, beside all else."""
+        import understudyd.stage.stage  # noqa: F401
+
     def stage(self, arena: Arena, runtime: Runtime, timeline: Timeline) -> StageAdapter:
-        """The stage; blocks for seconds while torch and diffusers are imported."""
+        """The stage; blocks for seconds unless `import_stage` was called before."""
         from understudyd.stage.stage import Stage
 
         # Threads that wait for the interpreter get it within a millisecond: the stage changes over
