@@ -160,7 +160,9 @@ class Daemon:
     ) -> Frontend:
         """The operators' door, open, and the clients', still shut."""
         commands = Commands(runtime, pool, self._timeline, self, time.monotonic)
-        admin = AdminServer(self.config.server.runtime_dir / ADMIN_SOCKET, commands.execute)
+        access = self._parts.admin_access()
+        path = self.config.server.runtime_dir / ADMIN_SOCKET
+        admin = AdminServer(path, commands.execute, access=access)
         leaving.push_async_callback(admin.stop)
         await admin.start()
         frontend = self._parts.frontend(loop, runtime, self.daemon_id)
@@ -233,6 +235,17 @@ class Daemon:
     def _say(self, status: str) -> None:
         log.info("%s", status)
         notify(f"STATUS={status}")
+
+    # -- operating ----------------------------------------------------------------------------------
+
+    def reload(self) -> dict[str, Any]:
+        """Read the configuration again. Raises `AdminError`."""
+        raise NotImplementedError
+
+    @property
+    def is_stopping(self) -> bool:
+        """It was told to end."""
+        return self._stop.is_set()
 
     # -- leaving ------------------------------------------------------------------------------------
 

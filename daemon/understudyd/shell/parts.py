@@ -18,6 +18,7 @@ from understudyd.shell.memory import Arena, ArenaError, CpuArena, memory_availab
 from understudyd.shell.read_through import ReadThrough
 from understudyd.shell.request_log import RequestLog
 from understudyd.shell.runtime import Runtime
+from understudyd.shell.socket_access import SocketAccess
 from understudyd.shell.supervisor import LoaderPool, LoaderSettings
 from understudyd.shell.timeline import Timeline
 from understudyd.store.store import Store
@@ -149,6 +150,11 @@ class Parts:
         chosen = self.config.server
         endpoints = [f"ipc://{chosen.runtime_dir / CLIENT_SOCKET}", *chosen.endpoints]
         return Frontend(loop, endpoints, runtime, limits=limits_of(chosen), daemon_id=daemon_id)
+
+    def admin_access(self) -> SocketAccess:
+        """Who may use the operators' socket."""
+        chosen = self.config.admin
+        return SocketAccess(int(chosen.socket_mode), chosen.socket_group)
 
     def stage(self, arena: Arena, runtime: Runtime, timeline: Timeline) -> StageAdapter:
         """The stage; blocks for seconds while torch and diffusers are imported."""
