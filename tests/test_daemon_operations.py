@@ -1,0 +1,123 @@
+"""Draining, resuming and watching a real daemon."""
+
+import itertools
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import understudy
+from daemon_kit import DaemonProcess, running_daemon
+from family_kit import Family
+from understudy import admin
+from understudy.ctl import main as ctl
+from understudy.errors import CapacityError
+
+OPTIONS = {"seed": 7, "steps": 1, "width": 32, "height": 32}
+LONG = OPTIONS | {"steps": 400, "progress": True}
+
+
+@pytest.fixture(scope="module")
+def daemon(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    more: dict[str, Any] = {"stage": {"warm_up": False}, "policy": {"prefetch": False}}
+    with running_daemon(family.store, tmp_path_factory.mktemp("run"), arena="24MiB", **more) as daemon:
+        yield daemon
+
+
+def run(daemon: DaemonProcess, *arguments: str) -> Result:
+    return CliRunner().invoke(ctl, ["--socket", str(daemon.admin_socket), *arguments])
+
+
+def test_drained_the_daemon_finishes_what_it_has_and_says_what_to_do(daemon: DaemonProcess) -> None:
+    with understudy.Client(endpoint=daemon.endpoint) as client:
+        long = client.submit("sd-a", "x", **LONG)
+        waiting = client.submit("sd-b", "x", **OPTIONS)
+        next(iter(long))  # accepted
+        next(iter(waiting))
+        document = json.loads(run(daemon, "drain", "-o", "json").stdout)
+        assert document["state"] == "draining" and document["open_requests"] == 2
+        with pytest.raises(CapacityError, match="another one or later") as refused:
+            client.generate("sd-a", "x", **OPTIONS)
+        assert refused.value.code == "draining" and refused.value.retryable
+        assert daemon.ask(admin.Status())["state"] == "draining"
+
+        still_open = run(daemon, "drain", "--wait", "--timeout", "0.05")
+        assert still_open.exit_code == 1 and "still open" in still_open.stderr
+        idle = run(daemon, "drain", "--wait", "-o", "json")
+        assert idle.exit_code == 0 and json.loads(idle.stdout)["open_requests"] == 0
+        assert len(long.result().images) == len(waiting.result().images) == 1
+
+        assert json.loads(run(daemon, "resume", "-o", "json").stdout)["state"] == "ready"
+        assert client.generate("sd-a", "x", **OPTIONS).images
+
+
+def test_a_resume_calls_off_a_drain_that_somebody_waits_for(daemon: DaemonProcess) -> None:
+    with understudy.Client(endpoint=daemon.endpoint) as client:
+        long = client.submit("sd-a", "x", **LONG)
+        next(iter(long))
+        errors: list[admin.AdminError] = []
+
+        def wait() -> None:
+            try:
+                daemon.ask(admin.Drain(wait_s=60.0))
+            except admin.AdminError as error:
+                errors.append(error)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        while daemon.ask(admin.Status())["state"] != "draining":
+            pass
+        daemon.ask(admin.Resume())
+        waiter.join(30)
+        assert [(e.code, "resumed" in str(e)) for e in errors] == [("not_idle", True)]
+        long.cancel()
+        with pytest.raises(understudy.Cancelled):
+            long.result()
+
+
+def test_the_log_says_more_when_it_is_asked_to(daemon: DaemonProcess) -> None:
+    markers = itertools.count()
+
+    def said(text: str) -> bool:
+        """Whether there was such a line since this was asked last; a change is always written down."""
+        seen, marker = len(daemon.log), f"marker-{next(markers)}"
+        with pytest.raises(admin.AdminError):
+            daemon.ask(admin.Unpin(name=marker))
+        daemon.wait_for_log(f"): Unpin(name='{marker}')")
+        return any(text in line for line in daemon.log[seen:])
+
+    said("what was before")
+    document = daemon.ask(admin.LogLevel(level="error"))
+    assert document == {"logger": "all", "level": "error", "before": "info"}
+    daemon.ask(admin.Drain())
+    daemon.ask(admin.Resume())
+    assert not said("requests are taken again"), "an info line"
+    assert run(daemon, "log-level", "info").exit_code == 0
+    daemon.ask(admin.Drain())
+    daemon.ask(admin.Resume())
+    assert said("requests are taken again")
+    with pytest.raises(admin.AdminError, match=r"did you mean 'understudyd\.shell\.admin'"):
+        daemon.ask(admin.LogLevel(level="info", logger="understudyd.shell.admim"))
+
+
+def test_top_once(daemon: DaemonProcess) -> None:
+    with understudy.Client(endpoint=daemon.endpoint) as client:
+        client.generate("sd-a", "x", **OPTIONS)
+        client.generate("sd-a", "x", **OPTIONS)
+        with pytest.raises(understudy.UnknownModel):
+            client.generate("nobody", "x", **OPTIONS)
+        long = client.submit("sd-b", "x", **LONG)
+        next(iter(long))
+        shown = run(daemon, "top", "--once")
+        document = json.loads(run(daemon, "top", "-o", "json").stdout)
+        long.cancel()
+    assert shown.exit_code == 0, shown.output
+    for part in ("ready", "stage", "queue", "arena by model", "loaders", "models on receipt", "last errors"):
+        assert part in shown.stdout
+    assert "sd-b" in shown.stdout and "unknown_model: model 'nobody'" in shown.stdout
+    tiers = document["status"]["tiers_on_receipt"]
+    assert tiers["bound"] >= 1 and sum(tiers.values()) >= 3
+    assert sum(e["size_bytes"] for e in document["arena"]["extents"]) == 24 * 2**20
