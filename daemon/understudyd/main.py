@@ -37,9 +37,12 @@ def serve(path: Path | None) -> None:
 def _serve(config: configuration.Config) -> int:
     import uvloop
 
+    from understudy.keys import KeyFileError
     from understudyd.shell.daemon import Daemon
+    from understudyd.shell.endpoints import EndpointError
     from understudyd.shell.lock import AlreadyRunning
     from understudyd.shell.memory import ArenaError
+    from understudyd.shell.socket_access import SocketAccessError
     from understudyd.store.errors import StoreError
 
     async def life() -> int:
@@ -47,7 +50,7 @@ def _serve(config: configuration.Config) -> int:
 
     try:
         return int(uvloop.run(life()))
-    except (AlreadyRunning, ArenaError, StoreError) as error:
+    except (AlreadyRunning, ArenaError, StoreError, EndpointError, KeyFileError, SocketAccessError) as error:
         raise click.ClickException(str(error)) from error
 
 

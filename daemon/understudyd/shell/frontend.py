@@ -13,10 +13,8 @@ old one's cancelled requests still say cannot answer the new one's.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-
-import msgspec
 
 from understudy.wire import (
     Accepted,
@@ -36,17 +34,20 @@ from understudy.wire import (
     encode_entries,
     peek_id,
 )
+from understudyd.shell.answers import answer_frames, dropped, readable
+from understudyd.shell.curve import ServerKeys
+from understudyd.shell.endpoints import check_endpoint
 from understudyd.shell.input_room import InputRoom
 from understudyd.shell.limits import ID_RULE, Limits, is_id, refusal
 from understudyd.shell.outbox import Outbox
 from understudyd.shell.ports import RequestSink
 from understudyd.shell.router import Router, Sent
+from understudyd.shell.socket_access import SocketAccess
 
 _log = logging.getLogger(__name__)
 
 _RETRY_S = 0.02
 _SWEEP_S = 1.0
-_MAX_MESSAGE_CHARS = 4096
 _PEEK_BYTES = 1024 * 1024
 _ENTRIES_PER_FRAME = 512
 _MISSING = "the input images are missing, and this request is not known here; send it whole"
@@ -78,8 +79,8 @@ class _Client:
 class Frontend:
     """See the module's text. `start` listens; every method belongs to the loop's thread.
 
-    `endpoints` are `ipc:///path` or loopback `tcp://`; `daemon_id` must differ in each daemon's life.
-    Implements `ReplySink`.
+    `endpoints` are `ipc:///path` or `tcp://`, with `keys` where others than this machine's users can reach
+    them; `daemon_id` must differ in each daemon's life. Implements `ReplySink`. Raises `EndpointError`.
     """
 
     def __init__(
@@ -91,15 +92,18 @@ class Frontend:
         limits: Limits,
         daemon_id: str,
         clock: Callable[[], float] = time.monotonic,
-        socket_mode: int = 0o660,
+        access: SocketAccess | None = None,
+        keys: ServerKeys | None = None,
         directory_mode: int = 0o700,
     ) -> None:
+        for endpoint in endpoints:
+            check_endpoint(endpoint, has_keys=keys is not None)
         self._loop = loop
         self._wanted = tuple(endpoints)
         self._sink = sink
         self._limits = limits
         self._clock = clock
-        self._modes = (socket_mode, directory_mode)
+        self._access, self._keys, self._directory_mode = access, keys, directory_mode
         self._daemon_id = daemon_id
         self._by_identity: dict[bytes, _Client] = {}
         self._by_name: dict[str, _Client] = {}
@@ -123,8 +127,9 @@ class Frontend:
             max_frame_bytes=self._limits.max_frame_bytes,
             send_high_water_mark=self._limits.send_high_water_mark,
             receive_high_water_mark=self._limits.receive_high_water_mark,
-            socket_mode=self._modes[0],
-            directory_mode=self._modes[1],
+            access=self._access,
+            keys=self._keys,
+            directory_mode=self._directory_mode,
         )
         self._swept_at_s = self._clock()
         self._rearm_sweep()
@@ -140,6 +145,11 @@ class Frontend:
         self._router = None
         self._by_identity.clear()
         self._by_name.clear()
+
+    def admit(self, clients: Mapping[str, str]) -> None:
+        """Another list of client keys, names by public key, for who connects from now on."""
+        if self._router is not None:
+            self._router.admit(clients)
 
     @property
     def clients(self) -> int:
@@ -169,7 +179,7 @@ class Frontend:
                 del known.open[reply.id]
                 self._input_room.give_back(client, reply.id)
                 self.counters.answered += 1
-                frames = _answer_frames(reply, payload)
+                frames = answer_frames(reply, payload)
                 known.outbox.put_answer(reply.id, ("accepted", "progress"), frames, now)
             case Pong() | ModelList():
                 raise AssertionError(f"the front end answers this itself: {reply}")
@@ -261,7 +271,7 @@ class Frontend:
     ) -> None:
         self.counters.refused += 1
         failed = Failed(id=request_id, code=code, message=message, retryable=retryable)
-        client.outbox.put_notice(request_id, _answer_frames(failed), self._clock())
+        client.outbox.put_notice(request_id, answer_frames(failed), self._clock())
         self._flush(client)
 
     # -- clients --------------------------------------------------------------------------------------------
@@ -271,7 +281,7 @@ class Frontend:
         if client is None:
             self._serial += 1
             outbox = Outbox(self._limits.outbox_bytes, self._limits.answer_ttl_s)
-            client = _Client(f"{_readable(identity)}#{self._serial}", identity, 0.0, outbox)
+            client = _Client(f"{readable(identity)}#{self._serial}", identity, 0.0, outbox)
             self._by_identity[identity] = self._by_name[client.name] = client
         client.heard_at_s = self._clock()
         return client
@@ -298,8 +308,8 @@ class Frontend:
             replaced |= lost
             self.counters.answers_lost += len(lost)
             for request_id in lost:
-                failed = _dropped(request_id, self._limits.outbox_bytes)
-                client.outbox.put_answer(request_id, (), _answer_frames(failed), self._clock())
+                failed = dropped(request_id, self._limits.outbox_bytes)
+                client.outbox.put_answer(request_id, (), answer_frames(failed), self._clock())
 
     def _block(self, client: _Client) -> None:
         self._blocked.add(client.name)
@@ -358,32 +368,3 @@ class Frontend:
             self._gone(client, f"it has been silent for {self._limits.client_timeout_s:g} s")
         elif client.outbox.is_empty:
             self._forget(client)
-
-
-def _answer_frames(reply: Finished | Failed, payload: Sequence[bytes] = ()) -> tuple[bytes, ...]:
-    """Neither an error's text nor a long video may outgrow the header, whoever wrote it."""
-    if isinstance(reply, Failed):
-        if len(reply.message) > _MAX_MESSAGE_CHARS:
-            reply = msgspec.structs.replace(reply, message=reply.message[:_MAX_MESSAGE_CHARS] + " ...")
-        return (encode(reply),)
-    try:
-        return (encode(reply), *payload)
-    except WireError:
-        message = f"{len(payload)} images are too many for one answer; ask for fewer frames, or for mp4"
-        return (encode(Failed(id=reply.id, code="bad_request", message=message)),)
-
-
-def _dropped(request_id: str, outbox_bytes: int) -> Failed:
-    return Failed(
-        id=request_id,
-        code="queue_full",
-        message=f"the images were dropped: more than {outbox_bytes} bytes of answers waited for this client; "
-        "read answers as they come, or raise outbox_bytes",
-        retryable=True,
-    )
-
-
-def _readable(identity: bytes) -> str:
-    """A routing id as text for people; the serial number behind it makes it unique."""
-    text = identity.decode("ascii", errors="replace")
-    return text if text.isalnum() and text.isascii() else identity.hex()

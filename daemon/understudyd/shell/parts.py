@@ -10,6 +10,7 @@ from understudyd.config import AUTO, Config, ServerConfig
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
 from understudyd.shell.adapters import StageAdapter
+from understudyd.shell.curve import load_keys
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.host_pool import HostPool
 from understudyd.shell.input_limits import InputLimits
@@ -146,10 +147,17 @@ class Parts:
         return None if chosen.requests is None else RequestLog(chosen.requests, chosen.requests_size)
 
     def frontend(self, loop: asyncio.AbstractEventLoop, runtime: Runtime, daemon_id: str) -> Frontend:
-        """The clients' door, still shut."""
+        """The clients' door, still shut. Raises `EndpointError` and `KeyFileError`."""
         chosen = self.config.server
-        endpoints = [f"ipc://{chosen.runtime_dir / CLIENT_SOCKET}", *chosen.endpoints]
-        return Frontend(loop, endpoints, runtime, limits=limits_of(chosen), daemon_id=daemon_id)
+        return Frontend(
+            loop,
+            [f"ipc://{chosen.runtime_dir / CLIENT_SOCKET}", *chosen.endpoints],
+            runtime,
+            limits=limits_of(chosen),
+            daemon_id=daemon_id,
+            access=SocketAccess(int(chosen.socket_mode), chosen.socket_group),
+            keys=load_keys(self.config.curve),
+        )
 
     def admin_access(self) -> SocketAccess:
         """Who may use the operators' socket."""

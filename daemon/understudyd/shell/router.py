@@ -7,20 +7,21 @@ is bounded, so that a flood from one client does not stall the loop.
 
 import asyncio
 import contextlib
-import ipaddress
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
 import zmq
 
+from understudyd.shell.curve import ServerKeys
+from understudyd.shell.endpoints import EndpointError, check_endpoint
+from understudyd.shell.socket_access import SocketAccess, SocketAccessError
+from understudyd.shell.zap import DOMAIN, Gatekeeper
+
 MESSAGES_PER_TURN = 64
-_IPC_PATH_BYTES = 107  # sun_path of a Unix socket, less its closing zero
-
-
-class EndpointError(Exception):
-    """An endpoint that cannot be served; the message says what to do."""
+_HANDSHAKE_MS = 5_000
+_KEEPALIVE_S = 60
+_BACKLOG = 128
 
 
 class Sent(Enum):
@@ -50,7 +51,8 @@ class Router:
         max_frame_bytes: int,
         send_high_water_mark: int,
         receive_high_water_mark: int,
-        socket_mode: int = 0o660,
+        access: SocketAccess | None = None,
+        keys: ServerKeys | None = None,
         directory_mode: int = 0o700,
     ) -> None:
         self._loop = loop
@@ -61,8 +63,9 @@ class Router:
         self._draining = False
         self._socket_files: dict[Path, int] = {}
         for endpoint in endpoints:
-            check_endpoint(endpoint)
+            check_endpoint(endpoint, has_keys=keys is not None)
         self._context = zmq.Context()
+        self._gatekeeper = None if keys is None else Gatekeeper(loop, self._context, keys.clients)
         self._socket = self._context.socket(zmq.ROUTER)
         # A client that comes back under its routing id takes it over; one that is away is an error here.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -71,8 +74,13 @@ class Router:
         self._socket.setsockopt(zmq.SNDHWM, send_high_water_mark)
         self._socket.setsockopt(zmq.RCVHWM, receive_high_water_mark)
         self._socket.setsockopt(zmq.LINGER, 0)
+        # Who connects and says nothing holds a descriptor no longer than this.
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_S)
         try:
-            self.endpoints = [self._bind(end, socket_mode, directory_mode) for end in endpoints]
+            self.endpoints = self._bind_all(endpoints, keys, access or SocketAccess(), directory_mode)
         except EndpointError:
             self._release(0)
             raise
@@ -98,6 +106,11 @@ class Router:
         finally:
             self._rearm()
         return Sent.YES
+
+    def admit(self, clients: Mapping[str, str]) -> None:
+        """Another list of keys, names by public key: from now on these may connect, and no others."""
+        if self._gatekeeper is not None:
+            self._gatekeeper.clients = clients
 
     def close(self, linger_s: float = 0.0) -> None:
         """Stop listening; what is in the socket may still leave for `linger_s` (blocks that long at most)."""
@@ -135,7 +148,21 @@ class Router:
         if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._turn = self._loop.call_soon(self._drain)
 
-    def _bind(self, endpoint: str, socket_mode: int, directory_mode: int) -> str:
+    def _bind_all(
+        self, endpoints: Sequence[str], keys: ServerKeys | None, access: SocketAccess, directory_mode: int
+    ) -> list[str]:
+        """The endpoints as they were bound. A bind takes the options that are set when it is made."""
+        bound = {end: self._bind(end, access, directory_mode) for end in endpoints if end.startswith("ipc:")}
+        if keys is not None:
+            self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+            # Without these ZeroMQ lets everybody in when nobody answers for the list of keys.
+            self._socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+            self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        bound |= {end: self._bind(end, access, directory_mode) for end in endpoints if end not in bound}
+        return [bound[end] for end in endpoints]
+
+    def _bind(self, endpoint: str, access: SocketAccess, directory_mode: int) -> str:
         path = Path(endpoint.removeprefix("ipc://")) if endpoint.startswith("ipc://") else None
         try:
             if path is not None:
@@ -143,44 +170,21 @@ class Router:
             self._socket.setsockopt(zmq.IPV6, "[" in endpoint)
             self._socket.bind(endpoint)
             if path is not None:
-                path.chmod(socket_mode)
+                access.apply(path)
                 self._socket_files[path] = path.stat().st_ino
         except (OSError, zmq.ZMQError) as error:
             reason = error.strerror or str(error)
             raise EndpointError(f"cannot listen on {endpoint}: {reason}; choose another endpoint") from error
+        except SocketAccessError as error:
+            raise EndpointError(str(error)) from error
         return bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
     def _release(self, linger_ms: int) -> None:
         self._socket.close(linger=linger_ms)
+        if self._gatekeeper is not None:
+            self._gatekeeper.close()
         self._context.term()
         for path, inode in self._socket_files.items():  # ZeroMQ leaves them
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_ino == inode:  # else it is another daemon's by now
                     path.unlink()
-
-
-def check_endpoint(endpoint: str) -> None:
-    """Raise `EndpointError` for an endpoint that is malformed or not safe to serve."""
-    scheme, separator, address = endpoint.partition("://")
-    if not separator or scheme not in ("ipc", "tcp") or not address:
-        raise EndpointError(
-            f"{endpoint!r} is no endpoint; write ipc:///path/to/socket or tcp://127.0.0.1:PORT"
-        )
-    if scheme == "tcp":
-        host = address.rpartition(":")[0]
-        if not _is_loopback(host):
-            raise EndpointError(
-                f"{endpoint} can be reached from other machines, and this release cannot encrypt or tell who "
-                "calls; listen on tcp://127.0.0.1:PORT and forward the port (ssh -L)"
-            )
-    elif not address.startswith("/"):
-        raise EndpointError(f"{endpoint!r}: an ipc endpoint is an absolute path, ipc:///path/to/socket")
-    elif len(os.fsencode(address)) > _IPC_PATH_BYTES:
-        raise EndpointError(f"{endpoint!r} is longer than a Unix socket's path may be; choose a shorter one")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
