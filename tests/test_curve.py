@@ -55,24 +55,30 @@ def test_a_known_key_gets_in_and_the_ipc_socket_stays_plain(served: Served) -> N
 
 
 def test_a_strangers_key_is_told_so_at_once(served: Served) -> None:
-    with client(served.endpoint, keys_of(BOB), reconnect_s=60.0) as bob:
-        with pytest.raises(NotAllowed, match="client_keys") as refused:
-            bob.generate("sd15-red", "x")
+    with (
+        client(served.endpoint, keys_of(BOB), reconnect_s=60.0) as bob,
+        pytest.raises(NotAllowed, match="client_keys") as refused,
+    ):
+        bob.generate("sd15-red", "x")
     assert BOB[0] in str(refused.value) and BOB[1] not in str(refused.value)
     assert served.sink.submitted == [] and served.frontend.counters.received == 0
 
 
 def test_no_key_is_told_so_at_once(served: Served) -> None:
-    with client(served.endpoint, None, reconnect_s=60.0) as nobody:
-        with pytest.raises(NotAllowed, match="understudy keygen"):
-            nobody.generate("sd15-red", "x")
+    with (
+        client(served.endpoint, None, reconnect_s=60.0) as nobody,
+        pytest.raises(NotAllowed, match="understudy keygen"),
+    ):
+        nobody.generate("sd15-red", "x")
     assert served.frontend.counters.received == 0
 
 
 def test_the_key_of_another_daemon_gets_nowhere_and_says_why(served: Served) -> None:
-    with client(served.endpoint, keys_of(ALICE, OTHER_SERVER), reconnect_s=1.0) as alice:
-        with pytest.raises(TransportError, match=r"no word from .* --server-key") as failed:
-            alice.generate("sd15-red", "x")
+    with (
+        client(served.endpoint, keys_of(ALICE, OTHER_SERVER), reconnect_s=1.0) as alice,
+        pytest.raises(TransportError, match=r"no word from .* --server-key") as failed,
+    ):
+        alice.generate("sd15-red", "x")
     assert failed.value.code == "unreachable"
     assert served.frontend.counters.received == 0
 
