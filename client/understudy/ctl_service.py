@@ -69,7 +69,7 @@ def drop_cache(socket_path: Path, output: str) -> None:
 @output_option
 @click.pass_obj
 def log_level(socket_path: Path, level: str, logger: str, output: str) -> None:
-    """Say more or less in the log from now on, until a reload or the daemon's end."""
+    """Say more or less in the log from now on; a restart brings the configuration's level back."""
     from understudy.admin import LogLevel
 
     show(ask(socket_path, LogLevel(level=level, logger=logger)), output, "facts")  # type: ignore[arg-type]

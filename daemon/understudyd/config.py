@@ -193,11 +193,15 @@ class LoaderConfig(_Section, frozen=True, kw_only=True):
 
 
 class StageConfig(_Section, frozen=True, kw_only=True):
-    """The stage. `threads` are torch's on the CPU; `warm_up` runs each architecture once before ready."""
+    """The stage. `threads` are torch's on the CPU; `warm_up` runs each architecture once before ready.
+
+    When what runs makes no step for `stalled_after_s`, the service manager's watchdog is fed no more.
+    """
 
     threads: Positive = 1
     warm_up: bool = True
     warm_up_limit_s: Seconds = 300.0
+    stalled_after_s: Seconds = 600.0
 
 
 class PolicyConfig(_Section, frozen=True, kw_only=True):
@@ -226,13 +230,14 @@ class QueueConfig(_Section, frozen=True, kw_only=True):
 
 
 class LogConfig(_Section, frozen=True, kw_only=True):
-    """What is logged.
+    """What is logged, on stderr. `format = "auto"` is text on a terminal and a JSON object a line elsewhere.
 
     `requests` is a file for one line a finished request, which `understudyd simulate` plays; none is written
     without it. One of `requests_size` is set aside as `requests`.1 and begun anew.
     """
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "text", "json"] = "auto"
     requests: Path | None = None
     requests_size: Size = Size(64 * 1024**2)
 

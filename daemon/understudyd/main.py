@@ -1,12 +1,16 @@
 """`understudyd`: the daemon's command line."""
 
+import faulthandler
 import logging
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from understudyd import config as configuration
+from understudyd import logs
 from understudyd.simulate.commands import plan_command, simulate_command, synthesize_command
 
 
@@ -22,19 +26,26 @@ def main() -> None:
 )
 def serve(path: Path | None) -> None:
     """Serve until SIGTERM, which finishes what is open first."""
+
+    def read() -> configuration.Config:
+        return configuration.load(path or configuration.find())
+
     try:
-        config = configuration.load(path or configuration.find())
+        config = read()
     except configuration.ConfigError as error:
         raise click.ClickException(str(error)) from error
-    logging.basicConfig(
-        level=config.log.level.upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    raise SystemExit(_serve(config))
+    is_json = logs.configure(config.log.level, config.log.format, sys.stderr, os.environ)
+    faulthandler.enable()  # a watchdog's SIGABRT leaves every thread's traceback behind
+    try:
+        raise SystemExit(_serve(config, read))
+    except click.ClickException as error:
+        if not is_json:
+            raise
+        logging.getLogger(__name__).critical("%s", error.message)
+        raise SystemExit(error.exit_code) from error
 
 
-def _serve(config: configuration.Config) -> int:
+def _serve(config: configuration.Config, read: Callable[[], configuration.Config]) -> int:
     import uvloop
 
     from understudy.keys import KeyFileError
@@ -42,11 +53,14 @@ def _serve(config: configuration.Config) -> int:
     from understudyd.shell.endpoints import EndpointError
     from understudyd.shell.lock import AlreadyRunning
     from understudyd.shell.memory import ArenaError
+    from understudyd.shell.notify import ServiceManager
     from understudyd.shell.socket_access import SocketAccessError
     from understudyd.store.errors import StoreError
 
+    manager = ServiceManager.found(os.environ)
+
     async def life() -> int:
-        return await Daemon(config).serve()
+        return await Daemon(config, manager, read).serve()
 
     try:
         return int(uvloop.run(life()))

@@ -13,28 +13,36 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
+from understudy.keys import KeyFileError
 from understudy.paths import ADMIN_SOCKET
-from understudyd.config import Config
+from understudyd import logs
+from understudyd.config import Config, ConfigError
 from understudyd.core import events as ev
+from understudyd.core.types import ErrorCode
 from understudyd.shell.adapters import PoolAdapter, StageAdapter
 from understudyd.shell.admin import AdminServer
 from understudyd.shell.commands import Commands
 from understudyd.shell.forecast_file import ForecastFile
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.host_pool import HostPool
+from understudyd.shell.kept_pool import KeptPool
 from understudyd.shell.lock import DaemonLock
 from understudyd.shell.memory import Arena
 from understudyd.shell.model_settings import ModelSettings
-from understudyd.shell.notify import notify
-from understudyd.shell.parts import Parts
+from understudyd.shell.notify import ServiceManager
+from understudyd.shell.parts import Parts, limits_of, policy_of
+from understudyd.shell.pulse import Pulse
 from understudyd.shell.read_through import ReadThrough
+from understudyd.shell.reload import Reload, Reloaded
 from understudyd.shell.runtime import Runtime
 from understudyd.shell.start_up import StartUp
 from understudyd.shell.supervisor import LoaderPool
+from understudyd.shell.threads import in_daemon_thread
 from understudyd.shell.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -43,6 +51,7 @@ START_UP = "start-up"
 """The timeline's lane for what came before ready."""
 
 EXIT_DEFECT = 70
+_CANCEL_S, _LEAVING_S = 5.0, 15.0
 
 
 class _Stopped(Exception):
@@ -50,10 +59,17 @@ class _Stopped(Exception):
 
 
 class Daemon:
-    """Everything one daemon is made of. `serve` returns the exit status."""
+    """Everything one daemon is made of. `serve` returns the exit status.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    `manager` is the service manager, if one started this; `read` reads the configuration again.
+    """
+
+    def __init__(
+        self, config: Config, manager: ServiceManager | None = None, read: Callable[[], Config] | None = None
+    ) -> None:
+        self._manager = manager or ServiceManager()
+        self._kept = KeptPool(self._manager)
+        self._reload = Reload(config, read or (lambda: config), self._apply)
         self.state = "starting"
         self.daemon_id = uuid.uuid4().hex
         self.started_at_s = time.monotonic()
@@ -64,9 +80,18 @@ class Daemon:
         self._arena: Arena | None = None
         self._stage: StageAdapter | None = None
         self._start_up: StartUp | None = None
+        self._runtime: Runtime | None = None
+        self._frontend: Frontend | None = None
+        self._pulse: Pulse | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._drain_s = config.server.drain_s
         self._exit_status = 0
+
+    @property
+    def config(self) -> Config:
+        """What is in force; what waits for a restart is as it was."""
+        return self._reload.config
 
     @property
     def missing(self) -> dict[str, str]:
@@ -75,17 +100,25 @@ class Daemon:
 
     async def serve(self) -> int:
         """Serve until told to stop."""
-        runtime_dir = self.config.server.runtime_dir
-        runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
-        lock = DaemonLock(runtime_dir / "understudyd.lock")
-        try:
+        with contextlib.ExitStack() as locks:
+            self._lock(locks)
             self._listen_to_signals(asyncio.get_running_loop())
             async with AsyncExitStack() as leaving:
                 with contextlib.suppress(_Stopped):
                     await self._live(leaving)
             return self._exit_status
-        finally:
-            lock.close()
+
+    def _lock(self, locks: contextlib.ExitStack) -> None:
+        """Nobody else serves here. Raises `AlreadyRunning`."""
+        server = self.config.server
+        server.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        path = server.runtime_dir / "understudyd.lock"
+        lock = DaemonLock(path, str(server.runtime_dir), "set another [server] runtime_dir")
+        locks.callback(lock.close)
+        for endpoint in server.endpoints:
+            if endpoint.startswith("ipc:///"):
+                path = Path(f"{endpoint.removeprefix('ipc://')}.lock")
+                locks.callback(DaemonLock(path, endpoint, "set another endpoint").close)
 
     async def _live(self, leaving: AsyncExitStack) -> None:
         """Get ready and serve; what must be undone at the end goes on the stack `leaving`.
@@ -113,16 +146,23 @@ class Daemon:
             request_log=request_log,
             settings=settings,
             on_defect=self._defect,
+            on_change=self._kept.note,
         )
+        self._runtime = runtime
         leaving.callback(runtime.close)
         frontend = await self._make_doors(loop, runtime, pool, leaving)
         forecast_file = ForecastFile(stores.own.path, runtime.machine)
         leaving.push_async_callback(forecast_file.close)
+        self._pulse = Pulse(
+            self._manager, runtime, self._kept, stalled_after_s=self.config.stage.stalled_after_s
+        )
+        leaving.callback(self._pulse.stop)
         leaving.push_async_callback(self._drain, runtime)
         runtime.attach_pool(PoolAdapter(pool))
         await self._unless_stopped(self._look_at_stores(runtime))
         await self._unless_stopped(forecast_file.read())
         forecast_file.start()
+        self._kept.tell(runtime.handle)
         pool.open(arena, runtime.emit)
         self._start_up = StartUp(runtime, self.config, self._say)
         self._watch_loads(runtime, self._start_up.load_ahead(), leaving)
@@ -137,7 +177,8 @@ class Daemon:
 
     async def _attach_loaders(self, loop: asyncio.AbstractEventLoop, leaving: AsyncExitStack) -> LoaderPool:
         with self._phase("loaders"):
-            self._host_pool = self._parts.host_pool()
+            self._host_pool = self._parts.host_pool(self._kept)
+            leaving.callback(self._kept.close)
             pool = self._parts.loader_pool(loop, self._timeline, self._host_pool)
             leaving.push_async_callback(pool.stop)
             pool.start()
@@ -165,7 +206,7 @@ class Daemon:
         admin = AdminServer(path, commands.execute, access=access)
         leaving.push_async_callback(admin.stop)
         await admin.start()
-        frontend = self._parts.frontend(loop, runtime, self.daemon_id)
+        self._frontend = frontend = self._parts.frontend(loop, runtime, self.daemon_id)
         leaving.callback(frontend.close, linger_s=1.0)
         return frontend
 
@@ -215,7 +256,7 @@ class Daemon:
         gc.collect()
         gc.freeze()
         self.state = "ready"
-        notify("READY=1")
+        self._manager.notify("READY=1")
         lacks = (
             f"; not loaded: {start_up.describe_missing()}"
             if start_up is not None and start_up.missing
@@ -224,6 +265,8 @@ class Daemon:
         self._say(
             f"ready after {time.monotonic() - self.started_at_s:.1f} s on {', '.join(endpoints)}{lacks}"
         )
+        if self._pulse is not None:
+            self._pulse.start()
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -234,18 +277,50 @@ class Daemon:
 
     def _say(self, status: str) -> None:
         log.info("%s", status)
-        notify(f"STATUS={status}")
-
-    # -- operating ----------------------------------------------------------------------------------
-
-    def reload(self) -> dict[str, Any]:
-        """Read the configuration again. Raises `AdminError`."""
-        raise NotImplementedError
+        self._manager.notify(f"STATUS={status}")
 
     @property
     def is_stopping(self) -> bool:
         """It was told to end."""
         return self._stop.is_set()
+
+    # -- a new configuration ------------------------------------------------------------------------
+
+    async def reload(self) -> Reloaded:
+        """Read the configuration and the clients' keys again and put into force what can be.
+
+        Raises `ConfigError`; nothing has changed then.
+        """
+        now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._manager.notify("RELOADING=1", f"MONOTONIC_USEC={now_us}")
+        try:
+            keys = await in_daemon_thread(self._parts.keys)
+            reloaded = await self._reload()
+            if keys is not None and self._frontend is not None:
+                self._frontend.admit(keys.clients)
+            return reloaded
+        except KeyFileError as error:
+            raise ConfigError(str(error)) from error
+        finally:
+            if self.state != "starting":
+                self._manager.notify("READY=1")
+
+    def _apply(self, config: Config) -> None:
+        logs.set_level(config.log.level)
+        self._drain_s = config.server.drain_s
+        if self._runtime is not None:
+            settings = policy_of(config.policy)
+            self._runtime.handle(ev.SettingsChanged(settings, config.queue.max_waiting))
+        if self._frontend is not None:
+            self._frontend.change_limits(limits_of(config.server))
+        if self._pulse is not None:
+            self._pulse.stalled_after_s = config.stage.stalled_after_s
+
+    async def _reload_or_say_why_not(self) -> None:
+        try:
+            await self.reload()
+        except ConfigError as error:
+            log.error("the configuration stays as it is: %s", error)
 
     # -- leaving ------------------------------------------------------------------------------------
 
@@ -272,17 +347,21 @@ class Daemon:
 
     async def _drain(self, runtime: Runtime) -> None:
         self.state = "draining"
-        notify("STOPPING=1")
+        patience_us = int((self._drain_s + _CANCEL_S + _LEAVING_S) * 1e6)
+        self._manager.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={patience_us}")
         self._say(f"draining {len(runtime.pending)} requests")
         runtime.handle(ev.AdmissionChanged(is_open=False))
         try:
             async with asyncio.timeout(self._drain_s):
                 await runtime.until(lambda: not runtime.pending)
         except TimeoutError:
+            message = (
+                f"the daemon stops, and the request did not end within {self._drain_s:g} s; send it again"
+            )
             for request_id in list(runtime.pending):
-                runtime.handle(ev.RequestCancelled(request_id))
+                runtime.handle(ev.RequestCancelled(request_id, ErrorCode.DRAINING, message))
             try:
-                async with asyncio.timeout(5.0):
+                async with asyncio.timeout(_CANCEL_S):
                     await runtime.until(lambda: not runtime.pending)
             except TimeoutError:
                 log.error("%d requests could not be ended", len(runtime.pending))
@@ -299,6 +378,12 @@ class Daemon:
     def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
+        loop.add_signal_handler(signal.SIGHUP, self._hung_up)
+
+    def _hung_up(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._reload_or_say_why_not())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _signalled(self, number: int) -> None:
         if self._stop.is_set():

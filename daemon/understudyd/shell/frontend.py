@@ -43,6 +43,7 @@ from understudyd.shell.outbox import Outbox
 from understudyd.shell.ports import RequestSink
 from understudyd.shell.router import Router, Sent
 from understudyd.shell.socket_access import SocketAccess
+from understudyd.shell.work_room import WorkRoom, work_asked
 
 _log = logging.getLogger(__name__)
 
@@ -110,11 +111,18 @@ class Frontend:
         self._blocked: set[str] = set()
         self._serial = 0
         self._input_room = InputRoom(limits.max_open_input_bytes, limits.max_all_input_bytes)
+        self._work_room = WorkRoom(limits.max_open_work)
         self._retry: asyncio.TimerHandle | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._swept_at_s = 0.0
         self._router: Router | None = None
         self.counters = Counters()
+
+    def change_limits(self, limits: Limits) -> None:
+        """From now on; who is connected keeps the outbox that it has."""
+        self._limits = limits
+        self._input_room.change(limits.max_open_input_bytes, limits.max_all_input_bytes)
+        self._work_room.most = limits.max_open_work
 
     def start(self) -> list[str]:
         """Listen; returns the endpoints with wildcard ports filled in. Raises `EndpointError`."""
@@ -177,7 +185,7 @@ class Frontend:
                 known.outbox.put_hint(reply.id, "progress", (encode(reply),), now)
             case Finished() | Failed():
                 del known.open[reply.id]
-                self._input_room.give_back(client, reply.id)
+                self._give_back(client, reply.id)
                 self.counters.answered += 1
                 frames = answer_frames(reply, payload)
                 known.outbox.put_answer(reply.id, ("accepted", "progress"), frames, now)
@@ -228,20 +236,27 @@ class Frontend:
             self._refuse(client, request_id, "inputs_missing", _MISSING, retryable=True)
         elif message := refusal(request, payload, self._limits):
             self._refuse(client, request_id, "bad_request", message)
-        elif message := self._no_room(client, request_id, payload):
+        elif message := self._no_room(client, request, payload):
+            self._give_back(client.name, request_id)
             self._refuse(client, request_id, "queue_full", message, retryable=True)
         else:
             client.open[request_id] = None
             self.counters.submitted += 1
             self._sink.submit(client.name, request, payload)
 
-    def _no_room(self, client: _Client, request_id: str, payload: Sequence[bytes]) -> str | None:
+    def _no_room(self, client: _Client, request: Generate, payload: Sequence[bytes]) -> str | None:
         """Why this client must wait before it asks for more; None books the room."""
         if len(client.open) >= self._limits.max_open_per_client:
             return (
                 f"{len(client.open)} requests of this client are open, which is the limit; wait for answers"
             )
-        return self._input_room.take(client.name, request_id, sum(map(len, payload)))
+        return self._work_room.take(client.name, request.id, work_asked(request)) or self._input_room.take(
+            client.name, request.id, sum(map(len, payload))
+        )
+
+    def _give_back(self, client: str, request_id: str) -> None:
+        self._work_room.give_back(client, request_id)
+        self._input_room.give_back(client, request_id)
 
     def _repeat(self, client: _Client, request_id: str) -> bool:
         """A request that is known already: say again what was said last."""
@@ -335,6 +350,7 @@ class Frontend:
             self._loop.call_soon(self._sink.client_gone, client.name)
 
     def _forget(self, client: _Client) -> None:
+        self._work_room.forget(client.name)
         self._input_room.forget(client.name)
         del self._by_name[client.name]
         del self._by_identity[client.identity]

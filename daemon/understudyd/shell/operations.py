@@ -1,13 +1,17 @@
-"""What an operator does to the daemon as a whole: drain and resume it, have it say more or less."""
+"""What an operator does to the daemon as a whole: drain it, have it read, forget, or say more."""
 
 import asyncio
+import dataclasses
 import logging
 from typing import Any, Protocol, assert_never
 
 from understudy import admin as proto
 from understudy.admin import AdminError
+from understudyd.config import ConfigError
 from understudyd.core import events as ev
 from understudyd.names import near
+from understudyd.shell.kept_pool import drop_cache
+from understudyd.shell.reload import Reloaded
 from understudyd.shell.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -24,8 +28,8 @@ class Service(Protocol):
     def is_stopping(self) -> bool:
         """It was told to end."""
 
-    def reload(self) -> Any:
-        """Read the configuration again; what came of it. Raises `AdminError`."""
+    async def reload(self) -> Reloaded:
+        """Read the configuration again. Raises `ConfigError`."""
 
 
 class Operations:
@@ -43,9 +47,9 @@ class Operations:
             case proto.Resume():
                 return self._resume()
             case proto.Reload():
-                return self._service.reload()
+                return await self._reload()
             case proto.DropCache():
-                raise NotImplementedError
+                return dataclasses.asdict(drop_cache(self._runtime))
             case proto.LogLevel(level=level, logger=logger):
                 return set_log_level(level, logger)
             case _:
@@ -91,6 +95,12 @@ class Operations:
             raise AdminError("stopping", "the daemon is stopping; start it again")
         if self._service.state == "starting":
             raise AdminError("starting", "the daemon takes no requests yet; `status` says when it is ready")
+
+    async def _reload(self) -> dict[str, Any]:
+        try:
+            return dataclasses.asdict(await self._service.reload())
+        except ConfigError as error:
+            raise AdminError("bad_config", f"the configuration stays as it is: {error}") from error
 
 
 def set_log_level(level: str, name: str) -> dict[str, str]:
