@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from click.testing import CliRunner, Result
 import understudy
 from daemon_kit import DaemonProcess, running_daemon
 from family_kit import Family
-from understudy import admin
+from understudy import admin, keys
 from understudy.ctl import main as ctl
 from understudy.errors import CapacityError
 
@@ -121,3 +123,90 @@ def test_top_once(daemon: DaemonProcess) -> None:
     tiers = document["status"]["tiers_on_receipt"]
     assert tiers["bound"] >= 1 and sum(tiers.values()) >= 3
     assert sum(e["size_bytes"] for e in document["arena"]["extents"]) == 24 * 2**20
+
+
+# -- a daemon that others reach -----------------------------------------------------------------------------
+
+
+def made(folder: Path, name: str) -> Path:
+    keys.write_pair(name, folder)
+    return folder / f"{name}.key"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys of a daemon and two clients, of which the daemon knows one."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("server", "alice", "bob"):
+        made(folder, name)
+    (folder / "clients").write_text((folder / "alice.pub").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    family: Family, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[DaemonProcess, str]]:
+    """A daemon on TCP with keys and a host pool, and where it listens."""
+    more: dict[str, Any] = {
+        "stage": {"warm_up": False},
+        "policy": {"prefetch": False},
+        "host": {"pool": "24MiB"},
+        "server": {"endpoints": ["tcp://127.0.0.1:*"]},
+        "curve": {"secret_key": str(folder / "server.key"), "client_keys": str(folder / "clients")},
+    }
+    with running_daemon(family.store, tmp_path_factory.mktemp("run"), arena="24MiB", **more) as daemon:
+        ready = daemon.wait_for_log("ready after")
+        endpoint = re.search(r"tcp://[\d.:]+", ready)
+        assert endpoint is not None, ready
+        yield daemon, endpoint[0]
+
+
+def test_images_over_tcp_for_those_with_a_key(guarded: tuple[DaemonProcess, str], folder: Path) -> None:
+    daemon, endpoint = guarded
+    alice, bob = (understudy.Keys.read(folder / f"{n}.key", folder / "server.pub") for n in ("alice", "bob"))
+    with understudy.Client(endpoint, keys=alice) as client, understudy.Client(daemon.endpoint) as local:
+        far, near = (c.generate("sd-a", "x", **OPTIONS) for c in (client, local))
+        assert far.images == near.images
+    with understudy.Client(endpoint, keys=bob) as client:
+        with pytest.raises(understudy.NotAllowed):
+            client.generate("sd-a", "x", **OPTIONS)
+        daemon.wait_for_log("is not among [curve] client_keys")
+        (folder / "clients").write_text("garbage\n")
+        refused = run(daemon, "reload")
+        assert refused.exit_code == 1 and "stays as it is" in refused.stderr and "line 1" in refused.stderr
+        with pytest.raises(understudy.NotAllowed):
+            client.ping()
+        (folder / "clients").write_text((folder / "bob.pub").read_text())
+        assert run(daemon, "reload").exit_code == 0
+        assert client.generate("sd-a", "x", **OPTIONS).images == far.images
+
+
+def test_a_reload_tells_what_is_in_force(guarded: tuple[DaemonProcess, str]) -> None:
+    daemon, _ = guarded
+    config = daemon.runtime_dir / "understudyd.toml"
+    text = config.read_text()
+    config.write_text(text.replace("[server]", "[server]\nmax_open_steps = 5\nmax_steps = 4"))
+    document = json.loads(run(daemon, "reload", "-o", "json").stdout)
+    assert set(document["applied"]) == {"server.max_open_steps", "server.max_steps"}
+    with understudy.Client(daemon.endpoint) as client:
+        with pytest.raises(understudy.CallerError, match="8 steps are more than the limit of 5"):
+            client.generate("sd-a", "x", **OPTIONS | {"steps": 4, "images": 2})
+        config.write_text(text + "\n[serfer]\n")
+        refused = run(daemon, "reload")
+        assert refused.exit_code == 1 and "did you mean 'server'" in refused.stderr
+        config.write_text(text)
+        daemon.ask(admin.Reload())
+        assert client.generate("sd-a", "x", **OPTIONS | {"steps": 4, "images": 2}).images
+
+
+def test_copies_in_host_memory_are_dropped(guarded: tuple[DaemonProcess, str]) -> None:
+    daemon, _ = guarded
+    with understudy.Client(daemon.endpoint) as client:
+        before = client.generate("sd-b", "x", **OPTIONS)
+        copies = daemon.ask(admin.Status())["host_pool"]["copies"]
+        assert copies > 0
+        dropped = json.loads(run(daemon, "drop-cache", "-o", "json").stdout)
+        assert dropped["copies"] == copies and dropped["freed_bytes"] > 0
+        assert daemon.ask(admin.Status())["host_pool"]["copies"] == 0
+        assert client.generate("sd-b", "x", **OPTIONS).images == before.images
