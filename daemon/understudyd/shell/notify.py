@@ -49,7 +49,7 @@ class ServiceManager:
 
     @classmethod
     def found(cls, environ: MutableMapping[str, str]) -> Self:
-        """As the environment says. What it says about descriptors is taken out: that is not the children's."""
+        """As the environment says. What it says about descriptors is taken out: children have none of them."""
         return cls(environ.get("NOTIFY_SOCKET", ""), _kept_descriptors(environ), _watchdog_s(environ))
 
     def notify(self, *assignments: str) -> bool:
