@@ -1,0 +1,153 @@
+"""`python -m benchmarks.fuzz --json`: hostile frames by the million, and a well-behaved client beside them.
+
+A real daemon serves a tiny model. First the client has it to itself, then `benchmarks.hostile` talks to it
+as well, from a process of its own. Reported are the client's answers (all must come, with the right images),
+their time by the clock, and the daemon's memory before and after. Exit code 1 when it did not hold.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.kit import DaemonSettings, json_line, percentile, running_daemon, say, show_table
+from understudy import Client, Result, admin
+
+QUIET_REQUESTS = 100
+SEEDS = 8
+SETTLE_S = 3.0
+_MODEL, _ARENA_BYTES = "good", 16 * 1024 * 1024
+_PAGE_BYTES = 4096
+
+
+@dataclass
+class Seen:
+    """What the well-behaved client saw."""
+
+    sent: int = 0
+    right: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is reported; sizes in MB are 10**6 bytes of memory that belongs to the daemon alone."""
+
+    frames: int
+    frames_per_s: float
+    requests: int
+    answered_right: int
+    quiet_p50_ms: float
+    quiet_p99_ms: float
+    p50_ms: float
+    p99_ms: float
+    p99_ratio: float
+    memory_growth_mb: float
+
+    def holds(self, *, ratio: float = 2.0, growth_mb: float = 50.0) -> bool:
+        """Every answer came and was right, in time, and no memory was lost."""
+        answered = self.requests == self.answered_right and self.requests > 0
+        return answered and self.p99_ratio < ratio and self.memory_growth_mb < growth_mb
+
+
+def measure(store: Path, folder: Path, frames: int, *, seed: int = 0, steps: int = 4) -> Figures:
+    """Run it. `store` has the model `good`; the daemon's files go to `folder`."""
+    settings = DaemonSettings(store=store, runtime_dir=folder / "run", arena_bytes=_ARENA_BYTES)
+    with running_daemon(settings, folder) as daemon, Client(daemon.endpoint) as client:
+        known: dict[int, tuple[bytes, ...]] = {}
+        ask(client, Seen(), known, steps, lambda asked: asked >= SEEDS)  # first uses, and the right images
+        quiet, beside = Seen(), Seen()
+        ask(client, quiet, known, steps, lambda asked: asked >= QUIET_REQUESTS)
+        pid = int(daemon.ask(admin.Status())["pid"])
+        before = private_bytes(pid)
+        say(f"  quiet: p99 {1e3 * percentile(quiet.latencies_s, 0.99):.1f} ms; now {frames} hostile frames")
+        command = [sys.executable, "-m", "benchmarks.hostile", daemon.endpoint]
+        with subprocess.Popen(
+            [*command, "--frames", str(frames), "--seed", str(seed)], stdout=subprocess.PIPE, text=True
+        ) as attack:
+            ask(client, beside, known, steps, lambda asked: attack.poll() is not None and asked >= 10)
+            assert attack.stdout is not None
+            sent, attack_s = attack.stdout.read().split()
+        settled = Seen()
+        until_s = time.monotonic() + SETTLE_S
+        ask(client, settled, known, steps, lambda asked: time.monotonic() > until_s)
+        daemon.check()
+        growth = private_bytes(pid) - before
+    quiet_p99, p99 = (1e3 * percentile(seen.latencies_s, 0.99) for seen in (quiet, beside))
+    return Figures(
+        frames=int(sent),
+        frames_per_s=int(sent) / float(attack_s),
+        requests=beside.sent + settled.sent,
+        answered_right=beside.right + settled.right,
+        quiet_p50_ms=1e3 * percentile(quiet.latencies_s, 0.5),
+        quiet_p99_ms=quiet_p99,
+        p50_ms=1e3 * percentile(beside.latencies_s, 0.5),
+        p99_ms=p99,
+        p99_ratio=p99 / quiet_p99,
+        memory_growth_mb=growth / 1e6,
+    )
+
+
+def ask(
+    client: Client,
+    seen: Seen,
+    known: dict[int, tuple[bytes, ...]],
+    steps: int,
+    is_enough: Callable[[int], bool],
+) -> None:
+    """One request after the other; the same seed must give the same image."""
+    while not is_enough(seen.sent):
+        seed = seen.sent % SEEDS
+        seen.sent += 1
+        started_s = time.monotonic()
+        result: Result = client.generate(_MODEL, "a red circle", seed=seed, steps=steps, width=64, height=64)
+        seen.latencies_s.append(time.monotonic() - started_s)
+        images = tuple(result.images)
+        seen.right += known.setdefault(seed, images) == images
+
+
+def private_bytes(pid: int) -> int:
+    """Resident memory that no other process shares: neither the arena nor libraries."""
+    _, resident, shared, *_ = Path(f"/proc/{pid}/statm").read_text().split()
+    return (int(resident) - int(shared)) * _PAGE_BYTES
+
+
+def make_store(folder: Path) -> Path:
+    """A store with the tiny model `good`."""
+    import torch
+
+    from understudy_demo import tiny
+    from understudyd.store.ingest import ingest_many
+    from understudyd.store.store import Store
+
+    torch.set_num_threads(1)
+    store = Store.open(folder / "store", writable=True)
+    ingest_many(store, [(_MODEL, tiny.save(tiny.stable_diffusion(1), folder / _MODEL))])
+    return store.path
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__)
+    parser.add_argument("--frames", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="one line for programs on stdout")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="understudy-fuzz-") as name:
+        folder = Path(name)
+        figures = measure(make_store(folder), folder, arguments.frames, seed=arguments.seed)
+    if arguments.json:
+        json_line(vars(figures))
+    else:
+        show_table(
+            "hostile frames", ["figure", "value"], [(k, f"{v:,.1f}") for k, v in vars(figures).items()]
+        )
+    return 0 if figures.holds() else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
