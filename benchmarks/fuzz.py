@@ -32,12 +32,17 @@ class Seen:
     right: int = 0
     latencies_s: list[float] = field(default_factory=list)
 
+    def percentile_ms(self, percent: float) -> float:
+        """Of the time by the clock from asking to the image."""
+        return 1e3 * (percentile(self.latencies_s, percent) or 0.0)
+
 
 @dataclass(frozen=True)
 class Figures:
     """What is reported; sizes in MB are 10**6 bytes of memory that belongs to the daemon alone."""
 
     frames: int
+    messages: int
     frames_per_s: float
     requests: int
     answered_right: int
@@ -64,30 +69,30 @@ def measure(store: Path, folder: Path, frames: int, *, seed: int = 0, steps: int
         ask(client, quiet, known, steps, lambda asked: asked >= QUIET_REQUESTS)
         pid = int(daemon.ask(admin.Status())["pid"])
         before = private_bytes(pid)
-        say(f"  quiet: p99 {1e3 * percentile(quiet.latencies_s, 0.99):.1f} ms; now {frames} hostile frames")
+        say(f"  quiet: p99 {quiet.percentile_ms(99):.1f} ms; now {frames} hostile frames")
         command = [sys.executable, "-m", "benchmarks.hostile", daemon.endpoint]
         with subprocess.Popen(
             [*command, "--frames", str(frames), "--seed", str(seed)], stdout=subprocess.PIPE, text=True
         ) as attack:
             ask(client, beside, known, steps, lambda asked: attack.poll() is not None and asked >= 10)
             assert attack.stdout is not None
-            sent, attack_s = attack.stdout.read().split()
+            sent, messages, attack_s = attack.stdout.read().split()
         settled = Seen()
         until_s = time.monotonic() + SETTLE_S
         ask(client, settled, known, steps, lambda asked: time.monotonic() > until_s)
         daemon.check()
         growth = private_bytes(pid) - before
-    quiet_p99, p99 = (1e3 * percentile(seen.latencies_s, 0.99) for seen in (quiet, beside))
     return Figures(
         frames=int(sent),
+        messages=int(messages),
         frames_per_s=int(sent) / float(attack_s),
         requests=beside.sent + settled.sent,
         answered_right=beside.right + settled.right,
-        quiet_p50_ms=1e3 * percentile(quiet.latencies_s, 0.5),
-        quiet_p99_ms=quiet_p99,
-        p50_ms=1e3 * percentile(beside.latencies_s, 0.5),
-        p99_ms=p99,
-        p99_ratio=p99 / quiet_p99,
+        quiet_p50_ms=quiet.percentile_ms(50),
+        quiet_p99_ms=quiet.percentile_ms(99),
+        p50_ms=beside.percentile_ms(50),
+        p99_ms=beside.percentile_ms(99),
+        p99_ratio=beside.percentile_ms(99) / quiet.percentile_ms(99),
         memory_growth_mb=growth / 1e6,
     )
 

@@ -23,15 +23,16 @@ from understudy.wire import Cancel, Generate, InputInfo, ListModels, Ping, encod
 Frames = list[bytes]
 
 _DEALERS, _LIFE_MESSAGES, _RAW_EVERY = 8, 2000, 500
+_BOMB = zlib.compress(b"A" * 4_000_000)
 _GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" * 32
 
 
 class Hostile:
-    """Endless messages. `frames` counts what was made."""
+    """Endless messages. `messages` and `frames` count what was made."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
-        self.frames = 0
+        self.messages = self.frames = 0
         self._kinds: list[tuple[int, Callable[[], Frames]]] = [
             (20, self._noise),
             (30, self._bent),
@@ -40,7 +41,7 @@ class Hostile:
             (5, self._lying_lengths),
             (10, self._unwelcome),
             (5, self._bomb),
-            (3, self._many_frames),
+            (1, self._many_frames),
             (1, self._large),
             (6, self._questions),
         ]
@@ -49,11 +50,13 @@ class Hostile:
         """The next one."""
         weights, makers = zip(*self._kinds)
         made: Frames = self._random.choices(makers, weights)[0]()
+        self.messages += 1
         self.frames += len(made)
         return made
 
     def raw(self) -> bytes:
         """Bytes for a bare connection: a greeting bent, cut off, or followed by nonsense."""
+        self.messages += 1
         self.frames += 1
         noise = self._random.randbytes(self._random.randrange(200))
         ready = b"\x04\x26\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
@@ -119,7 +122,7 @@ class Hostile:
         """A small file that says, or hides, an image that is large."""
         size = self._random.choice([1, 64, 30_000])
         body = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
-        text = zlib.compress(b"A" * 4_000_000)
+        text = _BOMB
         chunks = [(b"IHDR", body), (b"zTXt", b"k\0\0" + text), (b"IDAT", text), (b"IEND", b"")]
         png = b"\x89PNG\r\n\x1a\n" + b"".join(
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -130,7 +133,7 @@ class Hostile:
         return [encode(msgspec.structs.replace(self._wish(), inputs=(info,))), png]
 
     def _many_frames(self) -> Frames:
-        return [encode(self._wish()), *[b"x"] * self._random.randrange(1, 100)]
+        return [encode(self._wish()), *[b"x"] * self._random.randrange(1, 40)]
 
     def _large(self) -> Frames:
         """Longer than a header may be."""
@@ -183,8 +186,8 @@ class Attacker:
         self._context = zmq.Context()
         self._dealers = [self._dealer() for _ in range(_DEALERS)]
 
-    def send(self, frames: int) -> int:
-        """At least so many frames; how many it were."""
+    def send(self, frames: int) -> tuple[int, int]:
+        """At least so many frames; how many it were, in how many messages."""
         for count in self._counted(frames):
             if count % _RAW_EVERY == 0:
                 self._send_raw()
@@ -196,7 +199,7 @@ class Attacker:
             self._send_to(self._dealers[at])
             if at == 0:
                 self._read(self._dealers[at])
-        return self._hostile.frames
+        return self._hostile.frames, self._hostile.messages
 
     def close(self) -> None:
         """What is in the sockets may still leave."""
@@ -237,7 +240,7 @@ class Attacker:
 
 
 def main() -> None:
-    """Attack an ipc endpoint; prints the number of frames and of seconds."""
+    """Attack an ipc endpoint; prints the numbers of frames, messages and seconds."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("endpoint")
     parser.add_argument("--frames", type=int, default=100_000)
@@ -245,9 +248,9 @@ def main() -> None:
     arguments = parser.parse_args()
     attacker = Attacker(arguments.endpoint, arguments.seed)
     started_s = time.monotonic()
-    frames = attacker.send(arguments.frames)
+    sent = attacker.send(arguments.frames)
     attacker.close()
-    print(frames, round(time.monotonic() - started_s, 3), flush=True)
+    print(*sent, round(time.monotonic() - started_s, 3), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import msgspec
 from understudy.wire import Failed, Finished, WireError, encode
 
 _MAX_MESSAGE_CHARS = 4096
+_SHOWN_CHARS = 8
 
 
 def answer_frames(reply: Finished | Failed, payload: Sequence[bytes] = ()) -> tuple[bytes, ...]:
@@ -34,6 +35,9 @@ def dropped(request_id: str, outbox_bytes: int) -> Failed:
 
 
 def readable(identity: bytes) -> str:
-    """A routing id as text for people; the serial number behind it makes it unique."""
+    """The beginning of a routing id as text for people; the serial number behind it makes it unique.
+
+    Not all of it: whoever knows a client's routing id can take its place.
+    """
     text = identity.decode("ascii", errors="replace")
-    return text if text.isalnum() and text.isascii() else identity.hex()
+    return (text if text.isalnum() and text.isascii() else identity.hex())[:_SHOWN_CHARS]

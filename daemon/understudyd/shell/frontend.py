@@ -345,7 +345,9 @@ class Frontend:
         """Forget a client. The sink hears of it in a turn of its own: it may be in the middle of a send."""
         self._forget(client)
         self.counters.clients_gone += 1
-        _log.info("client %s is gone with %d open requests: %s", client.name, len(client.open), reason)
+        # Whoever leaves messages behind comes and goes with each of them: no reason to fill the log.
+        level = logging.INFO if client.open else logging.DEBUG
+        _log.log(level, "client %s is gone with %d open requests: %s", client.name, len(client.open), reason)
         if client.open:
             self._loop.call_soon(self._sink.client_gone, client.name)
 

@@ -45,7 +45,7 @@ class Limits:
     answer_ttl_s: float = 60.0
     client_timeout_s: float = 15.0
     send_high_water_mark: int = 64
-    receive_high_water_mark: int = 1000
+    receive_high_water_mark: int = 128
 
 
 def is_id(text: str) -> bool:
