@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.kit import DaemonSettings, json_line, percentile, running_daemon, say, show_table
-from understudy import Client, Result, admin
+from understudy import Client, admin
 
-QUIET_REQUESTS = 100
+QUIET_REQUESTS, LEAST_REQUESTS = 100, 10
 SEEDS = 8
 SETTLE_S = 3.0
-_MODEL, _ARENA_BYTES = "good", 16 * 1024 * 1024
+MODEL, _ARENA_BYTES = "good", 16 * 1024 * 1024
 _PAGE_BYTES = 4096
 
 
@@ -35,6 +35,31 @@ class Seen:
     def percentile_ms(self, percent: float) -> float:
         """Of the time by the clock from asking to the image."""
         return 1e3 * (percentile(self.latencies_s, percent) or 0.0)
+
+
+class Asker:
+    """One request after the other; the same seed must give the same image, each time."""
+
+    def __init__(self, client: Client, model: str, steps: int) -> None:
+        self._client = client
+        self._model = model
+        self._steps = steps
+        self._known: dict[int, tuple[bytes, ...]] = {}
+
+    def ask(self, is_enough: Callable[[int], bool]) -> Seen:
+        """Until it is enough, given the number of requests."""
+        seen = Seen()
+        while not is_enough(seen.sent):
+            seed = seen.sent % SEEDS
+            seen.sent += 1
+            started_s = time.monotonic()
+            result = self._client.generate(
+                self._model, "a red circle", seed=seed, steps=self._steps, width=64, height=64
+            )
+            seen.latencies_s.append(time.monotonic() - started_s)
+            images = tuple(result.images)
+            seen.right += self._known.setdefault(seed, images) == images
+        return seen
 
 
 @dataclass(frozen=True)
@@ -59,14 +84,22 @@ class Figures:
         return answered and self.p99_ratio < ratio and self.memory_growth_mb < growth_mb
 
 
-def measure(store: Path, folder: Path, frames: int, *, seed: int = 0, steps: int = 4) -> Figures:
-    """Run it. `store` has the model `good`; the daemon's files go to `folder`."""
+def measure(
+    store: Path,
+    folder: Path,
+    frames: int,
+    *,
+    model: str = MODEL,
+    seed: int = 0,
+    steps: int = 4,
+    quiet_requests: int = QUIET_REQUESTS,
+) -> Figures:
+    """Run it. `store` has the model; the daemon's files go to `folder`."""
     settings = DaemonSettings(store=store, runtime_dir=folder / "run", arena_bytes=_ARENA_BYTES)
     with running_daemon(settings, folder) as daemon, Client(daemon.endpoint) as client:
-        known: dict[int, tuple[bytes, ...]] = {}
-        ask(client, Seen(), known, steps, lambda asked: asked >= SEEDS)  # first uses, and the right images
-        quiet, beside = Seen(), Seen()
-        ask(client, quiet, known, steps, lambda asked: asked >= QUIET_REQUESTS)
+        asker = Asker(client, model, steps)
+        asker.ask(lambda asked: asked >= SEEDS)  # first uses, and the right images
+        quiet = asker.ask(lambda asked: asked >= quiet_requests)
         pid = int(daemon.ask(admin.Status())["pid"])
         before = private_bytes(pid)
         say(f"  quiet: p99 {quiet.percentile_ms(99):.1f} ms; now {frames} hostile frames")
@@ -74,12 +107,11 @@ def measure(store: Path, folder: Path, frames: int, *, seed: int = 0, steps: int
         with subprocess.Popen(
             [*command, "--frames", str(frames), "--seed", str(seed)], stdout=subprocess.PIPE, text=True
         ) as attack:
-            ask(client, beside, known, steps, lambda asked: attack.poll() is not None and asked >= 10)
+            beside = asker.ask(lambda asked: attack.poll() is not None and asked >= LEAST_REQUESTS)
             assert attack.stdout is not None
             sent, messages, attack_s = attack.stdout.read().split()
-        settled = Seen()
         until_s = time.monotonic() + SETTLE_S
-        ask(client, settled, known, steps, lambda asked: time.monotonic() > until_s)
+        settled = asker.ask(lambda asked: time.monotonic() > until_s)
         daemon.check()
         growth = private_bytes(pid) - before
     return Figures(
@@ -97,24 +129,6 @@ def measure(store: Path, folder: Path, frames: int, *, seed: int = 0, steps: int
     )
 
 
-def ask(
-    client: Client,
-    seen: Seen,
-    known: dict[int, tuple[bytes, ...]],
-    steps: int,
-    is_enough: Callable[[int], bool],
-) -> None:
-    """One request after the other; the same seed must give the same image."""
-    while not is_enough(seen.sent):
-        seed = seen.sent % SEEDS
-        seen.sent += 1
-        started_s = time.monotonic()
-        result: Result = client.generate(_MODEL, "a red circle", seed=seed, steps=steps, width=64, height=64)
-        seen.latencies_s.append(time.monotonic() - started_s)
-        images = tuple(result.images)
-        seen.right += known.setdefault(seed, images) == images
-
-
 def private_bytes(pid: int) -> int:
     """Resident memory that no other process shares: neither the arena nor libraries."""
     _, resident, shared, *_ = Path(f"/proc/{pid}/statm").read_text().split()
@@ -122,7 +136,7 @@ def private_bytes(pid: int) -> int:
 
 
 def make_store(folder: Path) -> Path:
-    """A store with the tiny model `good`."""
+    """A store with the tiny model."""
     import torch
 
     from understudy_demo import tiny
@@ -131,7 +145,7 @@ def make_store(folder: Path) -> Path:
 
     torch.set_num_threads(1)
     store = Store.open(folder / "store", writable=True)
-    ingest_many(store, [(_MODEL, tiny.save(tiny.stable_diffusion(1), folder / _MODEL))])
+    ingest_many(store, [(MODEL, tiny.save(tiny.stable_diffusion(1), folder / MODEL))])
     return store.path
 
 
