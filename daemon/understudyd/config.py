@@ -102,7 +102,7 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     """Doors and limits. `endpoints` are added to the ipc socket in `runtime_dir`.
 
     The file of that socket gets `socket_mode` and `socket_group`. A `tcp://` endpoint that other machines can
-    reach needs keys, see [curve].
+    reach needs keys, see [curve]. There may be `max_connections` in all.
 
     `max_open_per_client` requests of one client may be open, with `max_open_pixels` to be made and
     `max_open_steps` to be taken, both summed over all images; a size that is not named counts as
@@ -121,6 +121,7 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     max_steps: Positive = 500
     max_images: Positive = 16
     max_prompt_chars: Positive = 8192
+    max_connections: Positive = 1000
     max_open_per_client: Positive = 256
     max_open_pixels: Positive = 2**31
     max_open_steps: Positive = 200_000

@@ -138,6 +138,9 @@ class Frontend:
             access=self._access,
             keys=self._keys,
             directory_mode=self._directory_mode,
+            max_connections=self._limits.max_connections,
+            flood_bytes=self._limits.flood_bytes,
+            explained_bytes=lambda: self._input_room.held_bytes,
         )
         self._swept_at_s = self._clock()
         self._rearm_sweep()

@@ -18,6 +18,7 @@ import zmq
 
 from understudyd.shell.curve import ServerKeys
 from understudyd.shell.endpoints import EndpointError, check_endpoint
+from understudyd.shell.flood_guard import FloodGuard
 from understudyd.shell.socket_access import SocketAccess, SocketAccessError
 from understudyd.shell.zap import DOMAIN, Gatekeeper
 
@@ -58,6 +59,9 @@ class Router:
         access: SocketAccess | None = None,
         keys: ServerKeys | None = None,
         directory_mode: int = 0o700,
+        max_connections: int = 1000,
+        flood_bytes: int = 256 * 1024 * 1024,
+        explained_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self._loop = loop
         self._on_message = on_message
@@ -84,6 +88,13 @@ class Router:
         self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_S)
+        self._guard = FloodGuard(
+            loop,
+            self._socket,
+            budget_bytes=flood_bytes,
+            max_connections=max_connections,
+            explained_bytes=explained_bytes,
+        )
         try:
             self.endpoints = self._bind_all(endpoints, keys, access or SocketAccess(), directory_mode)
         except EndpointError:
@@ -193,6 +204,7 @@ class Router:
         return bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
     def _release(self, linger_ms: int) -> None:
+        self._guard.close()
         self._socket.close(linger=linger_ms)
         if self._gatekeeper is not None:
             self._gatekeeper.close()
