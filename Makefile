@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest fuzz \
+.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
+  bench-restart bench-ingest fuzz \
   gpu-check docs-models docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -42,6 +43,9 @@ bench-handover: $(STAMP)  ## loads against plain reads, host tier, loaders kille
 
 bench-coldstart: $(STAMP)  ## from nothing to the first image
 	@$(BIN)/python -m benchmarks.coldstart --json
+
+bench-restart: $(STAMP)  ## kill -9 under load: to the first image, cold and warm
+	@$(BIN)/python -m benchmarks.restart --json
 
 bench-ingest: $(STAMP)  ## a scan of 200 models, a single-file checkpoint of real size
 	@$(BIN)/python -m benchmarks.ingest --json

@@ -59,7 +59,7 @@ class Life:
 
 
 class Manager:
-    """Keeps descriptors between the lives of one daemon over `config`; all log to `folder`/understudyd.log."""
+    """Keeps descriptors between the lives of a daemon over `config`. `folder` is for its log and a socket."""
 
     def __init__(self, config: Path, runtime_dir: Path, folder: Path, environ: dict[str, str]) -> None:
         self.kept: dict[str, int] = {}

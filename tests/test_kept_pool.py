@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.manager import Manager, managed
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core_kit import World, model
@@ -44,6 +44,7 @@ def test_the_newest_record_counts(fd: int) -> None:
         assert PoolIndex(fd).read() == record(pool_id=pool_id)
 
 
+@settings(deadline=None)
 @given(at=st.integers(0, 200), kept=st.integers(0, 1))
 def test_killed_while_writing_the_record_before_counts(at: int, kept: int) -> None:
     """Whatever part of the newer slot was written, the older one is whole."""
@@ -73,6 +74,7 @@ def test_what_follows_a_record_that_was_read_is_newer(fd: int) -> None:
     assert PoolIndex(fd).read().pool_id == 2
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_nonsense_is_stale(contents: bytes) -> None:
     fd = os.memfd_create("index")

@@ -1,4 +1,4 @@
-"""kill -9 on a real daemon whose descriptors are kept: host copies outlive it and are believed only so far."""
+"""kill -9 on a real daemon whose descriptors are kept: host copies outlive it, and are checked."""
 
 import asyncio
 import os

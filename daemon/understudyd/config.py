@@ -11,7 +11,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
@@ -317,9 +317,17 @@ def _override(document: dict[str, Any], key: str, text: str) -> None:
     if not isinstance(table, dict) or not name:
         raise ConfigError(f"{key} must be {ENV_PREFIX}SECTION__KEY")
     try:
-        table[name] = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        table[name] = text
+        value = text
+    is_text = _is_text(section, name) and not isinstance(value, str)
+    table[name] = text if is_text else value
+
+
+def _is_text(section: str, name: str) -> bool:
+    """The key takes a text: a GPU's number is one, too."""
+    kind = get_type_hints(Config).get(section)
+    return kind is not None and get_type_hints(kind).get(name) in (str, str | None)
 
 
 def _decode(kind: type, value: Any) -> Any:

@@ -46,6 +46,7 @@ def configure(level: str, kind: str, stream: TextIO, environ: Mapping[str, str])
     handler = logging.StreamHandler(stream)
     handler.setFormatter(formatter)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(capture=is_json)
     return is_json
 
 

@@ -35,6 +35,9 @@ def serve(path: Path | None) -> None:
     except configuration.ConfigError as error:
         raise click.ClickException(str(error)) from error
     is_json = logs.configure(config.log.level, config.log.format, sys.stderr, os.environ)
+    if is_json:  # these have handlers of their own, which know no JSON
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     faulthandler.enable()  # a watchdog's SIGABRT leaves every thread's traceback behind
     try:
         raise SystemExit(_serve(config, read))

@@ -51,7 +51,7 @@ class ServiceManager:
 
     @classmethod
     def found(cls, environ: MutableMapping[str, str]) -> Self:
-        """As the environment says. What it says about descriptors is taken out: children have none of them."""
+        """As the environment says. What it says about descriptors is taken out: children have none."""
         return cls(environ.get("NOTIFY_SOCKET", ""), _kept_descriptors(environ), _watchdog_s(environ))
 
     def notify(self, *assignments: str) -> bool:
