@@ -60,10 +60,10 @@ class FloodGuard:
         own_bytes: "Callable[[], int] | None" = None,
     ) -> None:
         self.cut_off = 0
+        self.max_connections = max_connections
         self._loop = loop
         self._watched = watched
         self._budget_bytes = budget_bytes
-        self._max_connections = max_connections
         self._explained_bytes = explained_bytes
         self._own_bytes = own_bytes or private_bytes
         self._open: dict[int, _Connection] = {}
@@ -120,8 +120,8 @@ class FloodGuard:
                     continue
                 with contextlib.suppress(OSError):  # gone already
                     self._open[fd] = _Connection(fd, os.fstat(fd).st_ino)
-                    if len(self._open) > self._max_connections:
-                        _log.warning("more than %d connections: a new one is shut", self._max_connections)
+                    if len(self._open) > self.max_connections:
+                        _log.warning("more than %d connections: a new one is shut", self.max_connections)
                         self._shut(self._open.pop(fd))
 
     def _cut_busy(self, grown_bytes: int) -> None:

@@ -123,6 +123,8 @@ class Frontend:
         self._limits = limits
         self._input_room.change(limits.max_open_input_bytes, limits.max_all_input_bytes)
         self._work_room.most = limits.max_open_work
+        if self._router is not None:
+            self._router.change_max_connections(limits.max_connections)
 
     def start(self) -> list[str]:
         """Listen; returns the endpoints with wildcard ports filled in. Raises `EndpointError`."""

@@ -24,6 +24,7 @@ LIVE = {
         "max_steps",
         "max_images",
         "max_prompt_chars",
+        "max_connections",
         "max_open_per_client",
         "max_open_pixels",
         "max_open_steps",

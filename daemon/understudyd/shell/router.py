@@ -128,6 +128,10 @@ class Router:
         if self._gatekeeper is not None:
             self._gatekeeper.clients = clients
 
+    def change_max_connections(self, most: int) -> None:
+        """From now on; those that are open stay."""
+        self._guard.max_connections = most
+
     def close(self, linger_s: float = 0.0) -> None:
         """Stop listening; what is in the socket may still leave for `linger_s` (blocks that long at most)."""
         if self._turn is not None:
