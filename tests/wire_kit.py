@@ -168,6 +168,7 @@ def serving(
     more_endpoints: Sequence[str] = (),
     keys: ServerKeys | None = None,
     access: SocketAccess | None = None,
+    flood_bytes: int = 512 * 2**20,
 ) -> Iterator[Served]:
     """Run a front end on a thread of its own; any error on its loop fails the test."""
     loop = new_loop()
@@ -182,6 +183,7 @@ def serving(
         clock=clock,
         access=access,
         keys=keys,
+        flood_bytes=flood_bytes,
     )
     served = Served(loop, frontend, sink)
     sink.attach(frontend.send)

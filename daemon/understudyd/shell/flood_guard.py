@@ -1,10 +1,11 @@
 """Cuts off connections that ZeroMQ itself does not bound.
 
 ZeroMQ bounds a frame and counts messages, but a message may have any number of frames, and is held in memory
-until its last one has come. Who sends one without end fills the memory. Nothing tells whose bytes these are;
-so this watches two things: memory that nothing of ours accounts for, and connections whose receive queue is
-never empty. When the one has grown beyond its budget, the other is shut. Well-behaved clients that are hit by
-mistake come back by themselves and send again.
+until its last one has come. Who sends one without end fills the memory. Nothing tells whose bytes these are; so
+this watches two things: memory that nothing of ours accounts for, and connections that are found with bytes to
+be read. When the memory has grown beyond its budget while there were such, the busiest of them are shut. A
+well-behaved client that is hit by mistake comes back by itself and sends again. Who takes a minute for a few
+megabytes is not found; what is left against that is the service manager's limit on memory.
 
 The number of connections is bounded as well: each holds a descriptor.
 """
@@ -17,7 +18,8 @@ import os
 import socket
 import struct
 import termios
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,19 +29,20 @@ from zmq.utils.monitor import recv_monitor_message
 _log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.05
-_MEMORY = 0.7  # how much of a connection's past counts at each look
-_BUSY = 0.5
+QUIET_S = 5.0
+_PAST_COUNTS = 0.97  # a connection's past at each look: what is busy now and then is remembered for seconds
 _EVENTS_PER_TURN = 256
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(slots=True)
 class _Connection:
-    """`inode` tells the descriptor from a later one of the same number; `busy` is 0 to 1."""
+    """`inode` tells the descriptor from a later one of the same number; `busy` is 0 to 1, a decaying mean."""
 
     fd: int
     inode: int
     busy: float = 0.0
+    busy_at_s: float = float("-inf")
 
 
 class FloodGuard:
@@ -58,6 +61,7 @@ class FloodGuard:
         max_connections: int,
         explained_bytes: Callable[[], int],
         own_bytes: "Callable[[], int] | None" = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cut_off = 0
         self.max_connections = max_connections
@@ -66,6 +70,7 @@ class FloodGuard:
         self._budget_bytes = budget_bytes
         self._explained_bytes = explained_bytes
         self._own_bytes = own_bytes or private_bytes
+        self._clock = clock
         self._open: dict[int, _Connection] = {}
         self._floor_bytes = self._unexplained_bytes()
         self._monitor = watched.get_monitor_socket(
@@ -89,17 +94,19 @@ class FloodGuard:
     def look(self) -> None:
         """One look; they come by themselves."""
         self._follow()
-        is_anybody_busy = False
+        now_s = self._clock()
         for connection in self._open.values():
-            is_busy = _waiting_bytes(connection) > 0
-            connection.busy = connection.busy * _MEMORY + (1 - _MEMORY) * is_busy
-            is_anybody_busy |= connection.busy > _BUSY
+            has_bytes = _waiting_bytes(connection) > 0
+            connection.busy = connection.busy * _PAST_COUNTS + (1 - _PAST_COUNTS) * has_bytes
+            if has_bytes:
+                connection.busy_at_s = now_s
+        suspects = [c for c in self._open.values() if now_s - c.busy_at_s < QUIET_S]
         unexplained = self._unexplained_bytes()
-        if not is_anybody_busy:
+        grown = unexplained - self._floor_bytes
+        if not suspects or grown < 0:
             self._floor_bytes = unexplained
-        self._floor_bytes = min(self._floor_bytes, unexplained)
-        if unexplained - self._floor_bytes > self._budget_bytes:
-            self._cut_busy(unexplained - self._floor_bytes)
+        elif grown > self._budget_bytes:
+            self._cut_busiest(suspects, grown)
             self._floor_bytes = unexplained
 
     def _look_again(self) -> None:
@@ -124,15 +131,16 @@ class FloodGuard:
                         _log.warning("more than %d connections: a new one is shut", self.max_connections)
                         self._shut(self._open.pop(fd))
 
-    def _cut_busy(self, grown_bytes: int) -> None:
-        busy = [connection for connection in self._open.values() if connection.busy > _BUSY]
+    def _cut_busiest(self, suspects: Sequence[_Connection], grown_bytes: int) -> None:
+        most = max(connection.busy for connection in suspects)
+        busiest = [connection for connection in suspects if connection.busy >= most / 2]
         _log.warning(
-            "memory has grown by %.0f MiB while %d of %d connections sent without a pause: they are cut off",
+            "memory has grown by %.0f MiB while connections were busy: the busiest, %d of %d, are cut off",
             grown_bytes / 2**20,
-            len(busy),
+            len(busiest),
             len(self._open),
         )
-        for connection in busy:
+        for connection in busiest:
             self._shut(connection)
 
     def _shut(self, connection: _Connection) -> None:

@@ -96,6 +96,7 @@ class Frontend:
         access: SocketAccess | None = None,
         keys: ServerKeys | None = None,
         directory_mode: int = 0o700,
+        flood_bytes: int = 512 * 1024 * 1024,
     ) -> None:
         for endpoint in endpoints:
             check_endpoint(endpoint, has_keys=keys is not None)
@@ -105,6 +106,7 @@ class Frontend:
         self._limits = limits
         self._clock = clock
         self._access, self._keys, self._directory_mode = access, keys, directory_mode
+        self._flood_bytes = flood_bytes
         self._daemon_id = daemon_id
         self._by_identity: dict[bytes, _Client] = {}
         self._by_name: dict[str, _Client] = {}
@@ -141,7 +143,7 @@ class Frontend:
             keys=self._keys,
             directory_mode=self._directory_mode,
             max_connections=self._limits.max_connections,
-            flood_bytes=self._limits.flood_bytes,
+            flood_bytes=self._flood_bytes,
             explained_bytes=lambda: self._input_room.held_bytes,
         )
         self._swept_at_s = self._clock()

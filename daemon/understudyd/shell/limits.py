@@ -24,8 +24,7 @@ class Limits:
     `client_timeout_s` is how long a client with open requests may be silent, and how long a message may
     wait for a client that does not read. The caps of `outbox_bytes` hold beside what ZeroMQ itself holds:
     at most `send_high_water_mark` messages for each client. Input images wait in memory with their requests:
-    `max_open_input_bytes` of them for each client, `max_all_input_bytes` for all together. What messages
-    that never end may take of the memory before their senders are cut off is about `flood_bytes`.
+    `max_open_input_bytes` of them for each client, `max_all_input_bytes` for all together.
     """
 
     max_model_chars: int = 256
@@ -43,7 +42,6 @@ class Limits:
     max_frame_bytes: int = MAX_FRAME_BYTES
     inputs: InputLimits = field(default_factory=InputLimits)
     max_connections: int = 1000
-    flood_bytes: int = 256 * 1024 * 1024
     outbox_bytes: int = 64 * 1024 * 1024
     answer_ttl_s: float = 60.0
     client_timeout_s: float = 15.0

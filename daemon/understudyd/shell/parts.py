@@ -32,7 +32,8 @@ CPU_ARENA_SHARE = 0.5
 HOST_POOL_SHARE = 0.5
 FRAME_FLOOR_BYTES = 16 * MAX_HEADER_BYTES
 """A header that is somewhat too long gets an answer; a longer frame costs the connection."""
-FLOOD_FLOOR_BYTES = 128 * 1024 * 1024
+FLOOD_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 4 * 1024 * 1024 * 1024}
+"""What memory may grow by while clients send: on the CPU device activations are part of it."""
 SWITCH_INTERVAL_S = 0.001
 _GRAIN_BYTES = 2 * 1024 * 1024
 _log = logging.getLogger(__name__)
@@ -161,6 +162,7 @@ class Parts:
             daemon_id=daemon_id,
             access=SocketAccess(int(chosen.socket_mode), chosen.socket_group),
             keys=self.keys(),
+            flood_bytes=FLOOD_BYTES[self.device],
         )
 
     def keys(self) -> ServerKeys | None:
@@ -213,7 +215,6 @@ def limits_of(chosen: ServerConfig) -> Limits:
         max_prompt_chars=chosen.max_prompt_chars,
         max_open_per_client=chosen.max_open_per_client,
         max_connections=chosen.max_connections,
-        flood_bytes=max(FLOOD_FLOOR_BYTES, 4 * int(chosen.max_input_bytes)),
         max_open_work=Work(chosen.max_open_pixels, chosen.max_open_steps),
         max_frame_bytes=max(FRAME_FLOOR_BYTES, int(min(chosen.max_input_bytes, MAX_FRAME_BYTES))),
         max_open_input_bytes=int(chosen.max_open_input_bytes),
