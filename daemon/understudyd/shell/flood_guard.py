@@ -2,10 +2,11 @@
 
 ZeroMQ bounds a frame and counts messages, but a message may have any number of frames, and is held in
 memory until its last one has come. Who sends one without end fills the memory. Nothing tells whose bytes
-these are; so this watches two things: memory that nothing of ours accounts for, and connections that are found
-with bytes to be read. When the memory has grown beyond its budget while there were such, the busiest of them
-are shut. A well-behaved client that is hit by mistake comes back by itself and sends again. Who takes a minute
-for a few megabytes is not found; what is left against that is the service manager's limit on memory.
+these are; so this watches two things: memory that nothing of ours accounts for, and connections that are
+found with bytes to be read. When the memory has grown beyond its budget while there were such, the busiest
+of them are shut. A well-behaved client that is hit by mistake comes back by itself and sends again. Who
+takes a minute for a few megabytes is not found; what is left against that is the service manager's limit on
+memory.
 
 The number of connections is bounded as well: each holds a descriptor.
 """
