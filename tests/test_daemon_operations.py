@@ -1,8 +1,13 @@
 """Draining, resuming and watching a real daemon."""
 
+import contextlib
 import itertools
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,3 +215,33 @@ def test_copies_in_host_memory_are_dropped(guarded: tuple[DaemonProcess, str]) -
         assert dropped["copies"] == copies and dropped["freed_bytes"] > 0
         assert daemon.ask(admin.Status())["host_pool"]["copies"] == 0
         assert client.generate("sd-b", "x", **OPTIONS).images == before.images
+
+
+def test_top_on_a_terminal_until_ctrl_c(daemon: DaemonProcess) -> None:
+    ours, its = os.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "understudy.ctl",
+        "--socket",
+        str(daemon.admin_socket),
+        "top",
+        "-n",
+        "0.1",
+    ]
+    environ = dict(os.environ) | {"TERM": "xterm", "COLUMNS": "120", "LINES": "50"}
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environ) as viewer:
+        os.close(its)
+        try:
+            seen = b""
+            while seen.count(b"arena by model") < 2:  # it goes on
+                seen += os.read(ours, 65536)
+            assert b"models resident" in seen and b"loaders" in seen
+            viewer.send_signal(signal.SIGINT)
+            with contextlib.suppress(OSError):  # EIO: the other end is closed
+                while os.read(ours, 65536):
+                    pass
+            assert viewer.wait(15) == 0
+        finally:
+            viewer.kill()
+            os.close(ours)
