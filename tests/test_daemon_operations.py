@@ -106,6 +106,8 @@ def test_the_log_says_more_when_it_is_asked_to(daemon: DaemonProcess) -> None:
     daemon.ask(admin.Drain())
     daemon.ask(admin.Resume())
     assert said("requests are taken again")
+    with pytest.raises(admin.AdminError, match="always written down"):
+        daemon.ask(admin.LogLevel(level="error", logger="understudyd.audit"))
     with pytest.raises(admin.AdminError, match=r"did you mean 'understudyd\.shell\.admin'"):
         daemon.ask(admin.LogLevel(level="info", logger="understudyd.shell.admim"))
 

@@ -146,5 +146,5 @@ def _check_owner_alone(path: Path, found: os.stat_result) -> None:
             f"others may read the secret key {path} (mode {mode:04o}): chmod 600 {path}, and make "
             "a new key if others may have read it"
         )
-    if found.st_uid not in (0, os.geteuid()):
+    if os.geteuid() not in (0, found.st_uid) and found.st_uid != 0:
         raise KeyFileError(f"the secret key {path} belongs to uid {found.st_uid}: chown it to who uses it")

@@ -19,7 +19,7 @@ def check_endpoint(endpoint: str, *, has_keys: bool = False) -> None:
         )
     if scheme == "tcp":
         host = address.rpartition(":")[0]
-        if not has_keys and not _is_loopback(host):
+        if not has_keys and not is_loopback(host):
             raise EndpointError(
                 f"{endpoint} can be reached from other machines: it needs keys. Make the daemon's and each "
                 "client's with `understudy keygen NAME` and name them in [curve], or listen on "
@@ -31,7 +31,8 @@ def check_endpoint(endpoint: str, *, has_keys: bool = False) -> None:
         raise EndpointError(f"{endpoint!r} is longer than a Unix socket's path may be; choose a shorter one")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's alone; interfaces and wildcards are not."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

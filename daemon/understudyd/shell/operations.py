@@ -10,6 +10,7 @@ from understudy.admin import AdminError
 from understudyd.config import ConfigError
 from understudyd.core import events as ev
 from understudyd.names import near
+from understudyd.shell.admin import audit
 from understudyd.shell.kept_pool import drop_cache
 from understudyd.shell.reload import Reloaded
 from understudyd.shell.runtime import Runtime
@@ -106,6 +107,8 @@ class Operations:
 def set_log_level(level: str, name: str) -> dict[str, str]:
     """Of all loggers, or of the one of this name and those below it. Raises `AdminError`."""
     known = logging.root.manager.loggerDict
+    if name == audit.name:
+        raise AdminError("forbidden", "changes are always written down; choose another logger")
     if name and name not in known:
         meant = near(name, known)
         hint = "" if meant is None else f"; did you mean {meant!r}?"
