@@ -61,7 +61,7 @@ def test_after_a_full_drain_the_socket_rests_thrice_as_long_as_it_computed(
     rests_s: list[float] = []
     heard: list[bytes] = []
 
-    def hear(identity: bytes, frames: list[bytes]) -> None:
+    def hear(identity: bytes, frames: list[bytes], user: str) -> None:
         heard.append(frames[0])
         computes(message_s)
 

@@ -104,13 +104,14 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     The file of that socket gets `socket_mode` and `socket_group`. A `tcp://` endpoint that other machines can
     reach needs keys, see [curve]. There may be `max_connections` in all.
 
-    `max_open_per_client` requests of one client may be open, with `max_open_pixels` to be made and
-    `max_open_steps` to be taken, both summed over all images; a size that is not named counts as
-    1024x1024, steps as 30. Input images: `max_input_pixels` of one, `max_input_bytes` of one request,
-    `max_open_input_bytes` of one client's open requests, `max_all_input_bytes` of all of them.
-    `outbox_bytes` of answers may wait for one client, and answers are kept for `answer_ttl_s` to be sent
-    again. A client that is silent, or reads nothing, for `client_timeout_s` loses its requests. On
-    shutdown what is open has `drain_s` to finish.
+    `max_open_per_user` requests may be open over all connections of one user: a uid, a key, or over TCP
+    without keys an address. `max_open_per_client` requests of one connection may be open, with
+    `max_open_pixels` to be made and `max_open_steps` to be taken, both summed over all images; a size
+    that is not named counts as 1024x1024, steps as 30. Input images: `max_input_pixels` of one,
+    `max_input_bytes` of one request, `max_open_input_bytes` of one client's open requests,
+    `max_all_input_bytes` of all of them. `outbox_bytes` of answers may wait for one client, and answers
+    are kept for `answer_ttl_s` to be sent again. A client that is silent, or reads nothing, for
+    `client_timeout_s` loses its requests. On shutdown what is open has `drain_s` to finish.
     """
 
     runtime_dir: Path = msgspec.field(default_factory=runtime_dir)
@@ -123,6 +124,7 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     max_prompt_chars: Positive = 8192
     max_connections: Positive = 1000
     max_open_per_client: Positive = 256
+    max_open_per_user: Positive = 512
     max_open_pixels: Positive = 2**31
     max_open_steps: Positive = 200_000
     max_input_pixels: Positive = 2048 * 2048

@@ -14,7 +14,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from understudy.wire import (
     Accepted,
@@ -35,6 +34,7 @@ from understudy.wire import (
     peek_id,
 )
 from understudyd.shell.answers import answer_frames, dropped, readable
+from understudyd.shell.client_book import Client, Counters, UserBook
 from understudyd.shell.curve import ServerKeys
 from understudyd.shell.endpoints import check_endpoint
 from understudyd.shell.input_room import InputRoom
@@ -52,29 +52,6 @@ _SWEEP_S = 1.0
 _PEEK_BYTES = 1024 * 1024
 _ENTRIES_PER_FRAME = 512
 _MISSING = "the input images are missing, and this request is not known here; send it whole"
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since the start, for status and metrics."""
-
-    received: int = 0
-    unreadable: int = 0
-    refused: int = 0
-    repeated: int = 0
-    submitted: int = 0
-    answered: int = 0
-    clients_gone: int = 0
-    answers_lost: int = 0
-
-
-@dataclass(slots=True)
-class _Client:
-    name: str
-    identity: bytes
-    heard_at_s: float
-    outbox: Outbox
-    open: dict[str, Accepted | None] = field(default_factory=dict)
 
 
 class Frontend:
@@ -108,8 +85,9 @@ class Frontend:
         self._access, self._keys, self._directory_mode = access, keys, directory_mode
         self._flood_bytes = flood_bytes
         self._daemon_id = daemon_id
-        self._by_identity: dict[bytes, _Client] = {}
-        self._by_name: dict[str, _Client] = {}
+        self._by_identity: dict[bytes, Client] = {}
+        self._by_name: dict[str, Client] = {}
+        self._users = UserBook()
         self._blocked: set[str] = set()
         self._serial = 0
         self._input_room = InputRoom(limits.max_open_input_bytes, limits.max_all_input_bytes)
@@ -192,6 +170,7 @@ class Frontend:
                 known.outbox.put_hint(reply.id, "progress", (encode(reply),), now)
             case Finished() | Failed():
                 del known.open[reply.id]
+                self._users.closed(known.user)
                 self._give_back(client, reply.id)
                 self.counters.answered += 1
                 frames = answer_frames(reply, payload)
@@ -202,9 +181,9 @@ class Frontend:
 
     # -- from the socket ------------------------------------------------------------------------------------
 
-    def _on_message(self, identity: bytes, frames: list[bytes]) -> None:
+    def _on_message(self, identity: bytes, frames: list[bytes], user: str) -> None:
         self.counters.received += 1
-        client = self._client(identity)
+        client = self._client(identity, user)
         header = frames[0] if frames else b""
         try:
             request = decode_request(header)
@@ -235,7 +214,7 @@ class Frontend:
                 client.outbox.put_hint(request_id, "pong", (pong,), self._clock())
         self._flush(client)
 
-    def _generate(self, client: _Client, request: Generate, payload: Sequence[bytes]) -> None:
+    def _generate(self, client: Client, request: Generate, payload: Sequence[bytes]) -> None:
         request_id = request.id
         if self._repeat(client, request_id):
             return
@@ -248,15 +227,18 @@ class Frontend:
             self._refuse(client, request_id, "queue_full", message, retryable=True)
         else:
             client.open[request_id] = None
+            self._users.opened(client.user)
             self.counters.submitted += 1
             self._sink.submit(client.name, request, payload)
 
-    def _no_room(self, client: _Client, request: Generate, payload: Sequence[bytes]) -> str | None:
+    def _no_room(self, client: Client, request: Generate, payload: Sequence[bytes]) -> str | None:
         """Why this client must wait before it asks for more; None books the room."""
         if len(client.open) >= self._limits.max_open_per_client:
             return (
                 f"{len(client.open)} requests of this client are open, which is the limit; wait for answers"
             )
+        if (count := self._users.open_requests(client.user)) >= self._limits.max_open_per_user:
+            return f"{count} requests of {client.user} are open, which is the limit; wait for answers"
         return self._work_room.take(client.name, request.id, work_asked(request)) or self._input_room.take(
             client.name, request.id, sum(map(len, payload))
         )
@@ -265,7 +247,7 @@ class Frontend:
         self._work_room.give_back(client, request_id)
         self._input_room.give_back(client, request_id)
 
-    def _repeat(self, client: _Client, request_id: str) -> bool:
+    def _repeat(self, client: Client, request_id: str) -> bool:
         """A request that is known already: say again what was said last."""
         if request_id in client.open:
             if (accepted := client.open[request_id]) is not None:
@@ -277,19 +259,19 @@ class Frontend:
         self.counters.repeated += 1
         return True
 
-    def _cancel(self, client: _Client, request_id: str) -> None:
+    def _cancel(self, client: Client, request_id: str) -> None:
         if request_id in client.open:
             self._sink.cancel(client.name, request_id)
         elif not self._repeat(client, request_id):
             self._refuse(client, request_id, "cancelled", "cancelled; no such request was open here")
 
-    def _unreadable(self, client: _Client, header: bytes, error: WireError) -> None:
+    def _unreadable(self, client: Client, header: bytes, error: WireError) -> None:
         self.counters.unreadable += 1
         request_id = error.message_id or (peek_id(header) if len(header) <= _PEEK_BYTES else "")
         self._refuse(client, request_id, error.code, str(error))
 
     def _refuse(
-        self, client: _Client, request_id: str, code: str, message: str, *, retryable: bool = False
+        self, client: Client, request_id: str, code: str, message: str, *, retryable: bool = False
     ) -> None:
         self.counters.refused += 1
         failed = Failed(id=request_id, code=code, message=message, retryable=retryable)
@@ -298,17 +280,20 @@ class Frontend:
 
     # -- clients --------------------------------------------------------------------------------------------
 
-    def _client(self, identity: bytes) -> _Client:
+    def _client(self, identity: bytes, user: str) -> Client:
         client = self._by_identity.get(identity)
+        if client is not None and client.user != user:
+            self._gone(client, f"{user} has taken the routing id of {client.user}")
+            client = None
         if client is None:
             self._serial += 1
             outbox = Outbox(self._limits.outbox_bytes, self._limits.answer_ttl_s)
-            client = _Client(f"{readable(identity)}#{self._serial}", identity, 0.0, outbox)
+            client = Client(f"{readable(identity)}#{self._serial}", identity, user, 0.0, outbox)
             self._by_identity[identity] = self._by_name[client.name] = client
         client.heard_at_s = self._clock()
         return client
 
-    def _flush(self, client: _Client) -> None:
+    def _flush(self, client: Client) -> None:
         """Give the socket what it takes, then hold the cap."""
         if self._router is None or client.name not in self._by_name:
             return
@@ -323,7 +308,7 @@ class Frontend:
             client.outbox.sent(self._clock())
         self._hold_cap(client)
 
-    def _hold_cap(self, client: _Client) -> None:
+    def _hold_cap(self, client: Client) -> None:
         """A client that reads too slowly for its images still gets an answer, a small one."""
         replaced: set[str] = set()
         while lost := set(client.outbox.trim()) - replaced:
@@ -333,7 +318,7 @@ class Frontend:
                 failed = dropped(request_id, self._limits.outbox_bytes)
                 client.outbox.put_answer(request_id, (), answer_frames(failed), self._clock())
 
-    def _block(self, client: _Client) -> None:
+    def _block(self, client: Client) -> None:
         self._blocked.add(client.name)
         if self._retry is None:
             self._retry = self._loop.call_later(_RETRY_S, self._try_again)
@@ -348,7 +333,7 @@ class Frontend:
             if (client := self._by_name.get(name)) is not None:
                 self._flush(client)
 
-    def _gone(self, client: _Client, reason: str) -> None:
+    def _gone(self, client: Client, reason: str) -> None:
         """Forget a client. The sink hears of it in a turn of its own: it may be in the middle of a send."""
         self._forget(client)
         self.counters.clients_gone += 1
@@ -358,7 +343,8 @@ class Frontend:
         if client.open:
             self._loop.call_soon(self._sink.client_gone, client.name)
 
-    def _forget(self, client: _Client) -> None:
+    def _forget(self, client: Client) -> None:
+        self._users.closed(client.user, len(client.open))
         self._work_room.forget(client.name)
         self._input_room.forget(client.name)
         del self._by_name[client.name]
@@ -383,7 +369,7 @@ class Frontend:
             client.outbox.expire(now)
             self._judge(client, now - self._limits.client_timeout_s)
 
-    def _judge(self, client: _Client, since_s: float) -> None:
+    def _judge(self, client: Client, since_s: float) -> None:
         waiting_since_s = client.outbox.waiting_since_s
         if waiting_since_s is not None and waiting_since_s <= since_s:
             self._gone(client, f"it has read nothing for {self._limits.client_timeout_s:g} s")

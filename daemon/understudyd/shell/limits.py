@@ -36,6 +36,7 @@ class Limits:
     max_priority: int = 100
     max_deadline_s: float = 7 * 24 * 3600.0
     max_open_per_client: int = 256
+    max_open_per_user: int = 512
     max_open_work: Work = MAX_OPEN_WORK
     max_open_input_bytes: int = 512 * 1024 * 1024
     max_all_input_bytes: int = 2 * 1024 * 1024 * 1024

@@ -214,6 +214,7 @@ def limits_of(chosen: ServerConfig) -> Limits:
         max_images=chosen.max_images,
         max_prompt_chars=chosen.max_prompt_chars,
         max_open_per_client=chosen.max_open_per_client,
+        max_open_per_user=chosen.max_open_per_user,
         max_connections=chosen.max_connections,
         max_open_work=Work(chosen.max_open_pixels, chosen.max_open_steps),
         max_frame_bytes=max(FRAME_FLOOR_BYTES, int(min(chosen.max_input_bytes, MAX_FRAME_BYTES))),

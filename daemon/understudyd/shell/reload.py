@@ -26,6 +26,7 @@ LIVE = {
         "max_prompt_chars",
         "max_connections",
         "max_open_per_client",
+        "max_open_per_user",
         "max_open_pixels",
         "max_open_steps",
         "max_input_pixels",

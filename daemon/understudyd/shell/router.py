@@ -40,8 +40,9 @@ class Sent(Enum):
 class Router:
     """Owns context and socket. Belongs to the loop's thread.
 
-    `on_message(identity, frames)` gets every message, a header and its payload, cut one frame after
-    `max_payload_frames`: the one too many shows that there were too many;
+    `on_message(identity, frames, user)` gets every message, a header and its payload, cut one frame after
+    `max_payload_frames`: the one too many shows that there were too many. `user` is what is known of who
+    connected, from the kernel or from the list of keys: "uid 1000", "key alice", or an address.
     `on_writable()` is called after each drain, when a client that was full may have room again.
     """
 
@@ -49,7 +50,7 @@ class Router:
         self,
         loop: asyncio.AbstractEventLoop,
         endpoints: Sequence[str],
-        on_message: Callable[[bytes, list[bytes]], None],
+        on_message: Callable[[bytes, list[bytes], str], None],
         on_writable: Callable[[], None],
         *,
         max_payload_frames: int,
@@ -160,15 +161,21 @@ class Router:
             self._rearm()
         self._on_writable()
 
-    def _receive(self) -> tuple[bytes, list[bytes]]:
+    def _receive(self) -> tuple[bytes, list[bytes], str]:
         socket = self._socket
         identity = socket.recv(zmq.NOBLOCK)
         frames: list[bytes] = []
+        user = ""
         while socket.getsockopt(zmq.RCVMORE):
-            frame = socket.recv(zmq.NOBLOCK)  # a message arrives whole
-            if len(frames) < self._frames_kept:
-                frames.append(frame)
-        return identity, frames
+            if not frames:  # a message arrives whole; each frame of it knows where from
+                header = socket.recv(zmq.NOBLOCK, copy=False)
+                user = _user_of(header)
+                frames.append(header.bytes)
+            else:
+                frame = socket.recv(zmq.NOBLOCK)
+                if len(frames) < self._frames_kept:
+                    frames.append(frame)
+        return identity, frames, user
 
     def _rearm(self) -> None:
         if self._turn is not None or self._draining:
@@ -217,3 +224,15 @@ class Router:
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_ino == inode:  # else it is another daemon's by now
                     path.unlink()
+
+
+def _user_of(frame: zmq.Frame) -> str:
+    """By what ZeroMQ says of the connection that a frame came over."""
+    address = str(frame.get("Peer-Address"))
+    host, _, credentials = address.partition(":")
+    if host == "localhost" and credentials.count(":") == 2:  # SO_PEERCRED: uid, gid, pid
+        return f"uid {credentials.partition(':')[0]}"
+    try:
+        return f"key {frame.get('User-Id')}"
+    except zmq.ZMQError:  # no key was asked for
+        return address
