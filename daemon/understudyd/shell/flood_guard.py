@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.05
 QUIET_S = 5.0
 _PAST_COUNTS = 0.97  # a connection's past at each look: what is busy now and then is remembered for seconds
-_EVENTS_PER_TURN = 256
+_EVENTS_PER_TURN = 1024
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
