@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-restart bench-ingest \
+.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
+  bench-restart bench-ingest fuzz \
   gpu-check docs-models docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -48,6 +49,9 @@ bench-restart: $(STAMP)  ## kill -9 under load: to the first image, cold and war
 
 bench-ingest: $(STAMP)  ## a scan of 200 models, a single-file checkpoint of real size
 	@$(BIN)/python -m benchmarks.ingest --json
+
+fuzz: $(STAMP)  ## a million hostile frames beside a client that gets every answer
+	@$(BIN)/python -m benchmarks.fuzz --json
 
 # Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
 gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so

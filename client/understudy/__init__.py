@@ -19,10 +19,12 @@ if TYPE_CHECKING:
         CapacityError,
         DaemonError,
         DeadlineExceeded,
+        NotAllowed,
         TransportError,
         UnderstudyError,
         UnknownModel,
     )
+    from understudy.keys import Keys
     from understudy.request import Request
     from understudy.results import Pinged, Result
     from understudy.sync import Client, Handle
@@ -35,6 +37,7 @@ _HOME = {
     "AsyncHandle": "aio",
     "Client": "sync",
     "Handle": "sync",
+    "Keys": "keys",
     "Pinged": "results",
     "Request": "request",
     "Result": "results",
@@ -47,6 +50,7 @@ _HOME = {
     "CapacityError": "errors",
     "DaemonError": "errors",
     "DeadlineExceeded": "errors",
+    "NotAllowed": "errors",
     "TransportError": "errors",
     "UnderstudyError": "errors",
     "UnknownModel": "errors",
@@ -63,7 +67,9 @@ __all__ = [
     "DaemonError",
     "DeadlineExceeded",
     "Handle",
+    "Keys",
     "ModelEntry",
+    "NotAllowed",
     "Pinged",
     "Progress",
     "Request",

@@ -48,6 +48,7 @@ def completion_option(command: str) -> Callable[[_F], _F]:
 def complete_model(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names that the daemon at `--endpoint` serves."""
     from understudy.errors import UnderstudyError
+    from understudy.keys import Keys
     from understudy.paths import default_endpoint
     from understudy.sync import Client
 
@@ -55,7 +56,9 @@ def complete_model(context: click.Context, _: click.Parameter, incomplete: str) 
     if endpoint.startswith("ipc://") and not Path(endpoint.removeprefix("ipc://")).exists():
         return []
     try:
-        with Client(endpoint, reconnect_s=_PATIENCE_S) as client:
+        key, server_key = (context.params.get(name) for name in ("key", "server_key"))
+        keys = Keys.read(key, server_key) if key and server_key else None
+        with Client(endpoint, reconnect_s=_PATIENCE_S, keys=keys) as client:
             return _items([(entry.name, entry.pipeline) for entry in client.models()], incomplete)
     except UnderstudyError:
         return []

@@ -7,21 +7,27 @@ daemon's document as it came. Everything heavy is imported when it is needed: `-
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import click
 
 from understudy.completion import complete_known_model, completion_option
 from understudy.ctl_add import add_options, make_command
+from understudy.ctl_kit import (
+    EXIT_REFUSED,
+    EXIT_USAGE,
+    ask,
+    ask_long,
+    leave,
+    output_option,
+    show_decisions,
+    show_results,
+)
+from understudy.ctl_kit import show as show_document
+from understudy.ctl_service import service_commands
 from understudy.paths import admin_socket
-
-EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 5, 130
-_UNREACHABLE = ("unreachable", "timeout")
-
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 model_argument = click.argument("name", shell_complete=complete_known_model)
 
@@ -41,19 +47,6 @@ def main(context: click.Context, socket_path: Path | None) -> None:
     context.obj = socket_path or admin_socket()
 
 
-def output_option(command: _F) -> _F:
-    """`-o table|json`."""
-    choices = click.Choice(["table", "json"])
-    return click.option(
-        "-o",
-        "--output",
-        type=choices,
-        default="table",
-        show_default=True,
-        help="For people, or for programs.",
-    )(command)
-
-
 # -- looking ---------------------------------------------------------------------------------------------
 
 
@@ -64,7 +57,7 @@ def status(socket_path: Path, output: str) -> None:
     """The daemon at a glance."""
     from understudy.admin import Status
 
-    _show(_ask(socket_path, Status()), output, "status")
+    show_document(ask(socket_path, Status()), output, "status")
 
 
 @main.command()
@@ -74,7 +67,7 @@ def models(socket_path: Path, output: str) -> None:
     """Every model and where it is: disk, host, loading, resident or bound."""
     from understudy.admin import Models
 
-    _show(_ask(socket_path, Models()), output, "models_table")
+    show_document(ask(socket_path, Models()), output, "models_table")
 
 
 @main.command()
@@ -88,10 +81,10 @@ def show(socket_path: Path, name: str | None, arena: bool, output: str) -> None:
         raise click.UsageError("give a model's NAME, or --arena")
     from understudy.admin import Show
 
-    document = _ask(socket_path, Show(name=name or "", arena=arena))
-    _show(document, output, "arena" if arena else "model")
+    document = ask(socket_path, Show(name=name or "", arena=arena))
+    show_document(document, output, "arena" if arena else "model")
     if output != "json" and not arena and (made := document.get("decisions")):
-        _show_decisions(made)
+        show_decisions(made)
 
 
 @main.command()
@@ -102,11 +95,11 @@ def decisions(socket_path: Path, last: int, output: str) -> None:
     """What was run, loaded, evicted or refused lately, and the numbers that decided it; the newest last."""
     from understudy.admin import Decisions
 
-    made = _ask(socket_path, Decisions(last=last))
+    made = ask(socket_path, Decisions(last=last))
     if output == "json":
-        _show(made, output, "")
+        show_document(made, output, "")
     else:
-        _show_decisions(made)
+        show_decisions(made)
 
 
 @main.command()
@@ -116,7 +109,7 @@ def queue(socket_path: Path, output: str) -> None:
     """Running and waiting requests, in the order they will run."""
     from understudy.admin import Queue
 
-    _show(_ask(socket_path, Queue()), output, "queue_table")
+    show_document(ask(socket_path, Queue()), output, "queue_table")
 
 
 @main.command()
@@ -126,7 +119,7 @@ def loaders(socket_path: Path, output: str) -> None:
     """The loaders and what they do."""
     from understudy.admin import Loaders
 
-    _show(_ask(socket_path, Loaders()), output, "loaders_table")
+    show_document(ask(socket_path, Loaders()), output, "loaders_table")
 
 
 @main.command()
@@ -137,7 +130,7 @@ def trace(socket_path: Path, seconds: float, output: Path) -> None:
     """Write what stage, loaders and start-up did as a Chrome trace (for ui.perfetto.dev); "-" is stdout."""
     from understudy.admin import Trace
 
-    spans = _ask(socket_path, Trace(seconds=seconds)).get("spans", [])
+    spans = ask(socket_path, Trace(seconds=seconds)).get("spans", [])
     text = json.dumps(chrome_trace(spans))
     if str(output) == "-":
         click.echo(text)
@@ -145,7 +138,7 @@ def trace(socket_path: Path, seconds: float, output: Path) -> None:
     try:
         output.write_text(text)
     except OSError as error:
-        _exit(f"cannot write {output}: {error.strerror}", EXIT_REFUSED)
+        leave(f"cannot write {output}: {error.strerror}", EXIT_REFUSED)
     click.echo(f"{output}: {len(spans)} spans; open it in ui.perfetto.dev")
 
 
@@ -164,17 +157,9 @@ def add(socket_path: Path, /, output: str, **options: Any) -> None:
     """
     command = make_command(**options)
     if options["folder"] is None:
-        _show(_ask_long(socket_path, command, f"adding {options['name']}"), output, "facts")
+        show_document(ask_long(socket_path, command, f"adding {options['name']}"), output, "facts")
         return
-    document = _ask_long(socket_path, command, "scanning")
-    if output == "json":
-        click.echo(json.dumps(document, indent=2))
-    else:
-        from understudy import render, render_scan
-
-        render.show(render_scan.scan_table(document["results"], is_dry_run=options["dry_run"]))
-    if any(result["outcome"] == "refused" for result in document["results"]):
-        sys.exit(EXIT_REFUSED)
+    show_results(ask_long(socket_path, command, "scanning"), output, is_dry_run=options["dry_run"])
 
 
 @main.command()
@@ -185,7 +170,7 @@ def remove(socket_path: Path, name: str, output: str) -> None:
     """Stop serving a model and delete it when its last request is done."""
     from understudy.admin import Remove
 
-    _show(_ask_long(socket_path, Remove(name=name), f"removing {name}"), output, "facts")
+    show_document(ask_long(socket_path, Remove(name=name), f"removing {name}"), output, "facts")
 
 
 @main.command()
@@ -195,7 +180,7 @@ def rescan(socket_path: Path, output: str) -> None:
     """Look at all stores again: serve what is new in them, and no longer what is gone."""
     from understudy.admin import Rescan
 
-    document = _ask_long(socket_path, Rescan(), "looking at all stores")
+    document = ask_long(socket_path, Rescan(), "looking at all stores")
     if output == "json":
         click.echo(json.dumps(document, indent=2))
     else:
@@ -215,7 +200,7 @@ def load(socket_path: Path, name: str, wait: bool, output: str) -> None:
     """Make a model resident."""
     from understudy.admin import Load
 
-    _show(_ask_long(socket_path, Load(name=name, wait=wait), f"loading {name}"), output, "facts")
+    show_document(ask_long(socket_path, Load(name=name, wait=wait), f"loading {name}"), output, "facts")
 
 
 @main.command()
@@ -226,7 +211,7 @@ def evict(socket_path: Path, name: str, output: str) -> None:
     """Take a model out of the arena."""
     from understudy.admin import Evict
 
-    _show(_ask(socket_path, Evict(name=name)), output, "facts")
+    show_document(ask(socket_path, Evict(name=name)), output, "facts")
 
 
 @main.command()
@@ -237,7 +222,7 @@ def pin(socket_path: Path, name: str, output: str) -> None:
     """Load a model and keep it resident."""
     from understudy.admin import Pin
 
-    _show(_ask(socket_path, Pin(name=name)), output, "facts")
+    show_document(ask(socket_path, Pin(name=name)), output, "facts")
 
 
 @main.command()
@@ -248,7 +233,7 @@ def unpin(socket_path: Path, name: str, output: str) -> None:
     """Let a model be evicted again."""
     from understudy.admin import Unpin
 
-    _show(_ask(socket_path, Unpin(name=name)), output, "facts")
+    show_document(ask(socket_path, Unpin(name=name)), output, "facts")
 
 
 @main.command("set")
@@ -266,7 +251,7 @@ def set_(socket_path: Path, name: str, max_batch: int, output: str) -> None:
     """Change what is set for a model, for good."""
     from understudy.admin import Set
 
-    _show(_ask(socket_path, Set(name=name, max_batch=max_batch)), output, "facts")
+    show_document(ask(socket_path, Set(name=name, max_batch=max_batch)), output, "facts")
 
 
 @main.command()
@@ -277,7 +262,7 @@ def cancel(socket_path: Path, request_id: str, output: str) -> None:
     """Cancel a request by the ID that `queue` shows."""
     from understudy.admin import CancelRequest
 
-    _show(_ask(socket_path, CancelRequest(id=request_id)), output, "facts")
+    show_document(ask(socket_path, CancelRequest(id=request_id)), output, "facts")
 
 
 @main.command()
@@ -297,7 +282,11 @@ def shutdown(socket_path: Path, drain_s: float, output: str) -> None:
     from understudy.admin import Shutdown
 
     command = Shutdown(drain_s=drain_s)
-    _show(_ask(socket_path, command, timeout_s=drain_s + 30.0), output, "facts")
+    show_document(ask(socket_path, command, timeout_s=drain_s + 30.0), output, "facts")
+
+
+for service_command in service_commands:
+    main.add_command(service_command)
 
 
 @main.group()
@@ -310,7 +299,7 @@ def config() -> None:
 def check(file: Path | None) -> None:
     """Check FILE, or the one the daemon would read, without starting anything."""
     if find_spec("understudyd") is None:
-        _exit("the daemon is not installed here: pip install 'understudy[daemon]'", EXIT_REFUSED)
+        leave("the daemon is not installed here: pip install 'understudy[daemon]'", EXIT_REFUSED)
     # The daemon's package knows its options; a process of its own keeps the client free of it.
     command = [sys.executable, "-m", "understudyd.config", "check", *([str(file)] if file else [])]
     code = subprocess.run(command, check=False).returncode
@@ -341,45 +330,6 @@ def chrome_trace(spans: list[dict[str, Any]]) -> dict[str, Any]:
             }
         )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _ask(socket_path: Path, command: Any, *, timeout_s: float | None = 30.0, on_note: Any = None) -> Any:
-    from understudy.admin import AdminError, call
-
-    try:
-        return call(socket_path, command, timeout_s=timeout_s, on_note=on_note)
-    except AdminError as error:
-        _exit(str(error), EXIT_UNREACHABLE if error.code in _UNREACHABLE else EXIT_REFUSED)
-    except KeyboardInterrupt:
-        _exit("interrupted; the daemon may go on with it", EXIT_INTERRUPTED)
-
-
-def _ask_long(socket_path: Path, command: Any, what: str) -> Any:
-    """A command that may take minutes, with a progress bar on stderr."""
-    from understudy.render import NoteBar
-
-    with NoteBar(what) as bar:
-        return _ask(socket_path, command, timeout_s=None, on_note=bar.update)
-
-
-def _show(document: Any, output: str, view: str) -> None:
-    if output == "json":
-        click.echo(json.dumps(document, indent=2))
-        return
-    from understudy import render
-
-    render.show(getattr(render, view)(document))
-
-
-def _show_decisions(made: list[dict[str, Any]]) -> None:
-    from understudy import render, render_decisions
-
-    render.show(render_decisions.told(made))
-
-
-def _exit(message: str, code: int) -> NoReturn:
-    click.echo(f"understudyctl: {message}", err=True)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

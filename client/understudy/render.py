@@ -5,7 +5,7 @@ Imports rich, so `understudyctl` imports this only when it has something to show
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -231,34 +231,6 @@ def arena_bar(arena: Document) -> RenderableType:
         bar.append(glyph * (end - column), style)
         column = max(column, end)
     return Group(bar, _legend(arena, total))
-
-
-class NoteBar:
-    """Progress notes of a long command as a bar on stderr; nothing at all if no note comes."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._bars: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def update(self, note: Any) -> None:
-        """Show an `admin.Note`."""
-        if self._bars is None:
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
-            self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bars.start()
-            self._task = self._bars.add_task(self._what, total=None)
-        description = f"{self._what}: {note.phase}"
-        self._bars.update(self._task, description=description, completed=note.done, total=note.total or None)
 
 
 # -- words and numbers ---------------------------------------------------------------------------------------

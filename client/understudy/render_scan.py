@@ -24,8 +24,10 @@ _CHANGES = {"added": "green", "replaced": "green", "removed": "yellow"}
 _PROBLEMS = ("rejected", "damaged", "away")
 
 
-def scan_table(results: Sequence[Document], *, is_dry_run: bool = False) -> RenderableType:
-    """Every find with what became of it; refused ones last, where they are seen."""
+def scan_table(
+    results: Sequence[Document], *, kind: str = "model", is_dry_run: bool = False
+) -> RenderableType:
+    """Every find, a model or another `kind`, with what became of it; refused ones last, to be seen."""
     rows: list[Row] = []
     for result in sorted(results, key=_rank):
         outcome = str(result.get("outcome", "-"))
@@ -45,7 +47,7 @@ def scan_table(results: Sequence[Document], *, is_dry_run: bool = False) -> Rend
     if is_dry_run:
         summary = f"a dry run, nothing was changed: {summary or 'no models found'}"
     return Group(
-        table(["model", "outcome", ">size", "source", "why"], rows), Text(summary or "no models found")
+        table([kind, "outcome", ">size", "source", "why"], rows), Text(summary or f"no {kind}s found")
     )
 
 

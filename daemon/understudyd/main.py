@@ -63,10 +63,13 @@ def _leave(status: int) -> NoReturn:
 def _serve(config: configuration.Config, read: Callable[[], configuration.Config]) -> int:
     import uvloop
 
+    from understudy.keys import KeyFileError
     from understudyd.shell.daemon import Daemon
+    from understudyd.shell.endpoints import EndpointError
     from understudyd.shell.lock import AlreadyRunning
     from understudyd.shell.memory import ArenaError
     from understudyd.shell.notify import ServiceManager
+    from understudyd.shell.socket_access import SocketAccessError
     from understudyd.store.errors import StoreError
 
     manager = ServiceManager.found(os.environ)
@@ -76,7 +79,7 @@ def _serve(config: configuration.Config, read: Callable[[], configuration.Config
 
     try:
         return int(uvloop.run(life()))
-    except (AlreadyRunning, ArenaError, StoreError) as error:
+    except (AlreadyRunning, ArenaError, StoreError, EndpointError, KeyFileError, SocketAccessError) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -19,6 +19,7 @@ from understudyd.shell.admin import Notify
 from understudyd.shell.explaining import SHOWN_DECISIONS, describe
 from understudyd.shell.ingesting import IngestFailed, ingest
 from understudyd.shell.keeper import ReplaceFailed
+from understudyd.shell.operations import Operations, Service
 from understudyd.shell.runtime import Runtime
 from understudyd.shell.scanning import scan
 from understudyd.shell.supervisor import LoaderPool
@@ -27,10 +28,9 @@ from understudyd.store.errors import StoreError, StoreErrorCode
 from understudyd.store.records import ModelRecord
 
 
-class Lifecycle(Protocol):
+class Lifecycle(Service, Protocol):
     """The daemon's own state."""
 
-    state: str
     device: str
     daemon_id: str
     started_at_s: float
@@ -60,6 +60,7 @@ class Commands:
         self._timeline = timeline
         self._daemon = daemon
         self._clock = clock
+        self._operations = Operations(runtime, daemon)
 
     async def execute(self, command: proto.Command, notify: Notify) -> Any:
         """The command's result document. Raises `AdminError`."""
@@ -98,6 +99,8 @@ class Commands:
                 return self._pin(name, pinned=False)
             case proto.Set(name=name, max_batch=max_batch):
                 return await self._set(name, max_batch)
+            case proto.Drain() | proto.Resume() | proto.Reload() | proto.DropCache() | proto.LogLevel():
+                return await self._operations.execute(command)
             case proto.CancelRequest(id=request_id):
                 if request_id not in self._runtime.pending:
                     raise AdminError("not_found", f"no open request {request_id!r}; `queue` lists them")
@@ -136,6 +139,11 @@ class Commands:
             "hand_over_reason": self._pool.hand_over.reason,
             "loaders": self._loaders(),
             "last_error": tally.last_error,
+            "last_errors": [
+                {"s_ago": round(self._clock() - f.at_s, 1), "code": f.code, "message": f.message}
+                for f in tally.last_errors
+            ],
+            "tiers_on_receipt": dict(tally.tiers_on_receipt),
             "not_loaded_at_start_up": self._daemon.missing,
             "visible_switch_ms": tally.visible_switch_ms(),
         }

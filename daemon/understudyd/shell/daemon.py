@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+from understudy.keys import KeyFileError
 from understudy.paths import ADMIN_SOCKET
 from understudyd import logs
 from understudyd.config import Config, ConfigError
@@ -202,7 +203,9 @@ class Daemon:
     ) -> Frontend:
         """The operators' door, open, and the clients', still shut."""
         commands = Commands(runtime, pool, self._timeline, self, time.monotonic)
-        admin = AdminServer(self.config.server.runtime_dir / ADMIN_SOCKET, commands.execute)
+        access = self._parts.admin_access()
+        path = self.config.server.runtime_dir / ADMIN_SOCKET
+        admin = AdminServer(path, commands.execute, access=access)
         leaving.push_async_callback(admin.stop)
         await admin.start()
         self._frontend = frontend = self._parts.frontend(loop, runtime, self.daemon_id)
@@ -285,17 +288,28 @@ class Daemon:
         log.info("%s", status)
         self._manager.notify(f"STATUS={status}")
 
+    @property
+    def is_stopping(self) -> bool:
+        """It was told to end."""
+        return self._stop.is_set()
+
     # -- a new configuration ------------------------------------------------------------------------
 
     async def reload(self) -> Reloaded:
-        """Read the configuration again and put into force what can be.
+        """Read the configuration and the clients' keys again and put into force what can be.
 
         Raises `ConfigError`; nothing has changed then.
         """
         now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._manager.notify("RELOADING=1", f"MONOTONIC_USEC={now_us}")
         try:
-            return await self._reload()
+            keys = await in_daemon_thread(self._parts.keys)
+            reloaded = await self._reload()
+            if keys is not None and self._frontend is not None:
+                self._frontend.admit(keys.clients)
+            return reloaded
+        except KeyFileError as error:
+            raise ConfigError(str(error)) from error
         finally:
             if self.state != "starting":
                 self._manager.notify("READY=1")

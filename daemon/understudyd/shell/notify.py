@@ -12,6 +12,7 @@ from typing import Self
 
 _FIRST_FD = 3
 _BARRIER_MS = 5000
+_PATIENCE_S = 0.05  # the event loop may be who waits here
 
 
 def notify(*assignments: str, address: str | None = None, fds: Sequence[int] = ()) -> bool:
@@ -23,10 +24,11 @@ def notify(*assignments: str, address: str | None = None, fds: Sequence[int] = (
         target = "\0" + target[1:]
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(_PATIENCE_S)
         try:
             sock.sendmsg(["\n".join(assignments).encode()], rights, 0, target)
         except OSError:
-            return False  # the manager went away: no reason to stop serving
+            return False  # the manager went away, or reads nothing: no reason to stop serving
     return True
 
 

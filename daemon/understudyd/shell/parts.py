@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 from understudy.paths import CLIENT_SOCKET
+from understudy.wire import MAX_FRAME_BYTES, MAX_HEADER_BYTES
 from understudyd.config import AUTO, Config, PolicyConfig, ServerConfig
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
 from understudyd.shell.adapters import StageAdapter
+from understudyd.shell.curve import ServerKeys, load_keys
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.host_pool import HostPool
 from understudyd.shell.input_limits import InputLimits
@@ -19,13 +21,19 @@ from understudyd.shell.memory import Arena, ArenaError, CpuArena, memory_availab
 from understudyd.shell.read_through import ReadThrough
 from understudyd.shell.request_log import RequestLog
 from understudyd.shell.runtime import Runtime
+from understudyd.shell.socket_access import SocketAccess
 from understudyd.shell.supervisor import LoaderPool, LoaderSettings
 from understudyd.shell.timeline import Timeline
+from understudyd.shell.work_room import Work
 from understudyd.store.store import Store
 from understudyd.store.union import StoreUnion
 
 CPU_ARENA_SHARE = 0.5
 HOST_POOL_SHARE = 0.5
+FRAME_FLOOR_BYTES = 16 * MAX_HEADER_BYTES
+"""A header that is somewhat too long gets an answer; a longer frame costs the connection."""
+FLOOD_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 4 * 1024 * 1024 * 1024}
+"""What memory may grow by while clients send: on the CPU device activations are part of it."""
 SWITCH_INTERVAL_S = 0.001
 _GRAIN_BYTES = 2 * 1024 * 1024
 _log = logging.getLogger(__name__)
@@ -144,10 +152,27 @@ class Parts:
         return None if chosen.requests is None else RequestLog(chosen.requests, chosen.requests_size)
 
     def frontend(self, loop: asyncio.AbstractEventLoop, runtime: Runtime, daemon_id: str) -> Frontend:
-        """The clients' door, still shut."""
+        """The clients' door, still shut. Raises `EndpointError` and `KeyFileError`."""
         chosen = self.config.server
-        endpoints = [f"ipc://{chosen.runtime_dir / CLIENT_SOCKET}", *chosen.endpoints]
-        return Frontend(loop, endpoints, runtime, limits=limits_of(chosen), daemon_id=daemon_id)
+        return Frontend(
+            loop,
+            [f"ipc://{chosen.runtime_dir / CLIENT_SOCKET}", *chosen.endpoints],
+            runtime,
+            limits=limits_of(chosen),
+            daemon_id=daemon_id,
+            access=SocketAccess(int(chosen.socket_mode), chosen.socket_group),
+            keys=self.keys(),
+            flood_bytes=FLOOD_BYTES[self.device],
+        )
+
+    def keys(self) -> ServerKeys | None:
+        """The daemon's and its clients', read afresh; None without. Raises `KeyFileError`."""
+        return load_keys(self.config.curve)
+
+    def admin_access(self) -> SocketAccess:
+        """Who may use the operators' socket."""
+        chosen = self.config.admin
+        return SocketAccess(int(chosen.socket_mode), chosen.socket_group)
 
     def import_stage(self) -> None:
         """Import torch, diffusers and all that the stage needs: takes seconds, beside all else."""
@@ -193,6 +218,10 @@ def limits_of(chosen: ServerConfig) -> Limits:
         max_images=chosen.max_images,
         max_prompt_chars=chosen.max_prompt_chars,
         max_open_per_client=chosen.max_open_per_client,
+        max_open_per_user=chosen.max_open_per_user,
+        max_connections=chosen.max_connections,
+        max_open_work=Work(chosen.max_open_pixels, chosen.max_open_steps),
+        max_frame_bytes=max(FRAME_FLOOR_BYTES, int(min(chosen.max_input_bytes, MAX_FRAME_BYTES))),
         max_open_input_bytes=int(chosen.max_open_input_bytes),
         max_all_input_bytes=int(chosen.max_all_input_bytes),
         inputs=InputLimits(

@@ -180,9 +180,9 @@ class Runtime:
                 pending = self.pending[request_id]
                 pending.tier = tier
                 if pending.done is None and self._replies is not None:
-                    accepted = Accepted(
-                        id=pending.request.id, position=position, tier=tier.value, estimated_wait_s=wait_s
-                    )
+                    self.tally.tiers_on_receipt[tier.value] += 1
+                    name = pending.request.id
+                    accepted = Accepted(id=name, position=position, tier=tier.value, estimated_wait_s=wait_s)
                     self._replies.send(pending.client, accepted)
             case ac.AnswerRequest(request_id=request_id, code=code, message=message):
                 self._answer(request_id, code, message)
