@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 from understudy.keys import KeyFileError
@@ -31,7 +30,7 @@ from understudyd.shell.forecast_file import ForecastFile
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.host_pool import HostPool
 from understudyd.shell.kept_pool import KeptPool
-from understudyd.shell.lock import DaemonLock
+from understudyd.shell.lock import locked
 from understudyd.shell.memory import Arena
 from understudyd.shell.model_settings import ModelSettings
 from understudyd.shell.notify import ServiceManager
@@ -100,25 +99,14 @@ class Daemon:
 
     async def serve(self) -> int:
         """Serve until told to stop."""
-        with contextlib.ExitStack() as locks:
-            self._lock(locks)
+        server = self.config.server
+        server.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        with locked(server.runtime_dir, server.endpoints):
             self._listen_to_signals(asyncio.get_running_loop())
             async with AsyncExitStack() as leaving:
                 with contextlib.suppress(_Stopped):
                     await self._live(leaving)
             return self._exit_status
-
-    def _lock(self, locks: contextlib.ExitStack) -> None:
-        """Nobody else serves here. Raises `AlreadyRunning`."""
-        server = self.config.server
-        server.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
-        path = server.runtime_dir / "understudyd.lock"
-        lock = DaemonLock(path, str(server.runtime_dir), "set another [server] runtime_dir")
-        locks.callback(lock.close)
-        for endpoint in server.endpoints:
-            if endpoint.startswith("ipc:///"):
-                path = Path(f"{endpoint.removeprefix('ipc://')}.lock")
-                locks.callback(DaemonLock(path, endpoint, "set another endpoint").close)
 
     async def _live(self, leaving: AsyncExitStack) -> None:
         """Get ready and serve; what must be undone at the end goes on the stack `leaving`.

@@ -1,7 +1,9 @@
 """One daemon per runtime directory and socket, by flock: the kernel releases it however the daemon dies."""
 
+import contextlib
 import fcntl
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -32,6 +34,19 @@ class DaemonLock:
     def close(self) -> None:
         """Let the next daemon in."""
         os.close(self._fd)
+
+
+@contextlib.contextmanager
+def locked(runtime_dir: Path, endpoints: Iterable[str]) -> Iterator[None]:
+    """Nobody else serves in this directory, or at one of these `ipc://` endpoints. Raises `AlreadyRunning`."""
+    with contextlib.ExitStack() as locks:
+        path = runtime_dir / "understudyd.lock"
+        locks.callback(DaemonLock(path, str(runtime_dir), "set another [server] runtime_dir").close)
+        for endpoint in endpoints:
+            if endpoint.startswith("ipc:///"):
+                path = Path(f"{endpoint.removeprefix('ipc://')}.lock")
+                locks.callback(DaemonLock(path, endpoint, "set another endpoint").close)
+        yield
 
 
 def _unit_of(pid: str) -> str:
