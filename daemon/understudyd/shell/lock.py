@@ -38,7 +38,7 @@ class DaemonLock:
 
 @contextlib.contextmanager
 def locked(runtime_dir: Path, endpoints: Iterable[str]) -> Iterator[None]:
-    """Nobody else serves in this directory, or at one of these `ipc://` endpoints. Raises `AlreadyRunning`."""
+    """Nobody else serves in this directory or at these `ipc://` endpoints. Raises `AlreadyRunning`."""
     with contextlib.ExitStack() as locks:
         path = runtime_dir / "understudyd.lock"
         locks.callback(DaemonLock(path, str(runtime_dir), "set another [server] runtime_dir").close)
