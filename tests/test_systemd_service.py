@@ -205,6 +205,6 @@ def an_instance_has_its_own_sockets(service: Service) -> None:
     manager.systemctl("start", "--no-block", INSTANCE)
     socket = manager.root / "run/understudy-0/admin.sock"
     manager.wait("its socket", socket.exists)
-    assert manager.ask(admin.Status(), "run/understudy-0")["models"] == 7
+    manager.wait("its models", lambda: manager.ask(admin.Status(), "run/understudy-0")["models"] == 7)
     manager.systemctl("stop", INSTANCE)
     assert service.show("Result", INSTANCE) == "success"
