@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart bench-ingest bench-lora bench-lora-serve \
+.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
+  bench-restart bench-ingest bench-lora bench-lora-serve fuzz \
   gpu-check docs-models docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -43,6 +44,9 @@ bench-handover: $(STAMP)  ## loads against plain reads, host tier, loaders kille
 bench-coldstart: $(STAMP)  ## from nothing to the first image
 	@$(BIN)/python -m benchmarks.coldstart --json
 
+bench-restart: $(STAMP)  ## kill -9 under load: to the first image, cold and warm
+	@$(BIN)/python -m benchmarks.restart --json
+
 bench-ingest: $(STAMP)  ## a scan of 200 models, a single-file checkpoint of real size
 	@$(BIN)/python -m benchmarks.ingest --json
 
@@ -51,6 +55,9 @@ bench-lora: $(STAMP)  ## a LoRA folded, beside diffusers' load, fuse and unfuse
 
 bench-lora-serve: $(STAMP)  ## 300 adapters over 3 bases, room for 20 overlays
 	@$(BIN)/python -m benchmarks.lora_serve --json
+
+fuzz: $(STAMP)  ## a million hostile frames beside a client that gets every answer
+	@$(BIN)/python -m benchmarks.fuzz --json
 
 # Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
 gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so

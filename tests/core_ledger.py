@@ -87,6 +87,11 @@ class Ledger:
                 self.received[info.request_id] += 1
                 self.infos[info.request_id] = info
                 self.waiting[info.request_id] = info
+            case ev.CopiesFound():
+                sizes = {blob.key: blob.size_bytes for info in self.models.values() for blob in info.blobs}
+                self.pool.found(event, sizes)
+            case ev.CopiesDropWanted():
+                self.pool.dropped()
             case ev.ModelAdded(model=info):
                 self.models[info.name] = info
                 self.max_batch[info.key] = info.max_batch

@@ -1,11 +1,17 @@
 """Independent books about the host pool: which bytes of it are whose, told by events and actions alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from understudyd.core import actions as ac
+from understudyd.core import events as ev
 from understudyd.core.machine import Machine
 
 PAGE = 4096
+
+
+def _rounded(size_bytes: int) -> int:
+    return -(-max(1, size_bytes) // PAGE) * PAGE
 
 
 @dataclass(eq=False)
@@ -18,6 +24,7 @@ class Copy:
     kind: str  # filling, ready, quarantined
     free_at_s: float | None = None
     readers: int = 0
+    proved: bool = True
 
 
 @dataclass
@@ -30,16 +37,32 @@ class PoolLedger:
     used_by: dict[int, Copy] = field(default_factory=dict)
     lost: dict[int, list[Copy]] = field(default_factory=dict)
 
+    def found(self, event: ev.CopiesFound, sizes: Mapping[str, int]) -> None:
+        """What another daemon left: known blobs of the right size, each once, over nobody else's bytes."""
+        for kept in event.copies:
+            end = kept.offset + _rounded(kept.size_bytes)
+            is_true = sizes.get(kept.blob) == kept.size_bytes and kept.offset % PAGE == 0
+            is_inside = kept.offset >= 0 and end <= self.pool_bytes
+            clash = any(c.blob == kept.blob or (c.start < end and kept.offset < c.end) for c in self.copies)
+            if is_true and is_inside and not clash:
+                self.copies.append(Copy(kept.offset, end, kept.blob, "ready", proved=False))
+
+    def dropped(self) -> None:
+        """An operator has all copies forgotten that nobody reads."""
+        self.copies = [copy for copy in self.copies if copy.kind != "ready" or copy.readers]
+
     def start(self, load: ac.StartLoad) -> None:
         """A load reads a copy that is ready, or fills bytes that are nobody's."""
         if load.pool_offset is None:
             assert not load.from_pool and load.offset is not None, "a load from nowhere, or to nowhere"
             return
-        end = load.pool_offset + -(-max(1, load.size_bytes) // PAGE) * PAGE
+        assert load.from_pool or not load.must_verify
+        end = load.pool_offset + _rounded(load.size_bytes)
         assert 0 <= load.pool_offset < end <= self.pool_bytes
         if load.from_pool:
             copy = next(c for c in self.copies if (c.start, c.blob) == (load.pool_offset, load.blob))
             assert copy.kind == "ready", f"{load} reads bytes that are {copy.kind}"
+            assert load.must_verify is not copy.proved, f"{load}: nobody, or somebody, looked at {copy}"
             copy.readers += 1
         else:
             self.settle()
@@ -52,7 +75,10 @@ class PoolLedger:
 
     def finished(self, load: ac.StartLoad) -> None:
         copy = self._ended(load)
-        if copy is not None and copy.kind == "filling":
+        if copy is None:
+            return
+        copy.proved = True
+        if copy.kind == "filling":
             copy.kind = "ready"
 
     def ended_empty(self, load: ac.StartLoad) -> None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import pytest
 
 from core_kit import World, blob, derived, model, overlay, photograph
+from core_ledger import PAGE
 from understudyd.core import events as ev
 from understudyd.core.pace import MUCH
 from understudyd.core.policy import PolicySettings
@@ -42,6 +43,21 @@ def family(choose: Choose[int]) -> dict[str, ModelInfo]:
     return infos
 
 
+def leftovers(infos: dict[str, ModelInfo], choose: Choose) -> ev.CopiesFound | None:
+    """What another daemon may have left in the pool, some of it nonsense."""
+    if choose(range(3)) == 0:
+        return None
+    blobs = [b for info in infos.values() for b in info.blobs]
+    copies, place = [], 0
+    for _ in range(choose(range(5))):
+        kept = choose(blobs)
+        offset = place + choose([0, 0, 0, 0, PAGE, 100, -PAGE])
+        size_bytes = kept.size_bytes + choose([0, 0, 0, 0, 1])
+        copies.append(ev.KeptCopy(choose([kept.key, kept.key, kept.key, "?"]), offset, size_bytes))
+        place += kept.size_bytes
+    return ev.CopiesFound(tuple(copies), tuple(choose([*NAMES, "?"]) for _ in range(choose(range(4)))))
+
+
 class Walk:
     """One world and all ways on. `choose(options)` picks one of a non-empty sequence."""
 
@@ -53,6 +69,7 @@ class Walk:
         loaders: int,
         pool_pages: int = 0,
         much: int = MUCH,
+        found: ev.CopiesFound | None = None,
     ) -> None:
         self.infos = infos
         first = list(infos.values())[:4]
@@ -65,6 +82,8 @@ class Walk:
             max_derived=MAX_DERIVED,
             much=much,
         )
+        if found is not None:
+            self.world.tell(found)
         self.ledger = self.world.ledger
         self.next_loader_id = self.editions = 0
         for _ in range(loaders):
@@ -131,10 +150,17 @@ class Walk:
 
     def administer(self, choose: Choose) -> None:
         kinds = ["add", "add", "pin", "unpin", "unpin", "load", "evict", "remove", "open", "open", "close"]
-        what = choose([*kinds, "replace", "replace", "batch"])
+        what = choose([*kinds, "replace", "replace", "batch", "settings", "drop"])
         absent = [n for n in NAMES if n not in self.ledger.models]
         if what in ("open", "close"):
             self.world.tell(ev.AdmissionChanged(what == "open"))
+        elif what == "drop":
+            self.world.tell(ev.CopiesDropWanted())
+        elif what == "settings":
+            settings = self.world.machine.policy.settings
+            fields = {"lookahead": choose([0, 1, 4]), "prefetch": choose([True, False])}
+            changed = replace(settings, **fields, pause_priority=choose([None, 1]))
+            self.world.tell(ev.SettingsChanged(changed, choose([3, 6])))
         elif what == "add" and absent:
             self.world.tell(ev.ModelAdded(replace(self.infos[choose(absent)], edition=self._next_edition())))
         elif self.usable():
@@ -244,6 +270,10 @@ class Walk:
         yield from (ev.FoldFailed(*key, ErrorCode.INTERNAL, "?") for key in unknown)
         yield from (ev.ExtentMoved(h.blob, h.generation) for h in self.ledger.held if h.kind != "moving")
         yield from (ev.MoveFailed(*extent, "?") for extent in unknown)
+        if list(self.world.machine.residency.copies.pool):
+            yield ev.CopiesFound(())
+        settings = self.world.machine.policy.settings
+        yield ev.SettingsChanged(replace(settings, max_skips=settings.max_skips + 1), 6)
         yield from self._illegal_about_models()
         yield from self._illegal_about_requests()
 

@@ -30,7 +30,7 @@ def configuration(
         "store": {"path": str(store)},
         "server": {"runtime_dir": str(runtime_dir), "drain_s": 20.0},
         "device": {"kind": "cpu", "arena": arena},
-        "log": {"level": "info"},
+        "log": {"level": "info", "format": "text"},
     }
     for name, table in sections.items():
         document[name] = document.get(name, {}) | table

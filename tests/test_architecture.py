@@ -15,9 +15,15 @@ TORCH = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensor
 TORCH_FREE_STORE = {"records", "store", "guard", "safetensors_file", "union", "usage", "writer", "reporting"}
 TORCH_FREE_ADAPTERS = {"records", "plain", "facts", "files", "shelf", "overlays", "ingest", "cli"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
-RUNS_TEXT = {"eval", "exec"}
-SHELLS = {("os", "system"), ("os", "popen"), ("subprocess", "getoutput"), ("subprocess", "getstatusoutput")}
-UNPICKLES = {("torch", "load"), ("torch", "save"), ("numpy", "load"), ("np", "load")}
+RUNS_TEXT = {"eval", "exec", "compile", "__import__"}
+SHELLS = {
+    ("os", "system"),
+    ("os", "popen"),
+    ("asyncio", "create_subprocess_shell"),
+    ("subprocess", "getoutput"),
+    ("subprocess", "getstatusoutput"),
+}
+UNPICKLES = {("torch", "load"), ("torch", "save"), ("numpy", "load"), ("np", "load"), ("yaml", "load")}
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,11 @@ def sources(*folders: str) -> Iterator[Source]:
 
 CLIENT, DAEMON = list(sources("client")), list(sources("daemon"))
 OURS = [*CLIENT, *DAEMON]
+SHIPPED = [
+    *OURS,
+    *sources("demo"),
+    *(Source(s.path, f"benchmarks.{s.module}") for s in sources("benchmarks")),
+]
 
 
 def room(name: str) -> list[Source]:
@@ -165,11 +176,11 @@ def forbidden(source: Source) -> Iterator[str]:
                 yield f"line {node.lineno}: {'.'.join(called)}()"
         for keyword in node.keywords:
             is_false = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
-            if keyword.arg == "shell" and not is_false:
-                yield f"line {node.lineno}: shell="
+            if keyword.arg in ("shell", "allow_pickle", "trust_remote_code") and not is_false:
+                yield f"line {node.lineno}: {keyword.arg}="
 
 
-@pytest.mark.parametrize("source", OURS, ids=str)
+@pytest.mark.parametrize("source", SHIPPED, ids=str)
 def test_nothing_unpickles_evaluates_or_calls_a_shell(source: Source) -> None:
     assert not list(forbidden(source))
 
@@ -179,9 +190,10 @@ def test_the_rules_see_what_they_forbid(tmp_path: Path) -> None:
     path.write_text(
         "import pickle\nfrom ..core import machine\nfrom torch import nn\n"
         "eval('1')\nsubprocess.run('x', shell=True)\nos.system('x')\ntorch.load('x')\nmodel.eval()\n"
+        "__import__('x')\nload(x, trust_remote_code=True)\nload(x, allow_pickle=False)\nre.compile('x')\n"
     )
     bad = Source(path, "understudyd.loader.bad")
-    assert len(list(forbidden(bad))) == 5
+    assert len(list(forbidden(bad))) == 7
     assert bad.does_import("understudyd.core", "torch") == {
         "understudyd.core", "understudyd.core.machine", "torch", "torch.nn",
     }  # fmt: skip

@@ -8,13 +8,14 @@ number of events, and without models the arena must be empty again.
 
 import os
 import random
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from core_walk import Walk, family
+from core_walk import Walk, family, leftovers
 from understudyd.core.pace import MUCH
 from understudyd.core.policy import PolicySettings
 
@@ -51,8 +52,11 @@ class Anything(RuleBasedStateMachine):
         pool_pages: int,
         much: int,
     ) -> None:
-        infos = family(lambda options: data.draw(st.sampled_from(options)))
-        self.walk = Walk(infos, policy, pages, loaders, pool_pages, much)
+        def choose(options: Any) -> Any:
+            return data.draw(st.sampled_from(options))
+
+        infos = family(choose)
+        self.walk = Walk(infos, policy, pages, loaders, pool_pages, much, leftovers(infos, choose))
 
     @rule(data=st.data(), kind=st.sampled_from(["ask", "take_back", "administer", "what_cannot_be"]))
     def somebody_acts(self, data: st.DataObject, kind: str) -> None:
@@ -103,7 +107,8 @@ def random_walk(seed: int) -> Walk:
     )
     pages, loaders, pool_pages = chance.randint(6, 24), chance.randint(1, 3), chance.choice([0, 4, 12, 40])
     much = chance.choice([MUCH, 1])
-    walk = Walk(family(chance.choice), policy, pages, loaders, pool_pages, much)
+    infos = family(chance.choice)
+    walk = Walk(infos, policy, pages, loaders, pool_pages, much, leftovers(infos, chance.choice))
     trouble = chance.choice([0.1, 0.5, 2.0])
     kinds = {
         "ask": chance.choice([1.0, 3.0, 6.0]),

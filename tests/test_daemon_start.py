@@ -149,7 +149,7 @@ def test_a_stage_that_cannot_be_made_ends_it(family: Family, tmp_path: Path) -> 
     (broken / "torch.py").write_text(
         f"open({str(seen)!r}).read()\nraise RuntimeError('a broken installation')\n"
     )
-    environ = {"PYTHONPATH": str(broken)}
+    environ = {"PYTHONPATH": os.pathsep.join([str(broken), os.environ.get("PYTHONPATH", "")])}
     with running_daemon(family.store, tmp_path / "run", wait=False, environ=environ) as daemon:
         daemon.wait_for_log("importing torch")
         deadline_s = time.monotonic() + 20.0

@@ -24,8 +24,8 @@ from understudy.wire import (
     Pong,
     decode_entries,
 )
+from understudyd.shell.endpoints import EndpointError, check_endpoint
 from understudyd.shell.limits import Limits
-from understudyd.shell.router import EndpointError, check_endpoint
 from wire_kit import Dealer, FakeSink, Served, accepts, finished, image_of, ipc, request, serving
 
 

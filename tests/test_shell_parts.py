@@ -22,11 +22,11 @@ from understudyd.store.records import BlobRecord, ComponentRecord, ModelRecord
 
 def test_the_lock_names_its_holder_and_is_free_again(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    first = DaemonLock(path)
-    with pytest.raises(AlreadyRunning, match=f"pid {os.getpid()}"):
-        DaemonLock(path)
+    first = DaemonLock(path, "here", "go elsewhere")
+    with pytest.raises(AlreadyRunning, match=f"pid {os.getpid()}.* serves here already; .* or go elsewhere"):
+        DaemonLock(path, "here", "go elsewhere")
     first.close()
-    DaemonLock(path).close()
+    DaemonLock(path, "here", "go elsewhere").close()
 
 
 def test_notify_reaches_the_service_manager(tmp_path: Path) -> None:

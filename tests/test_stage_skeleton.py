@@ -228,6 +228,9 @@ def test_an_unknown_dtype_is_a_typed_error() -> None:
         ("diffusers_modules.local", "X"),
         ("diffusers", "NoSuch"),
         ("transformers", "__name__"),
+        ("transformers", "Trainer"),
+        ("diffusers", "ConfigMixin"),
+        ("transformers", "pipeline"),
     ],
 )
 def test_only_classes_of_the_two_libraries(library: str, name: str) -> None:

@@ -25,8 +25,10 @@ from understudy.wire import (
     decode_reply,
     encode,
 )
+from understudyd.shell.curve import ServerKeys
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.limits import Limits
+from understudyd.shell.socket_access import SocketAccess
 
 # The first libuv loop of a process opens a pipe pair for signals and keeps it: no leak of a test's.
 uvloop.new_event_loop().close()
@@ -163,12 +165,26 @@ def serving(
     daemon_id: str = "daemon-1",
     new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
     clock: Callable[[], float] = time.monotonic,
+    more_endpoints: Sequence[str] = (),
+    keys: ServerKeys | None = None,
+    access: SocketAccess | None = None,
+    flood_bytes: int = 512 * 2**20,
 ) -> Iterator[Served]:
     """Run a front end on a thread of its own; any error on its loop fails the test."""
     loop = new_loop()
     sink = sink or FakeSink()
     limits = limits or Limits()
-    frontend = Frontend(loop, [endpoint], sink, limits=limits, daemon_id=daemon_id, clock=clock)
+    frontend = Frontend(
+        loop,
+        [endpoint, *more_endpoints],
+        sink,
+        limits=limits,
+        daemon_id=daemon_id,
+        clock=clock,
+        access=access,
+        keys=keys,
+        flood_bytes=flood_bytes,
+    )
     served = Served(loop, frontend, sink)
     sink.attach(frontend.send)
     loop.set_exception_handler(lambda _, context: served.errors.append(context))

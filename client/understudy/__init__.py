@@ -20,11 +20,13 @@ if TYPE_CHECKING:
         CapacityError,
         DaemonError,
         DeadlineExceeded,
+        NotAllowed,
         TransportError,
         UnderstudyError,
         UnknownAdapter,
         UnknownModel,
     )
+    from understudy.keys import Keys
     from understudy.request import Request
     from understudy.results import Pinged, Result
     from understudy.sync import Client, Handle
@@ -37,6 +39,7 @@ _HOME = {
     "AsyncHandle": "aio",
     "Client": "sync",
     "Handle": "sync",
+    "Keys": "keys",
     "Pinged": "results",
     "Request": "request",
     "Result": "results",
@@ -51,6 +54,7 @@ _HOME = {
     "CapacityError": "errors",
     "DaemonError": "errors",
     "DeadlineExceeded": "errors",
+    "NotAllowed": "errors",
     "TransportError": "errors",
     "UnderstudyError": "errors",
     "UnknownAdapter": "errors",
@@ -70,7 +74,9 @@ __all__ = [
     "DaemonError",
     "DeadlineExceeded",
     "Handle",
+    "Keys",
     "ModelEntry",
+    "NotAllowed",
     "Pinged",
     "Progress",
     "Request",

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
+"""The longest answer: a document about hundreds of models."""
+MAX_COMMAND_BYTES = 256 * 1024
 MAX_BATCH = 64
 
 
@@ -182,6 +184,34 @@ class Trace(AdminRequest, frozen=True, kw_only=True, tag="trace"):
     seconds: float = 60.0
 
 
+class Drain(AdminRequest, frozen=True, kw_only=True, tag="drain"):
+    """Take no more requests; those that wait are finished. Clients hear `draining` until `Resume`.
+
+    With `wait_s` the answer comes when all are, or as an error `not_idle` after so many seconds.
+    """
+
+    wait_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+
+
+class Resume(AdminRequest, frozen=True, kw_only=True, tag="resume"):
+    """Take requests again."""
+
+
+class Reload(AdminRequest, frozen=True, kw_only=True, tag="reload"):
+    """Read the configuration again; one that cannot be used changes nothing and is an error."""
+
+
+class DropCache(AdminRequest, frozen=True, kw_only=True, tag="drop-cache"):
+    """Forget the copies in the host pool that nothing uses now."""
+
+
+class LogLevel(AdminRequest, frozen=True, kw_only=True, tag="log-level"):
+    """What is logged from now on, by all loggers or by `logger` and those below it."""
+
+    level: Literal["debug", "info", "warning", "error"]
+    logger: str = ""
+
+
 class Shutdown(AdminRequest, frozen=True, kw_only=True, tag="shutdown"):
     """Stop the daemon; requests in flight are finished within `drain_s`."""
 
@@ -190,7 +220,8 @@ class Shutdown(AdminRequest, frozen=True, kw_only=True, tag="shutdown"):
 
 Command = (
     Status | Models | Show | Add | Scan | Rescan | Remove | AddLora | Loras | RemoveLora | Load | Evict | Pin
-    | Unpin | Set | Queue | CancelRequest | Decisions | Loaders | Trace | Shutdown
+    | Unpin | Set | Queue | CancelRequest | Decisions | Loaders | Trace
+    | Drain | Resume | Reload | DropCache | LogLevel | Shutdown
 )  # fmt: skip
 
 

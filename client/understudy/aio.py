@@ -20,6 +20,8 @@ from typing import Self, Unpack, cast
 import zmq
 
 from understudy.errors import CallerError, TransportError, UnderstudyError
+from understudy.handshake import HandshakeWatch, use_keys
+from understudy.keys import Keys
 from understudy.many import check_in_flight, outcome
 from understudy.paths import default_endpoint
 from understudy.request import Request, RequestFields, compose, parts_of
@@ -80,7 +82,8 @@ class AsyncClient:
 
     `endpoint` is where the daemon listens (default: see `paths.py`); `timeout_s` the deadline of every
     request that names none (None: as long as the daemon is there); `reconnect_s` how long to wait for a
-    daemon that cannot be reached before all open requests fail with `TransportError`.
+    daemon that cannot be reached before all open requests fail with `TransportError`; `keys` are for a
+    `tcp://` endpoint that asks for them (default: the files that the environment names, see `keys.py`).
     """
 
     def __init__(
@@ -90,8 +93,10 @@ class AsyncClient:
         timeout_s: float | None = None,
         reconnect_s: float = 30.0,
         patience: Patience | None = None,
+        keys: Keys | None = None,
     ) -> None:
         self.endpoint = endpoint or default_endpoint()
+        self._keys = keys or (Keys.from_environment() if self.endpoint.startswith("tcp:") else None)
         self._timeout_s = timeout_s
         self._session = Session(self.endpoint, patience or Patience(reconnect_s=reconnect_s))
         # The daemon knows this client by its routing id, which must outlive any one connection.
@@ -205,8 +210,11 @@ class AsyncClient:
     def _connect(self) -> "_Wire":
         if self._closed:
             raise TransportError("this client was closed; make another", code="closed")
+        if self._wire is not None and self._wire.was_refused:
+            self._wire.close(0)  # ZeroMQ does not try again; perhaps the daemon knows the key by now
+            self._wire = None
         if self._wire is None:
-            self._wire = _Wire(self._session, self.endpoint, self._routing_id)
+            self._wire = _Wire(self._session, self.endpoint, self._routing_id, self._keys)
         return self._wire
 
     async def _generate_one(self, request: Request | tuple[str, str]) -> Result:
@@ -246,13 +254,15 @@ class AsyncClient:
 class _Wire:
     """Moves frames between a session and a DEALER socket on the running event loop."""
 
-    def __init__(self, session: Session, endpoint: str, routing_id: bytes) -> None:
+    def __init__(self, session: Session, endpoint: str, routing_id: bytes, keys: Keys | None) -> None:
         self._loop = asyncio.get_running_loop()
         self._session = session
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._timer: asyncio.TimerHandle | None = None
         self._turn: asyncio.Handle | None = None
+        self.was_refused = False
+        self._watch = self._watch_handshakes(keys) if endpoint.startswith("tcp:") else None
         self._socket.setsockopt(zmq.ROUTING_ID, routing_id)
         # What waits to be sent is bounded by the caller's own open requests, so a send never blocks.
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -261,8 +271,7 @@ class _Wire:
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
-            self._socket.close(linger=0)
-            self._context.term()
+            self._release(0)
             raise CallerError(
                 f"{endpoint!r} is no endpoint ({error}); write ipc:///path or tcp://host:port",
                 code="bad_endpoint",
@@ -284,8 +293,24 @@ class _Wire:
             if pending is not None:
                 pending.cancel()
         self._loop.remove_reader(self._fd)
+        self._release(linger_ms)
+
+    def _release(self, linger_ms: int) -> None:
+        if self._watch is not None:
+            self._watch.close()
         self._socket.close(linger=linger_ms)
         self._context.term()
+
+    def _watch_handshakes(self, keys: Keys | None) -> HandshakeWatch:
+        if keys is not None:
+            use_keys(self._socket, keys)
+        return HandshakeWatch(
+            self._loop, self._socket, keys, refused=self._refused, troubled=self._session.troubled
+        )
+
+    def _refused(self, reason: str) -> None:
+        self.was_refused = True
+        self._session.refused(reason)
 
     def _read(self) -> None:
         self._turn = None

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from understudy.cli_generate import generate
-from understudy.cli_kit import endpoint_option, errors_as_exit_codes, wait_option
+from understudy.cli_keygen import keygen
+from understudy.cli_kit import connected, errors_as_exit_codes
 from understudy.completion import complete_model, completion_option
 
 if TYPE_CHECKING:
+    from understudy.cli_kit import Connect
     from understudy.wire import ModelEntry
 
 
@@ -25,23 +27,20 @@ def main() -> None:
 
 
 main.add_command(generate)
+main.add_command(keygen)
 
 
 @main.command()
 @click.argument("pattern", required=False, shell_complete=complete_model)
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@wait_option
-@endpoint_option
-def models(pattern: str | None, output: str, wait_s: float, endpoint: str | None) -> None:
+@connected
+def models(pattern: str | None, output: str, connect: "Connect") -> None:
     """List what may be asked for, and where each model is.
 
     PATTERN shows those whose name holds it, or matches it where it has * or ?.
     """
-    with errors_as_exit_codes():
-        from understudy.sync import Client
-
-        with Client(endpoint, reconnect_s=wait_s) as client:
-            entries = client.models()
+    with errors_as_exit_codes(), connect() as client:
+        entries = client.models()
     chosen = [entry for entry in entries if pattern is None or _matches(entry.name, pattern)]
     if output == "json":
         import msgspec
@@ -54,16 +53,12 @@ def models(pattern: str | None, output: str, wait_s: float, endpoint: str | None
 
 
 @main.command()
-@wait_option
-@endpoint_option
-def ping(wait_s: float, endpoint: str | None) -> None:
+@connected
+def ping(connect: "Connect") -> None:
     """Is the daemon there, and how far?"""
-    with errors_as_exit_codes():
-        from understudy.sync import Client
-
-        with Client(endpoint, reconnect_s=wait_s) as client:
-            pinged = client.ping()
-            where = client.endpoint
+    with errors_as_exit_codes(), connect() as client:
+        pinged = client.ping()
+        where = client.endpoint
     click.echo(f"daemon {pinged.daemon} at {where}: {pinged.round_trip_s * 1000:.2f} ms")
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from understudy.cli_kit import EXIT_CALLER, endpoint_option, errors_as_exit_codes, leave, wait_option
+from understudy.cli_kit import EXIT_CALLER, connected, errors_as_exit_codes, leave
 from understudy.completion import complete_lora, complete_model, complete_task
 
 if TYPE_CHECKING:
+    from understudy.cli_kit import Connect
     from understudy.request import Request, RequestFields
     from understudy.results import Result
 
@@ -152,8 +153,7 @@ def _image_option(flag: str, what: str) -> Callable[[_F], _F]:
 @click.option("--priority", type=int, default=0, help="Higher runs earlier, -100 to 100.")
 @click.option("--deadline", "deadline_s", type=float, metavar="SECONDS", help="Give up after this long.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
-@wait_option
-@endpoint_option
+@connected
 def generate(
     prompt: str,
     model: str,
@@ -179,8 +179,7 @@ def generate(
     priority: int,
     deadline_s: float | None,
     quiet: bool,
-    wait_s: float,
-    endpoint: str | None,
+    connect: "Connect",
 ) -> None:
     """Make an image of PROMPT and save it."""
     output, image_format = _target(output, image_format)
@@ -211,12 +210,11 @@ def generate(
     ]
     with errors_as_exit_codes():
         from understudy.cli_progress import follow
-        from understudy.sync import Client
 
         report: list[str] = []
         try:
             with (
-                Client(endpoint, reconnect_s=wait_s) as client,
+                connect() as client,
                 # Closed before the client disconnects: Ctrl-C takes open requests back.
                 contextlib.closing(follow(client, requests, quiet)) as results,
             ):

@@ -1,13 +1,20 @@
 """What the subcommands of `understudy` share: where the daemon is, and exit codes by fault."""
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from understudy.errors import CapacityError, DaemonError, TransportError, UnderstudyError
+
+if TYPE_CHECKING:
+    from understudy.sync import Client
+
+    Connect = Callable[[], Client]
 
 EXIT_CALLER, EXIT_CAPACITY, EXIT_DAEMON, EXIT_TRANSPORT, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 
@@ -26,6 +33,49 @@ wait_option = click.option(
     metavar="SECONDS",
     help="How long to wait for a daemon that does not answer at all.",
 )
+_key_option = click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    help="Your NAME.key, for a tcp:// endpoint that asks for keys. Default: $UNDERSTUDY_KEY.",
+)
+_server_key_option = click.option(
+    "--server-key",
+    type=click.Path(path_type=Path),
+    help="The daemon's NAME.pub. Default: $UNDERSTUDY_SERVER_KEY.",
+)
+
+
+def connected(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say where the daemon is; the command gets `connect`, which makes the client.
+
+    `connect` raises `UnderstudyError`.
+    """
+
+    @_key_option
+    @_server_key_option
+    @wait_option
+    @endpoint_option
+    @functools.wraps(command)
+    def with_options(
+        *arguments: Any,
+        endpoint: str | None,
+        wait_s: float,
+        key: Path | None,
+        server_key: Path | None,
+        **options: Any,
+    ) -> None:
+        def connect() -> "Client":
+            from understudy.keys import Keys
+            from understudy.sync import Client
+
+            keys = Keys.read(key, server_key) if key is not None and server_key is not None else None
+            return Client(endpoint, reconnect_s=wait_s, keys=keys)
+
+        if (key is None) != (server_key is None):
+            raise click.UsageError("--key and --server-key go together")
+        command(*arguments, connect=connect, **options)
+
+    return with_options
 
 
 @contextlib.contextmanager

@@ -61,6 +61,7 @@ def complete_lora(context: click.Context, _: click.Parameter, incomplete: str) -
 
 def _entries(context: click.Context) -> "list[ModelEntry]":
     from understudy.errors import UnderstudyError
+    from understudy.keys import Keys
     from understudy.paths import default_endpoint
     from understudy.sync import Client
 
@@ -68,7 +69,9 @@ def _entries(context: click.Context) -> "list[ModelEntry]":
     if endpoint.startswith("ipc://") and not Path(endpoint.removeprefix("ipc://")).exists():
         return []
     try:
-        with Client(endpoint, reconnect_s=_PATIENCE_S) as client:
+        key, server_key = (context.params.get(name) for name in ("key", "server_key"))
+        keys = Keys.read(key, server_key) if key and server_key else None
+        with Client(endpoint, reconnect_s=_PATIENCE_S, keys=keys) as client:
             return client.models()
     except UnderstudyError:
         return []

@@ -27,6 +27,7 @@ from understudy.ctl_kit import (
 )
 from understudy.ctl_kit import show as show_document
 from understudy.ctl_lora import add_lora, loras, remove_lora
+from understudy.ctl_service import service_commands
 from understudy.paths import admin_socket
 
 model_argument = click.argument("name", shell_complete=complete_known_model)
@@ -290,6 +291,10 @@ def shutdown(socket_path: Path, drain_s: float, output: str) -> None:
 
     command = Shutdown(drain_s=drain_s)
     show_document(ask(socket_path, command, timeout_s=drain_s + 30.0), output, "facts")
+
+
+for service_command in service_commands:
+    main.add_command(service_command)
 
 
 @main.group()

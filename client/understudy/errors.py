@@ -51,6 +51,10 @@ class TransportError(UnderstudyError):
     """The daemon cannot be reached, or speaks another protocol."""
 
 
+class NotAllowed(TransportError):
+    """The daemon asks for a key that this client does not have, or does not know the one it has."""
+
+
 _BY_CODE: dict[str, type[UnderstudyError]] = {
     "bad_request": CallerError,
     "inputs_missing": CallerError,

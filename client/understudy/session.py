@@ -24,6 +24,7 @@ from understudy.errors import (
     CallerError,
     Cancelled,
     DeadlineExceeded,
+    NotAllowed,
     TransportError,
     UnderstudyError,
     error_from,
@@ -57,6 +58,7 @@ _WORDS = {
     "bool": "True or False",
     "null": "None",
 }
+_NO_TROUBLE = "is understudyd running, and is this its endpoint?"
 Frames = tuple[bytes, ...]
 Openable = Generate | ListModels | Ping
 
@@ -137,6 +139,7 @@ class Session:
         self._heard_s = float("-inf")
         self._heartbeat_at_s = float("-inf")
         self._wake_s = float("inf")
+        self._trouble = _NO_TROUBLE
 
     # -- what callers want ------------------------------------------------------------------------------
 
@@ -179,6 +182,16 @@ class Session:
         """Answer everything that is open: no more messages will come."""
         for request_id in self.open_ids:
             self._answer(request_id, TransportError(reason, code="closed"))
+
+    def refused(self, reason: str) -> None:
+        """Answer everything that is open: the daemon does not let this client in."""
+        message = f"the daemon at {self._endpoint} does not let this client in: {reason}"
+        for request_id in self.open_ids:
+            self._answer(request_id, NotAllowed(message, code="not_allowed"))
+
+    def troubled(self, reason: str) -> None:
+        """What to say when patience ends."""
+        self._trouble = reason
 
     @property
     def open_ids(self) -> tuple[str, ...]:
@@ -239,7 +252,7 @@ class Session:
     def _heard(self, reply: Reply, now: float) -> None:
         """Something arrived: if what was sent before may be lost, send it again."""
         may_be_lost = now - self._heard_s > self._patience.silence_s
-        self._heard_s = now
+        self._heard_s, self._trouble = now, _NO_TROUBLE
         if isinstance(reply, Pong) and reply.daemon != self._daemon:
             may_be_lost |= self._daemon is not None
             self._daemon = reply.daemon
@@ -280,8 +293,7 @@ class Session:
 
     def _give_up_all(self) -> None:
         message = (
-            f"no word from a daemon at {self._endpoint} for {self._patience.reconnect_s:g} s; "
-            "is understudyd running, and is this its endpoint?"
+            f"no word from a daemon at {self._endpoint} for {self._patience.reconnect_s:g} s; {self._trouble}"
         )
         for request_id, entry in list(self._open.items()):
             # A daemon that comes back later must not run what nobody waits for.

@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 from understudy.aio import AsyncClient, AsyncHandle
 from understudy.errors import TransportError, UnderstudyError
+from understudy.keys import Keys
 from understudy.many import check_in_flight, outcome
 from understudy.request import Request, RequestFields
 from understudy.results import Hint, Pinged, Result
@@ -71,8 +72,11 @@ class Client:
         timeout_s: float | None = None,
         reconnect_s: float = 30.0,
         patience: Patience | None = None,
+        keys: Keys | None = None,
     ) -> None:
-        self._client = AsyncClient(endpoint, timeout_s=timeout_s, reconnect_s=reconnect_s, patience=patience)
+        self._client = AsyncClient(
+            endpoint, timeout_s=timeout_s, reconnect_s=reconnect_s, patience=patience, keys=keys
+        )
         self._loop = asyncio.new_event_loop()
         self._closed = False
         self._thread = threading.Thread(target=self._loop.run_forever, name="understudy-client", daemon=True)

@@ -11,12 +11,12 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
 from understudy.paths import runtime_dir
-from understudyd.config_check import mistakes, warnings
+from understudyd.config_check import door_mistakes, mistakes, warnings
 from understudyd.names import unknown_model
 
 ENV_PREFIX = "UNDERSTUDY__"
@@ -24,6 +24,7 @@ SYSTEM_PATH = Path("/etc/understudy/understudyd.toml")
 _UNITS = {"": 1, "B": 1} | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
 _UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
 _PIXELS = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+_MODE = re.compile(r"0?[0-7]{3}")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)\s*(/s)?\s*")
 
 
@@ -37,6 +38,10 @@ class Size(int):
 
 class Rate(int):
     """Bytes per second, written "200MiB/s"; 0 is no limit."""
+
+
+class Mode(int):
+    """Permissions of a socket's file, written "0660" as for chmod."""
 
 
 AUTO = Size(-1)
@@ -96,19 +101,32 @@ class StartupConfig(_Section, frozen=True, kw_only=True):
 class ServerConfig(_Section, frozen=True, kw_only=True):
     """Doors and limits. `endpoints` are added to the ipc socket in `runtime_dir`.
 
-    Input images: `max_input_pixels` of one, `max_input_bytes` of one request, `max_open_input_bytes` of one
-    client's open requests, `max_all_input_bytes` of all of them. `outbox_bytes` of answers may wait for one
-    client, and answers are kept for `answer_ttl_s` to be sent again. A client that is silent, or reads
-    nothing, for `client_timeout_s` loses its requests. On shutdown what is open has `drain_s` to finish.
+    The file of that socket gets `socket_mode` and `socket_group`. A `tcp://` endpoint that other machines can
+    reach needs keys, see [curve]. There may be `max_connections` in all.
+
+    `max_open_per_user` requests may be open over all connections of one user: a uid, a key, or over TCP
+    without keys an address. `max_open_per_client` requests of one connection may be open, with
+    `max_open_pixels` to be made and `max_open_steps` to be taken, both summed over all images; a size
+    that is not named counts as 1024x1024, steps as 30. Input images: `max_input_pixels` of one,
+    `max_input_bytes` of one request, `max_open_input_bytes` of one client's open requests,
+    `max_all_input_bytes` of all of them. `outbox_bytes` of answers may wait for one client, and answers
+    are kept for `answer_ttl_s` to be sent again. A client that is silent, or reads nothing, for
+    `client_timeout_s` loses its requests. On shutdown what is open has `drain_s` to finish.
     """
 
     runtime_dir: Path = msgspec.field(default_factory=runtime_dir)
     endpoints: tuple[str, ...] = ()
+    socket_mode: Mode = Mode(0o660)
+    socket_group: str | None = None
     max_pixels: Positive = 2048 * 2048
     max_steps: Positive = 500
     max_images: Positive = 16
     max_prompt_chars: Positive = 8192
+    max_connections: Positive = 1000
     max_open_per_client: Positive = 256
+    max_open_per_user: Positive = 512
+    max_open_pixels: Positive = 2**31
+    max_open_steps: Positive = 200_000
     max_input_pixels: Positive = 2048 * 2048
     max_input_bytes: Size = Size(64 * 1024**2)
     max_open_input_bytes: Size = Size(512 * 1024**2)
@@ -117,6 +135,25 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     answer_ttl_s: Seconds = 60.0
     client_timeout_s: Seconds = 30.0
     drain_s: Seconds = 30.0
+
+
+class AdminConfig(_Section, frozen=True, kw_only=True):
+    """The operators' socket. Its group may look; the daemon's own user and root may change things."""
+
+    socket_mode: Mode = Mode(0o660)
+    socket_group: str | None = None
+
+
+class CurveConfig(_Section, frozen=True, kw_only=True):
+    """Keys for clients over TCP, made by `understudy keygen`; with them every `tcp://` endpoint is encrypted.
+
+    `secret_key` is the daemon's own, a file that its user alone may read. `client_keys` lists who may
+    connect, a line with public key and name for each. Without them the service manager's credentials
+    `curve-secret-key` and `curve-client-keys` are used where there are any.
+    """
+
+    secret_key: Path | None = None
+    client_keys: Path | None = None
 
 
 class DeviceConfig(_Section, frozen=True, kw_only=True):
@@ -159,11 +196,15 @@ class LoaderConfig(_Section, frozen=True, kw_only=True):
 
 
 class StageConfig(_Section, frozen=True, kw_only=True):
-    """The stage. `threads` are torch's on the CPU; `warm_up` runs each architecture once before ready."""
+    """The stage. `threads` are torch's on the CPU; `warm_up` runs each architecture once before ready.
+
+    When what runs makes no step for `stalled_after_s`, the service manager's watchdog is fed no more.
+    """
 
     threads: Positive = 1
     warm_up: bool = True
     warm_up_limit_s: Seconds = 300.0
+    stalled_after_s: Seconds = 600.0
 
 
 class PolicyConfig(_Section, frozen=True, kw_only=True):
@@ -192,13 +233,14 @@ class QueueConfig(_Section, frozen=True, kw_only=True):
 
 
 class LogConfig(_Section, frozen=True, kw_only=True):
-    """What is logged.
+    """What is logged, on stderr. `format = "auto"` is text on a terminal and a JSON object a line elsewhere.
 
     `requests` is a file for one line a finished request, which `understudyd simulate` plays; none is written
     without it. One of `requests_size` is set aside as `requests`.1 and begun anew.
     """
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "text", "json"] = "auto"
     requests: Path | None = None
     requests_size: Size = Size(64 * 1024**2)
 
@@ -209,6 +251,8 @@ class Config(_Section, frozen=True, kw_only=True):
     store: StoreConfig = msgspec.field(default_factory=StoreConfig)
     startup: StartupConfig = StartupConfig()
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+    admin: AdminConfig = AdminConfig()
+    curve: CurveConfig = CurveConfig()
     device: DeviceConfig = DeviceConfig()
     host: HostConfig = HostConfig()
     loader: LoaderConfig = LoaderConfig()
@@ -280,15 +324,27 @@ def _override(document: dict[str, Any], key: str, text: str) -> None:
     if not isinstance(table, dict) or not name:
         raise ConfigError(f"{key} must be {ENV_PREFIX}SECTION__KEY")
     try:
-        table[name] = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        table[name] = text
+        value = text
+    is_text = _is_text(section, name) and not isinstance(value, str)
+    table[name] = text if is_text else value
+
+
+def _is_text(section: str, name: str) -> bool:
+    """The key takes a text: a GPU's number is one, too."""
+    kind = get_type_hints(Config).get(section)
+    return kind is not None and get_type_hints(kind).get(name) in (str, str | None)
 
 
 def _decode(kind: type, value: Any) -> Any:
     """Sizes, rates and paths for msgspec. ConfigError becomes a ValidationError with the key's path."""
     if kind is Path and isinstance(value, str):
         return Path(value)
+    if kind is Mode:
+        if not isinstance(value, str) or not _MODE.fullmatch(value):
+            raise ValueError(f'{value!r:.40} is no mode of a socket; write it like "0660"')
+        return Mode(int(value, 8))
     if kind is Size and value == "auto":
         return AUTO
     if kind in (Size, Rate) and isinstance(value, str | int) and not isinstance(value, bool):
@@ -310,6 +366,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load(path)
         check_startup(config)
+        if lines := door_mistakes(config):
+            raise ConfigError("; ".join(lines))
     except ConfigError as error:
         print(f"bad configuration: {error}", file=sys.stderr)
         return 1

@@ -68,7 +68,45 @@ def warnings(config: "Config") -> list[str]:
             f"device.arena is {device.arena / 2**30:.1f} GiB and this machine has {memory_bytes / 2**30:.1f} "
             "GiB of memory: make it smaller"
         )
+    if any(_may_need_keys(endpoint, config) for endpoint in config.server.endpoints):
+        lines.append(
+            "a tcp:// endpoint can be reached from other machines and [curve] names no keys: the daemon will "
+            "not start unless the service manager has them as credentials (see SECURITY.md)"
+        )
     return lines
+
+
+def door_mistakes(config: "Config") -> list[str]:
+    """Endpoints that cannot be, and files of keys that cannot be used; what we may not read is left out."""
+    from understudy.keys import KeyFileError, read_public_keys, read_secret_key
+    from understudyd.shell.endpoints import EndpointError, check_endpoint
+
+    lines: list[str] = []
+    for endpoint in config.server.endpoints:
+        try:
+            check_endpoint(endpoint, has_keys=True)
+        except EndpointError as error:
+            lines.append(f"server.endpoints: {error}")
+    readers = (
+        ("secret_key", config.curve.secret_key, read_secret_key),
+        ("client_keys", config.curve.client_keys, read_public_keys),
+    )
+    for key, path, read in readers:
+        if path is None or (path.exists() and not os.access(path, os.R_OK)):
+            continue
+        try:
+            read(path)
+        except KeyFileError as error:
+            lines.append(f"curve.{key}: {error}")
+    return lines
+
+
+def _may_need_keys(endpoint: str, config: "Config") -> bool:
+    from understudyd.shell.endpoints import is_loopback
+
+    scheme, _, address = endpoint.partition("://")
+    is_open = scheme == "tcp" and not is_loopback(address.rpartition(":")[0])
+    return is_open and config.curve.secret_key is None
 
 
 def _is_installed(module: str) -> bool:

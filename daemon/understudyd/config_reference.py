@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import msgspec
 
-from understudyd.config import AUTO, Config, Rate, Size
+from understudyd.config import AUTO, Config, Mode, Rate, Size
 
 _HEAD = """\
 # Configuration
@@ -31,6 +31,7 @@ once and is kept in `settings.json` in the store; 1, the default, turns it off.
 _WORDS: dict[Any, str] = {
     Size: "size",
     Rate: "rate",
+    Mode: "mode",
     Path: "path",
     bool: "true or false",
     int: "whole number",
@@ -81,6 +82,8 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
         return "none"
     if isinstance(value, Size | Rate):
         return f'`"{_size(value)}"`'
+    if isinstance(value, Mode):
+        return f'`"{value:04o}"`'
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple):

@@ -1,12 +1,18 @@
 """`understudyd`: the daemon's command line."""
 
+import faulthandler
 import logging
+import os
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
 from understudyd import config as configuration
+from understudyd import logs
 from understudyd.simulate.commands import plan_command, simulate_command, synthesize_command
 
 
@@ -22,32 +28,58 @@ def main() -> None:
 )
 def serve(path: Path | None) -> None:
     """Serve until SIGTERM, which finishes what is open first."""
+
+    def read() -> configuration.Config:
+        return configuration.load(path or configuration.find())
+
     try:
-        config = configuration.load(path or configuration.find())
+        config = read()
     except configuration.ConfigError as error:
         raise click.ClickException(str(error)) from error
-    logging.basicConfig(
-        level=config.log.level.upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    raise SystemExit(_serve(config))
+    is_json = logs.configure(config.log.level, config.log.format, sys.stderr, os.environ)
+    if is_json:  # these have handlers of their own, which know no JSON
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    faulthandler.enable()  # a watchdog's SIGABRT leaves every thread's traceback behind
+    try:
+        status = _serve(config, read)
+    except click.ClickException as error:
+        status = error.exit_code
+        if is_json:
+            logging.getLogger(__name__).critical("%s", error.message)
+        else:
+            error.show()
+    _leave(status)
 
 
-def _serve(config: configuration.Config) -> int:
+def _leave(status: int) -> NoReturn:
+    """The interpreter's own end would crash a thread that is in the middle of importing torch."""
+    if any(thread.daemon and thread is not threading.current_thread() for thread in threading.enumerate()):
+        logging.shutdown()
+        os._exit(status)
+    raise SystemExit(status)
+
+
+def _serve(config: configuration.Config, read: Callable[[], configuration.Config]) -> int:
     import uvloop
 
+    from understudy.keys import KeyFileError
     from understudyd.shell.daemon import Daemon
+    from understudyd.shell.endpoints import EndpointError
     from understudyd.shell.lock import AlreadyRunning
     from understudyd.shell.memory import ArenaError
+    from understudyd.shell.notify import ServiceManager
+    from understudyd.shell.socket_access import SocketAccessError
     from understudyd.store.errors import StoreError
 
+    manager = ServiceManager.found(os.environ)
+
     async def life() -> int:
-        return await Daemon(config).serve()
+        return await Daemon(config, manager, read).serve()
 
     try:
         return int(uvloop.run(life()))
-    except (AlreadyRunning, ArenaError, StoreError) as error:
+    except (AlreadyRunning, ArenaError, StoreError, EndpointError, KeyFileError, SocketAccessError) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -57,6 +57,8 @@ class DaemonSettings:
                 f'order = "{self.order}"',
                 f"lookahead = {self.lookahead}",
                 f"prefetch = {str(self.prefetch).lower()}",
+                "[log]",
+                'format = "text"',
                 "",
             ]
         )

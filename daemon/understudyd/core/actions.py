@@ -32,7 +32,8 @@ class StartLoad:
     """Fill `[offset, offset + size_bytes)` of the arena with a blob.
 
     With `pool_offset` and `from_pool` the bytes come from the host pool; with `pool_offset` alone they are
-    left there too. Without `offset` they go to the host pool only.
+    left there too. Without `offset` they go to the host pool only. With `must_verify` nobody has checked
+    what is in the pool: the load does.
 
     Ends in `LoadFinished`, `LoadFailed`, `LoadCancelled`, or `LoaderLost` of its loader.
     """
@@ -45,6 +46,7 @@ class StartLoad:
     generation: int
     pool_offset: int | None = None
     from_pool: bool = False
+    must_verify: bool = False
 
 
 @dataclass(frozen=True, slots=True)

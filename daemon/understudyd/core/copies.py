@@ -5,7 +5,7 @@ when the blob leaves the arena, until something worth more needs its place.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from understudyd.core.demand import Demand
 from understudyd.core.entities import Blob, Load
@@ -64,6 +64,18 @@ class HostCopies:
             self.evictions += 1
         return self.pool.allocate(blob.info.size_bytes, blob.key)
 
+    def adopt(self, blob: Blob, offset: int, now_s: float) -> None:
+        """A copy that another daemon made, to be checked by the first load; nothing where it cannot be."""
+        if blob.copy is not None:
+            return
+        copy = self.pool.allocate_at(offset, blob.info.size_bytes, blob.key)
+        if copy is not None:
+            copy.is_proved = False
+            copy.life.to(ExtentState.READY, now_s, "found in the pool")
+            blob.copy = copy
+            self.changes += 1
+            self._evictables.mark([blob])
+
     def drop(self, blob: Blob, now_s: float, why: str) -> None:
         """Forget a copy that no load uses; harmless without one."""
         if blob.copy is not None and blob.copy.state in (ExtentState.READY, ExtentState.FILLING):
@@ -72,11 +84,18 @@ class HostCopies:
             self.changes += 1
             self._evictables.mark([blob])
 
+    def clear(self, blobs: Iterable[Blob], now_s: float) -> None:
+        """Forget every copy that no load uses."""
+        for blob in blobs:
+            if blob.copy is not None and blob.copy.state is ExtentState.READY:
+                self.drop(blob, now_s, "operator")
+
     def load_finished(self, load: Load, now_s: float) -> None:
         """The copy is complete, or no longer read."""
         if load.copy is None:
             return
         if load.from_pool:
+            load.copy.is_proved = True
             self._give_back(load.blob, load.copy, now_s)
         else:
             load.copy.life.to(ExtentState.READY, now_s, f"load {load.id}")

@@ -6,6 +6,7 @@ see an action's consequences.
 
 from dataclasses import dataclass
 
+from understudyd.core.policy import PolicySettings
 from understudyd.core.types import ErrorCode, ModelInfo, Outcome, RequestInfo
 
 # -- front end and admin socket ---------------------------------------------------------------------
@@ -20,9 +21,14 @@ class RequestReceived:
 
 @dataclass(frozen=True, slots=True)
 class RequestCancelled:
-    """The client or an operator takes a request back. Unknown and answered ids are ignored."""
+    """The client or an operator takes a request back. Unknown and answered ids are ignored.
+
+    `code` and `message` are its answer's.
+    """
 
     request_id: str
+    code: ErrorCode = ErrorCode.CANCELLED
+    message: str = "the request was cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,40 @@ class AdmissionChanged:
     """Draining starts (`is_open` false) or ends: new requests are refused with `draining`."""
 
     is_open: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsChanged:
+    """An operator's choices have changed. The order of the queue and the bounds on overtaking have not."""
+
+    policy: PolicySettings
+    max_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCopy:
+    """Bytes of the host pool that hold a blob, as somebody wrote down."""
+
+    blob: str
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopiesFound:
+    """The host pool outlived another daemon; told once, when the models are known and nothing was loaded.
+
+    Nobody has looked at the bytes yet: the first load of each copy checks them. `models` are those that were
+    of most use, the most valuable first: they come back to the arena as far as the pool holds them.
+    """
+
+    copies: tuple[KeptCopy, ...]
+    models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CopiesDropWanted:
+    """An operator wants every host copy forgotten that no load uses."""
 
 
 # -- loader pool -----------------------------------------------------------------------------------
@@ -291,6 +331,9 @@ Event = (
     | LoadWanted
     | EvictWanted
     | AdmissionChanged
+    | SettingsChanged
+    | CopiesFound
+    | CopiesDropWanted
     | LoaderReady
     | LoaderLost
     | LoaderReaped

@@ -4,7 +4,7 @@ Best fit with coalescing; what to clear when no gap is large enough is found by 
 belongs to exactly one extent or one gap; `check` proves it.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,9 +16,10 @@ ALIGN_BYTES = 4096
 
 @dataclass(eq=False, slots=True)
 class Extent:
-    """A piece of the arena that holds, or will hold, one blob.
+    """A piece of the arena or the host pool that holds, or will hold, one blob.
 
-    `before` and `after` are its neighbours, be there a gap between or not; the arena's ends are such, too.
+    Unless it `is_proved`, nobody has checked its bytes since another daemon wrote them. `before` and `after`
+    are its neighbours, be there a gap between or not; the ends of the whole are such, too.
     """
 
     offset: int
@@ -27,6 +28,7 @@ class Extent:
     generation: int
     life: Lifecycle[ExtentState]
     leases: int = 0
+    is_proved: bool = True
     before: "Extent" = field(init=False, repr=False)
     after: "Extent" = field(init=False, repr=False)
 
@@ -107,10 +109,27 @@ class ArenaMap:
         fitting = bisect_left(self._gap_sizes, (need + room_bytes, 0))
         if fitting == len(self._gap_sizes):
             return None
-        size, offset = self._gap_sizes[fitting]
-        self._drop_gap(offset)
-        if size > need:
-            self._add_gap(offset + need, size - need)
+        _, offset = self._gap_sizes[fitting]
+        return self._cut(offset, offset, need, blob)
+
+    def allocate_at(self, offset: int, size_bytes: int, blob: str) -> Extent | None:
+        """A FILLING extent in this very place, or None unless all of it is free."""
+        need = self.rounded(size_bytes)
+        i = bisect_right(self._gap_offsets, offset) - 1
+        if i < 0 or offset % self.align_bytes:
+            return None
+        gap = self._gap_offsets[i]
+        if offset + need > gap + self._gaps[gap]:
+            return None
+        return self._cut(gap, offset, need, blob)
+
+    def _cut(self, gap: int, offset: int, need: int, blob: str) -> Extent:
+        """Take a piece out of the gap that begins at `gap`."""
+        end = gap + self._drop_gap(gap)
+        if offset > gap:
+            self._add_gap(gap, offset - gap)
+        if end > offset + need:
+            self._add_gap(offset + need, end - offset - need)
         self._generation += 1
         life = Lifecycle(f"extent {offset}+{need}", ExtentState.FILLING, EXTENT_TABLE)
         extent = Extent(offset, need, blob, self._generation, life)

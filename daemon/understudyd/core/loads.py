@@ -55,6 +55,7 @@ class Loads:
                 generation=0 if extent is None else extent.generation,
                 pool_offset=None if copy is None else copy.offset,
                 from_pool=from_pool,
+                must_verify=copy is not None and not copy.is_proved,
             )
         )
         return load

@@ -9,6 +9,7 @@ from typing import assert_never
 
 from understudyd.core import events as ev
 from understudyd.core.actions import AcceptRequest, Action, AnswerRequest, CancelRun, PauseLoads
+from understudyd.core.adoption import adopt
 from understudyd.core.catalogue import Catalogue
 from understudyd.core.decisions import Decisions
 from understudyd.core.deck import Deck
@@ -143,12 +144,14 @@ class Machine:
                 self._receive(info, now_s)
             case ev.RequestCancelled(request_id=request_id):
                 if (request := self.queue.requests.get(request_id)) is not None:
-                    self._cancel(request, ErrorCode.CANCELLED, "the request was cancelled", now_s)
+                    self._cancel(request, event.code, event.message, now_s)
             case ev.ClientGone(client=client):
                 for request in [r for r in self.queue.requests.values() if r.info.client == client]:
                     self._cancel(request, ErrorCode.CLIENT_GONE, "the client is gone", now_s)
             case ev.AdmissionChanged(is_open=is_open):
                 self.is_open = is_open
+            case ev.SettingsChanged() | ev.CopiesFound() | ev.CopiesDropWanted():
+                self._look_at_the_whole(event, now_s)
             case ev.ModelAdded(model=added):
                 self.catalogue.add(added, now_s)
                 for surplus in self.catalogue.surplus(self.demand.awaited):
@@ -250,11 +253,8 @@ class Machine:
                 self.residency.retries.end_rest(model)
                 if pinned:
                     self.residency.prepare(model, now_s)
-            case ev.LoadWanted(name=name):
-                if refusal_of(self.residency, model) is None:
-                    self.wanted[name] = None
-                    self.residency.retries.end_rest(model)
-                    self.residency.prepare(model, now_s)
+            case ev.LoadWanted():
+                self._want(model, now_s)
             case ev.EvictWanted(name=name):
                 self.wanted.pop(name, None)
                 self.forecast.forget(name)  # else it were prefetched again at once
@@ -271,6 +271,29 @@ class Machine:
         self.forecast.forget(name)
         self.outlook.estimates.forget(name)
         self.catalogue.remove(model, now_s)
+
+    def _want(self, model: Model, now_s: float) -> None:
+        if refusal_of(self.residency, model) is None:
+            self.wanted[model.name] = None
+            self.residency.retries.end_rest(model)
+            self.residency.prepare(model, now_s)
+
+    def _look_at_the_whole(
+        self, event: ev.SettingsChanged | ev.CopiesFound | ev.CopiesDropWanted, now_s: float
+    ) -> None:
+        match event:
+            case ev.SettingsChanged(policy=policy, max_waiting=max_waiting):
+                self.policy.change(policy)
+                self.queue.change_limit(max_waiting)
+                self.residency.changes += 1  # what was settled is looked at again
+                self.residency.copies.changes += 1
+            case ev.CopiesFound():
+                for model in adopt(event, self.residency, now_s):
+                    self._want(model, now_s)
+            case ev.CopiesDropWanted():
+                self.residency.copies.clear(self.residency.blobs.values(), now_s)
+            case _:
+                assert_never(event)
 
     def _replace(self, info: ModelInfo, now_s: float) -> None:
         self.catalogue.replace(info, now_s)

@@ -22,7 +22,7 @@ everybody would learn to ask for it: urgency is what priorities are for.
 import heapq
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from operator import itemgetter
 from typing import Literal
@@ -35,6 +35,7 @@ from understudyd.core.patience import Limits
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.request import Request
 from understudyd.core.residency import Residency
+from understudyd.core.states import IllegalEvent
 from understudyd.core.windows import Priced
 
 Order = Literal["resident_first", "fcfs"]
@@ -81,6 +82,14 @@ class Policy:
     def __init__(self, settings: PolicySettings, forecast: Forecast) -> None:
         self.settings = settings
         self.forecast = forecast
+
+    def change(self, settings: PolicySettings) -> None:
+        """An operator chose anew. Raises `IllegalEvent` for what the queue was built for."""
+        now = self.settings
+        kept = replace(settings, order=now.order, max_wait_s=now.max_wait_s, max_skips=now.max_skips)
+        if kept != settings:
+            raise IllegalEvent("the order of the queue and the bounds on overtaking are chosen at the start")
+        self.settings = settings
 
     # -- what history says --------------------------------------------------------------------------
 

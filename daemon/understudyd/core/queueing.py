@@ -50,6 +50,7 @@ class RequestQueue:
         self._deadlines: list[tuple[float, int, str]] = []
         self._seq = 0
         self._left = 0
+        self._left_over = 0
 
     def __len__(self) -> int:
         """How many wait."""
@@ -64,6 +65,10 @@ class RequestQueue:
     def is_full(self) -> bool:
         """No further request may wait."""
         return len(self._waiting) >= self.max_waiting
+
+    def change_limit(self, max_waiting: int) -> None:
+        """So many may wait from now on; who waits already stays."""
+        self.max_waiting, self._left_over = max_waiting, len(self)
 
     def admit(self, info: RequestInfo, tier: Tier, now_s: float) -> Request:
         """A new waiting request, behind what its client has waiting."""
@@ -280,7 +285,7 @@ class RequestQueue:
             most = patience.limits.skips
             spent = {turn[1] for turn, skips in zip(self._turns, self._skips) if skips >= most}
             assert spent <= {turn[1] for turn in turns}
-        assert len(self._waiting) <= self.max_waiting
+        assert len(self._waiting) <= max(self.max_waiting, self._left_over)
         seqs = [r.seq for r in self._waiting.values()]
         assert seqs == sorted(seqs)
         for request in self.requests.values():

@@ -70,7 +70,8 @@ class Load(Order, frozen=True, kw_only=True, tag="load"):
     """Bring `[file_offset, file_offset + size_bytes)` of `path` to `arena_offset`, `pool_offset`, or both.
 
     With `from_pool` the bytes are at `pool_offset` already and no file is touched. Without `arena_offset` the
-    load goes as far as the host pool.
+    load goes as far as the host pool. With `must_verify` nobody has compared the checksums of what is in the
+    pool: the load does, and fails where they differ.
 
     `xxh3` (one per `checksum_chunk_bytes`) is compared unless the file is still the version `expect`, which
     was verified before. With `expect` and no `xxh3`, another version is a fault.
@@ -83,6 +84,7 @@ class Load(Order, frozen=True, kw_only=True, tag="load"):
     arena_offset: int | None
     pool_offset: int | None = None
     from_pool: bool = False
+    must_verify: bool = False
     checksum_chunk_bytes: int = 0
     xxh3: tuple[int, ...] = ()
     expect: FileVersion | None = None

@@ -34,6 +34,7 @@ class PoolAdapter:
             arena_offset=order.offset,
             pool_offset=order.pool_offset,
             from_pool=order.from_pool,
+            must_verify=order.must_verify,
             checksum_chunk_bytes=blob.chunk_bytes,
             xxh3=blob.xxh3,
         )

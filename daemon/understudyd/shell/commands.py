@@ -20,6 +20,7 @@ from understudyd.shell.ingesting import IngestFailed, ingest
 from understudyd.shell.keeper import ReplaceFailed
 from understudyd.shell.lora_commands import LoraCommands
 from understudyd.shell.lora_views import LoraViews, blob_tier
+from understudyd.shell.operations import Operations, Service
 from understudyd.shell.runtime import Runtime
 from understudyd.shell.scanning import scan
 from understudyd.shell.supervisor import LoaderPool
@@ -28,10 +29,9 @@ from understudyd.store.errors import StoreError, StoreErrorCode
 from understudyd.store.records import ModelRecord
 
 
-class Lifecycle(Protocol):
+class Lifecycle(Service, Protocol):
     """The daemon's own state."""
 
-    state: str
     device: str
     daemon_id: str
     started_at_s: float
@@ -63,6 +63,7 @@ class Commands:
         self._clock = clock
         views = LoraViews(runtime.keeper.adapters, runtime.machine, runtime.tally)
         self._loras = LoraCommands(runtime.keeper, views, clock)
+        self._operations = Operations(runtime, daemon)
 
     async def execute(self, command: proto.Command, notify: Notify) -> Any:
         """The command's result document. Raises `AdminError`."""
@@ -109,6 +110,8 @@ class Commands:
                 return self._pin(name, pinned=False)
             case proto.Set(name=name, max_batch=max_batch):
                 return await self._set(name, max_batch)
+            case proto.Drain() | proto.Resume() | proto.Reload() | proto.DropCache() | proto.LogLevel():
+                return await self._operations.execute(command)
             case proto.CancelRequest(id=request_id):
                 if request_id not in self._runtime.pending:
                     raise AdminError("not_found", f"no open request {request_id!r}; `queue` lists them")
@@ -152,6 +155,11 @@ class Commands:
             "hand_over_reason": self._pool.hand_over.reason,
             "loaders": self._loaders(),
             "last_error": tally.last_error,
+            "last_errors": [
+                {"s_ago": round(self._clock() - f.at_s, 1), "code": f.code, "message": f.message}
+                for f in tally.last_errors
+            ],
+            "tiers_on_receipt": dict(tally.tiers_on_receipt),
             "not_loaded_at_start_up": self._daemon.missing,
             "visible_switch_ms": tally.visible_switch_ms(),
         }

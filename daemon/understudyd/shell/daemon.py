@@ -1,8 +1,8 @@
 """One life of the daemon: put the parts together, get ready, serve, drain, leave nothing behind.
 
-Order matters: the loaders come up before the arena, which may be as large as what they leave; both stand and
-weights are on their way while torch is imported; the front end listens only when every architecture has run
-once. Clients that are early wait in ZeroMQ's connect.
+Order matters: the loaders come up before the arena, which may be as large as what they leave. All the while
+torch is imported, by a thread that nobody waits for who leaves early (`main.py`). The front end listens only
+when every architecture has run once. Clients that are early wait in ZeroMQ's connect.
 """
 
 import asyncio
@@ -13,28 +13,35 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
+from understudy.keys import KeyFileError
 from understudy.paths import ADMIN_SOCKET
-from understudyd.config import Config
+from understudyd import logs
+from understudyd.config import Config, ConfigError
 from understudyd.core import events as ev
+from understudyd.core.types import ErrorCode
 from understudyd.shell.adapters import PoolAdapter, StageAdapter
 from understudyd.shell.admin import AdminServer
 from understudyd.shell.commands import Commands
 from understudyd.shell.forecast_file import ForecastFile
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.host_pool import HostPool
-from understudyd.shell.lock import DaemonLock
+from understudyd.shell.kept_pool import KeptPool
+from understudyd.shell.lock import locked
 from understudyd.shell.memory import Arena
 from understudyd.shell.model_settings import ModelSettings
-from understudyd.shell.notify import notify
-from understudyd.shell.parts import Parts
+from understudyd.shell.notify import ServiceManager
+from understudyd.shell.parts import Parts, limits_of, policy_of
+from understudyd.shell.pulse import Pulse
 from understudyd.shell.read_through import ReadThrough
+from understudyd.shell.reload import Reload, Reloaded
 from understudyd.shell.runtime import Runtime
 from understudyd.shell.start_up import StartUp
 from understudyd.shell.supervisor import LoaderPool
+from understudyd.shell.threads import in_daemon_thread
 from understudyd.shell.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -43,6 +50,7 @@ START_UP = "start-up"
 """The timeline's lane for what came before ready."""
 
 EXIT_DEFECT = 70
+_CANCEL_S, _LEAVING_S = 5.0, 15.0
 
 
 class _Stopped(Exception):
@@ -50,10 +58,17 @@ class _Stopped(Exception):
 
 
 class Daemon:
-    """Everything one daemon is made of. `serve` returns the exit status."""
+    """Everything one daemon is made of. `serve` returns the exit status.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    `manager` is the service manager, if one started this; `read` reads the configuration again.
+    """
+
+    def __init__(
+        self, config: Config, manager: ServiceManager | None = None, read: Callable[[], Config] | None = None
+    ) -> None:
+        self._manager = manager or ServiceManager()
+        self._kept = KeptPool(self._manager)
+        self._reload = Reload(config, read or (lambda: config), self._apply)
         self.state = "starting"
         self.daemon_id = uuid.uuid4().hex
         self.started_at_s = time.monotonic()
@@ -64,9 +79,18 @@ class Daemon:
         self._arena: Arena | None = None
         self._stage: StageAdapter | None = None
         self._start_up: StartUp | None = None
+        self._runtime: Runtime | None = None
+        self._frontend: Frontend | None = None
+        self._pulse: Pulse | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._drain_s = config.server.drain_s
         self._exit_status = 0
+
+    @property
+    def config(self) -> Config:
+        """What is in force; what waits for a restart is as it was."""
+        return self._reload.config
 
     @property
     def missing(self) -> dict[str, str]:
@@ -75,17 +99,14 @@ class Daemon:
 
     async def serve(self) -> int:
         """Serve until told to stop."""
-        runtime_dir = self.config.server.runtime_dir
-        runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
-        lock = DaemonLock(runtime_dir / "understudyd.lock")
-        try:
+        server = self.config.server
+        server.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        with locked(server.runtime_dir, server.endpoints):
             self._listen_to_signals(asyncio.get_running_loop())
             async with AsyncExitStack() as leaving:
                 with contextlib.suppress(_Stopped):
                     await self._live(leaving)
             return self._exit_status
-        finally:
-            lock.close()
 
     async def _live(self, leaving: AsyncExitStack) -> None:
         """Get ready and serve; what must be undone at the end goes on the stack `leaving`.
@@ -97,6 +118,8 @@ class Daemon:
         stores.own.usage.begin()
         leaving.callback(stores.own.usage.end)
         leaving.push_async_callback(self._let_go)
+        importing = loop.create_task(in_daemon_thread(self._parts.import_stage))
+        importing.add_done_callback(lambda done: done.cancelled() or done.exception())  # or nobody looks
         pool = await self._attach_loaders(loop, leaving)
         arena = await self._make_arena(loop)
         cache = await self._open_cache(loop, leaving)
@@ -113,21 +136,28 @@ class Daemon:
             request_log=request_log,
             settings=settings,
             on_defect=self._defect,
+            on_change=self._kept.note,
         )
+        self._runtime = runtime
         leaving.callback(runtime.close)
         frontend = await self._make_doors(loop, runtime, pool, leaving)
         revive = runtime.keeper.adapters.revive
         forecast_file = ForecastFile(stores.own.path, runtime.machine, revive=revive)
         leaving.push_async_callback(forecast_file.close)
+        self._pulse = Pulse(
+            self._manager, runtime, self._kept, stalled_after_s=self.config.stage.stalled_after_s
+        )
+        leaving.callback(self._pulse.stop)
         leaving.push_async_callback(self._drain, runtime)
         runtime.attach_pool(PoolAdapter(pool))
         await self._unless_stopped(self._look_at_stores(runtime))
         await self._unless_stopped(forecast_file.read())
         forecast_file.start()
+        self._kept.tell(runtime.handle)
         pool.open(arena, runtime.emit)
         self._start_up = StartUp(runtime, self.config, self._say)
         self._watch_loads(runtime, self._start_up.load_ahead(), leaving)
-        await self._make_stage(loop, arena, runtime)
+        await self._make_stage(loop, importing, arena, runtime)
         with self._phase("warm-up"):
             await self._unless_stopped(self._start_up.warm_up())
         runtime.attach_replies(frontend)
@@ -138,7 +168,8 @@ class Daemon:
 
     async def _attach_loaders(self, loop: asyncio.AbstractEventLoop, leaving: AsyncExitStack) -> LoaderPool:
         with self._phase("loaders"):
-            self._host_pool = self._parts.host_pool()
+            self._host_pool = self._parts.host_pool(self._kept)
+            leaving.callback(self._kept.close)
             pool = self._parts.loader_pool(loop, self._timeline, self._host_pool)
             leaving.push_async_callback(pool.stop)
             pool.start()
@@ -161,10 +192,12 @@ class Daemon:
     ) -> Frontend:
         """The operators' door, open, and the clients', still shut."""
         commands = Commands(runtime, pool, self._timeline, self, time.monotonic)
-        admin = AdminServer(self.config.server.runtime_dir / ADMIN_SOCKET, commands.execute)
+        access = self._parts.admin_access()
+        path = self.config.server.runtime_dir / ADMIN_SOCKET
+        admin = AdminServer(path, commands.execute, access=access)
         leaving.push_async_callback(admin.stop)
         await admin.start()
-        frontend = self._parts.frontend(loop, runtime, self.daemon_id)
+        self._frontend = frontend = self._parts.frontend(loop, runtime, self.daemon_id)
         leaving.callback(frontend.close, linger_s=1.0)
         return frontend
 
@@ -201,9 +234,16 @@ class Daemon:
         with self._phase("weights"):
             await runtime.until(lambda: not is_loading())
 
-    async def _make_stage(self, loop: asyncio.AbstractEventLoop, arena: Arena, runtime: Runtime) -> None:
+    async def _make_stage(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        importing: Awaitable[None],
+        arena: Arena,
+        runtime: Runtime,
+    ) -> None:
         self._say("importing torch")
         with self._phase("import"):
+            await importing
             self._stage = await loop.run_in_executor(None, self._parts.stage, arena, runtime, self._timeline)
         self._check_not_stopped()
         runtime.attach_stage(self._stage)
@@ -214,7 +254,7 @@ class Daemon:
         gc.collect()
         gc.freeze()
         self.state = "ready"
-        notify("READY=1")
+        self._manager.notify("READY=1")
         lacks = (
             f"; not loaded: {start_up.describe_missing()}"
             if start_up is not None and start_up.missing
@@ -223,6 +263,8 @@ class Daemon:
         self._say(
             f"ready after {time.monotonic() - self.started_at_s:.1f} s on {', '.join(endpoints)}{lacks}"
         )
+        if self._pulse is not None:
+            self._pulse.start()
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -233,7 +275,50 @@ class Daemon:
 
     def _say(self, status: str) -> None:
         log.info("%s", status)
-        notify(f"STATUS={status}")
+        self._manager.notify(f"STATUS={status}")
+
+    @property
+    def is_stopping(self) -> bool:
+        """It was told to end."""
+        return self._stop.is_set()
+
+    # -- a new configuration ------------------------------------------------------------------------
+
+    async def reload(self) -> Reloaded:
+        """Read the configuration and the clients' keys again and put into force what can be.
+
+        Raises `ConfigError`; nothing has changed then.
+        """
+        now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._manager.notify("RELOADING=1", f"MONOTONIC_USEC={now_us}")
+        try:
+            keys = await in_daemon_thread(self._parts.keys)
+            reloaded = await self._reload()
+            if keys is not None and self._frontend is not None:
+                self._frontend.admit(keys.clients)
+            return reloaded
+        except KeyFileError as error:
+            raise ConfigError(str(error)) from error
+        finally:
+            if self.state != "starting":
+                self._manager.notify("READY=1")
+
+    def _apply(self, config: Config) -> None:
+        logs.set_level(config.log.level)
+        self._drain_s = config.server.drain_s
+        if self._runtime is not None:
+            settings = policy_of(config.policy)
+            self._runtime.handle(ev.SettingsChanged(settings, config.queue.max_waiting))
+        if self._frontend is not None:
+            self._frontend.change_limits(limits_of(config.server))
+        if self._pulse is not None:
+            self._pulse.stalled_after_s = config.stage.stalled_after_s
+
+    async def _reload_or_say_why_not(self) -> None:
+        try:
+            await self.reload()
+        except ConfigError as error:
+            log.error("the configuration stays as it is: %s", error)
 
     # -- leaving ------------------------------------------------------------------------------------
 
@@ -260,17 +345,21 @@ class Daemon:
 
     async def _drain(self, runtime: Runtime) -> None:
         self.state = "draining"
-        notify("STOPPING=1")
+        patience_us = int((self._drain_s + _CANCEL_S + _LEAVING_S) * 1e6)
+        self._manager.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={patience_us}")
         self._say(f"draining {len(runtime.pending)} requests")
         runtime.handle(ev.AdmissionChanged(is_open=False))
         try:
             async with asyncio.timeout(self._drain_s):
                 await runtime.until(lambda: not runtime.pending)
         except TimeoutError:
+            message = (
+                f"the daemon stops, and the request did not end within {self._drain_s:g} s; send it again"
+            )
             for request_id in list(runtime.pending):
-                runtime.handle(ev.RequestCancelled(request_id))
+                runtime.handle(ev.RequestCancelled(request_id, ErrorCode.DRAINING, message))
             try:
-                async with asyncio.timeout(5.0):
+                async with asyncio.timeout(_CANCEL_S):
                     await runtime.until(lambda: not runtime.pending)
             except TimeoutError:
                 log.error("%d requests could not be ended", len(runtime.pending))
@@ -287,6 +376,12 @@ class Daemon:
     def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
+        loop.add_signal_handler(signal.SIGHUP, self._hung_up)
+
+    def _hung_up(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._reload_or_say_why_not())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _signalled(self, number: int) -> None:
         if self._stop.is_set():

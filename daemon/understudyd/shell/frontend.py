@@ -13,10 +13,7 @@ old one's cancelled requests still say cannot answer the new one's.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
-import msgspec
+from collections.abc import Callable, Mapping, Sequence
 
 from understudy.wire import (
     Accepted,
@@ -36,50 +33,32 @@ from understudy.wire import (
     encode_entries,
     peek_id,
 )
+from understudyd.shell.answers import answer_frames, dropped, readable
+from understudyd.shell.client_book import Client, Counters, UserBook
+from understudyd.shell.curve import ServerKeys
+from understudyd.shell.endpoints import check_endpoint
 from understudyd.shell.input_room import InputRoom
 from understudyd.shell.limits import ID_RULE, Limits, is_id, refusal
 from understudyd.shell.outbox import Outbox
 from understudyd.shell.ports import RequestSink
 from understudyd.shell.router import Router, Sent
+from understudyd.shell.socket_access import SocketAccess
+from understudyd.shell.work_room import WorkRoom, work_asked
 
 _log = logging.getLogger(__name__)
 
 _RETRY_S = 0.02
 _SWEEP_S = 1.0
-_MAX_MESSAGE_CHARS = 4096
 _PEEK_BYTES = 1024 * 1024
 _ENTRIES_PER_FRAME = 512
 _MISSING = "the input images are missing, and this request is not known here; send it whole"
 
 
-@dataclass(slots=True)
-class Counters:
-    """What happened since the start, for status and metrics."""
-
-    received: int = 0
-    unreadable: int = 0
-    refused: int = 0
-    repeated: int = 0
-    submitted: int = 0
-    answered: int = 0
-    clients_gone: int = 0
-    answers_lost: int = 0
-
-
-@dataclass(slots=True)
-class _Client:
-    name: str
-    identity: bytes
-    heard_at_s: float
-    outbox: Outbox
-    open: dict[str, Accepted | None] = field(default_factory=dict)
-
-
 class Frontend:
     """See the module's text. `start` listens; every method belongs to the loop's thread.
 
-    `endpoints` are `ipc:///path` or loopback `tcp://`; `daemon_id` must differ in each daemon's life.
-    Implements `ReplySink`.
+    `endpoints` are `ipc:///path` or `tcp://`, with `keys` where others than this machine's users can reach
+    them; `daemon_id` must differ in each daemon's life. Implements `ReplySink`. Raises `EndpointError`.
     """
 
     def __init__(
@@ -91,26 +70,41 @@ class Frontend:
         limits: Limits,
         daemon_id: str,
         clock: Callable[[], float] = time.monotonic,
-        socket_mode: int = 0o660,
+        access: SocketAccess | None = None,
+        keys: ServerKeys | None = None,
         directory_mode: int = 0o700,
+        flood_bytes: int = 512 * 1024 * 1024,
     ) -> None:
+        for endpoint in endpoints:
+            check_endpoint(endpoint, has_keys=keys is not None)
         self._loop = loop
         self._wanted = tuple(endpoints)
         self._sink = sink
         self._limits = limits
         self._clock = clock
-        self._modes = (socket_mode, directory_mode)
+        self._access, self._keys, self._directory_mode = access, keys, directory_mode
+        self._flood_bytes = flood_bytes
         self._daemon_id = daemon_id
-        self._by_identity: dict[bytes, _Client] = {}
-        self._by_name: dict[str, _Client] = {}
+        self._by_identity: dict[bytes, Client] = {}
+        self._by_name: dict[str, Client] = {}
+        self._users = UserBook()
         self._blocked: set[str] = set()
         self._serial = 0
         self._input_room = InputRoom(limits.max_open_input_bytes, limits.max_all_input_bytes)
+        self._work_room = WorkRoom(limits.max_open_work)
         self._retry: asyncio.TimerHandle | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._swept_at_s = 0.0
         self._router: Router | None = None
         self.counters = Counters()
+
+    def change_limits(self, limits: Limits) -> None:
+        """From now on; who is connected keeps the outbox that it has."""
+        self._limits = limits
+        self._input_room.change(limits.max_open_input_bytes, limits.max_all_input_bytes)
+        self._work_room.most = limits.max_open_work
+        if self._router is not None:
+            self._router.change_max_connections(limits.max_connections)
 
     def start(self) -> list[str]:
         """Listen; returns the endpoints with wildcard ports filled in. Raises `EndpointError`."""
@@ -123,8 +117,12 @@ class Frontend:
             max_frame_bytes=self._limits.max_frame_bytes,
             send_high_water_mark=self._limits.send_high_water_mark,
             receive_high_water_mark=self._limits.receive_high_water_mark,
-            socket_mode=self._modes[0],
-            directory_mode=self._modes[1],
+            access=self._access,
+            keys=self._keys,
+            directory_mode=self._directory_mode,
+            max_connections=self._limits.max_connections,
+            flood_bytes=self._flood_bytes,
+            explained_bytes=lambda: self._input_room.held_bytes,
         )
         self._swept_at_s = self._clock()
         self._rearm_sweep()
@@ -140,6 +138,11 @@ class Frontend:
         self._router = None
         self._by_identity.clear()
         self._by_name.clear()
+
+    def admit(self, clients: Mapping[str, str]) -> None:
+        """Another list of client keys, names by public key, for who connects from now on."""
+        if self._router is not None:
+            self._router.admit(clients)
 
     @property
     def clients(self) -> int:
@@ -167,9 +170,10 @@ class Frontend:
                 known.outbox.put_hint(reply.id, "progress", (encode(reply),), now)
             case Finished() | Failed():
                 del known.open[reply.id]
-                self._input_room.give_back(client, reply.id)
+                self._users.closed(known.user)
+                self._give_back(client, reply.id)
                 self.counters.answered += 1
-                frames = _answer_frames(reply, payload)
+                frames = answer_frames(reply, payload)
                 known.outbox.put_answer(reply.id, ("accepted", "progress"), frames, now)
             case Pong() | ModelList():
                 raise AssertionError(f"the front end answers this itself: {reply}")
@@ -177,9 +181,9 @@ class Frontend:
 
     # -- from the socket ------------------------------------------------------------------------------------
 
-    def _on_message(self, identity: bytes, frames: list[bytes]) -> None:
+    def _on_message(self, identity: bytes, frames: list[bytes], user: str) -> None:
         self.counters.received += 1
-        client = self._client(identity)
+        client = self._client(identity, user)
         header = frames[0] if frames else b""
         try:
             request = decode_request(header)
@@ -210,7 +214,7 @@ class Frontend:
                 client.outbox.put_hint(request_id, "pong", (pong,), self._clock())
         self._flush(client)
 
-    def _generate(self, client: _Client, request: Generate, payload: Sequence[bytes]) -> None:
+    def _generate(self, client: Client, request: Generate, payload: Sequence[bytes]) -> None:
         request_id = request.id
         if self._repeat(client, request_id):
             return
@@ -218,22 +222,32 @@ class Frontend:
             self._refuse(client, request_id, "inputs_missing", _MISSING, retryable=True)
         elif message := refusal(request, payload, self._limits):
             self._refuse(client, request_id, "bad_request", message)
-        elif message := self._no_room(client, request_id, payload):
+        elif message := self._no_room(client, request, payload):
+            self._give_back(client.name, request_id)
             self._refuse(client, request_id, "queue_full", message, retryable=True)
         else:
             client.open[request_id] = None
+            self._users.opened(client.user)
             self.counters.submitted += 1
             self._sink.submit(client.name, request, payload)
 
-    def _no_room(self, client: _Client, request_id: str, payload: Sequence[bytes]) -> str | None:
+    def _no_room(self, client: Client, request: Generate, payload: Sequence[bytes]) -> str | None:
         """Why this client must wait before it asks for more; None books the room."""
         if len(client.open) >= self._limits.max_open_per_client:
             return (
                 f"{len(client.open)} requests of this client are open, which is the limit; wait for answers"
             )
-        return self._input_room.take(client.name, request_id, sum(map(len, payload)))
+        if (count := self._users.open_requests(client.user)) >= self._limits.max_open_per_user:
+            return f"{count} requests of {client.user} are open, which is the limit; wait for answers"
+        return self._work_room.take(client.name, request.id, work_asked(request)) or self._input_room.take(
+            client.name, request.id, sum(map(len, payload))
+        )
 
-    def _repeat(self, client: _Client, request_id: str) -> bool:
+    def _give_back(self, client: str, request_id: str) -> None:
+        self._work_room.give_back(client, request_id)
+        self._input_room.give_back(client, request_id)
+
+    def _repeat(self, client: Client, request_id: str) -> bool:
         """A request that is known already: say again what was said last."""
         if request_id in client.open:
             if (accepted := client.open[request_id]) is not None:
@@ -245,38 +259,41 @@ class Frontend:
         self.counters.repeated += 1
         return True
 
-    def _cancel(self, client: _Client, request_id: str) -> None:
+    def _cancel(self, client: Client, request_id: str) -> None:
         if request_id in client.open:
             self._sink.cancel(client.name, request_id)
         elif not self._repeat(client, request_id):
             self._refuse(client, request_id, "cancelled", "cancelled; no such request was open here")
 
-    def _unreadable(self, client: _Client, header: bytes, error: WireError) -> None:
+    def _unreadable(self, client: Client, header: bytes, error: WireError) -> None:
         self.counters.unreadable += 1
         request_id = error.message_id or (peek_id(header) if len(header) <= _PEEK_BYTES else "")
         self._refuse(client, request_id, error.code, str(error))
 
     def _refuse(
-        self, client: _Client, request_id: str, code: str, message: str, *, retryable: bool = False
+        self, client: Client, request_id: str, code: str, message: str, *, retryable: bool = False
     ) -> None:
         self.counters.refused += 1
         failed = Failed(id=request_id, code=code, message=message, retryable=retryable)
-        client.outbox.put_notice(request_id, _answer_frames(failed), self._clock())
+        client.outbox.put_notice(request_id, answer_frames(failed), self._clock())
         self._flush(client)
 
     # -- clients --------------------------------------------------------------------------------------------
 
-    def _client(self, identity: bytes) -> _Client:
+    def _client(self, identity: bytes, user: str) -> Client:
         client = self._by_identity.get(identity)
+        if client is not None and client.user != user:
+            self._gone(client, f"{user} has taken the routing id of {client.user}")
+            client = None
         if client is None:
             self._serial += 1
             outbox = Outbox(self._limits.outbox_bytes, self._limits.answer_ttl_s)
-            client = _Client(f"{_readable(identity)}#{self._serial}", identity, 0.0, outbox)
+            client = Client(f"{readable(identity)}#{self._serial}", identity, user, 0.0, outbox)
             self._by_identity[identity] = self._by_name[client.name] = client
         client.heard_at_s = self._clock()
         return client
 
-    def _flush(self, client: _Client) -> None:
+    def _flush(self, client: Client) -> None:
         """Give the socket what it takes, then hold the cap."""
         if self._router is None or client.name not in self._by_name:
             return
@@ -291,17 +308,17 @@ class Frontend:
             client.outbox.sent(self._clock())
         self._hold_cap(client)
 
-    def _hold_cap(self, client: _Client) -> None:
+    def _hold_cap(self, client: Client) -> None:
         """A client that reads too slowly for its images still gets an answer, a small one."""
         replaced: set[str] = set()
         while lost := set(client.outbox.trim()) - replaced:
             replaced |= lost
             self.counters.answers_lost += len(lost)
             for request_id in lost:
-                failed = _dropped(request_id, self._limits.outbox_bytes)
-                client.outbox.put_answer(request_id, (), _answer_frames(failed), self._clock())
+                failed = dropped(request_id, self._limits.outbox_bytes)
+                client.outbox.put_answer(request_id, (), answer_frames(failed), self._clock())
 
-    def _block(self, client: _Client) -> None:
+    def _block(self, client: Client) -> None:
         self._blocked.add(client.name)
         if self._retry is None:
             self._retry = self._loop.call_later(_RETRY_S, self._try_again)
@@ -316,15 +333,19 @@ class Frontend:
             if (client := self._by_name.get(name)) is not None:
                 self._flush(client)
 
-    def _gone(self, client: _Client, reason: str) -> None:
+    def _gone(self, client: Client, reason: str) -> None:
         """Forget a client. The sink hears of it in a turn of its own: it may be in the middle of a send."""
         self._forget(client)
         self.counters.clients_gone += 1
-        _log.info("client %s is gone with %d open requests: %s", client.name, len(client.open), reason)
+        # Whoever leaves messages behind comes and goes with each of them: no reason to fill the log.
+        level = logging.INFO if client.open else logging.DEBUG
+        _log.log(level, "client %s is gone with %d open requests: %s", client.name, len(client.open), reason)
         if client.open:
             self._loop.call_soon(self._sink.client_gone, client.name)
 
-    def _forget(self, client: _Client) -> None:
+    def _forget(self, client: Client) -> None:
+        self._users.closed(client.user, len(client.open))
+        self._work_room.forget(client.name)
         self._input_room.forget(client.name)
         del self._by_name[client.name]
         del self._by_identity[client.identity]
@@ -348,7 +369,7 @@ class Frontend:
             client.outbox.expire(now)
             self._judge(client, now - self._limits.client_timeout_s)
 
-    def _judge(self, client: _Client, since_s: float) -> None:
+    def _judge(self, client: Client, since_s: float) -> None:
         waiting_since_s = client.outbox.waiting_since_s
         if waiting_since_s is not None and waiting_since_s <= since_s:
             self._gone(client, f"it has read nothing for {self._limits.client_timeout_s:g} s")
@@ -358,32 +379,3 @@ class Frontend:
             self._gone(client, f"it has been silent for {self._limits.client_timeout_s:g} s")
         elif client.outbox.is_empty:
             self._forget(client)
-
-
-def _answer_frames(reply: Finished | Failed, payload: Sequence[bytes] = ()) -> tuple[bytes, ...]:
-    """Neither an error's text nor a long video may outgrow the header, whoever wrote it."""
-    if isinstance(reply, Failed):
-        if len(reply.message) > _MAX_MESSAGE_CHARS:
-            reply = msgspec.structs.replace(reply, message=reply.message[:_MAX_MESSAGE_CHARS] + " ...")
-        return (encode(reply),)
-    try:
-        return (encode(reply), *payload)
-    except WireError:
-        message = f"{len(payload)} images are too many for one answer; ask for fewer frames, or for mp4"
-        return (encode(Failed(id=reply.id, code="bad_request", message=message)),)
-
-
-def _dropped(request_id: str, outbox_bytes: int) -> Failed:
-    return Failed(
-        id=request_id,
-        code="queue_full",
-        message=f"the images were dropped: more than {outbox_bytes} bytes of answers waited for this client; "
-        "read answers as they come, or raise outbox_bytes",
-        retryable=True,
-    )
-
-
-def _readable(identity: bytes) -> str:
-    """A routing id as text for people; the serial number behind it makes it unique."""
-    text = identity.decode("ascii", errors="replace")
-    return text if text.isalnum() and text.isascii() else identity.hex()

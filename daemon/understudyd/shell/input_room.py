@@ -16,6 +16,10 @@ class InputRoom:
         self._held: defaultdict[str, dict[str, int]] = defaultdict(dict)
         self.held_bytes = 0
 
+    def change(self, per_client_bytes: int, in_all_bytes: int) -> None:
+        """Let so much wait from now on."""
+        self._per_client_bytes, self._in_all_bytes = per_client_bytes, in_all_bytes
+
     def take(self, client: str, request_id: str, size_bytes: int) -> str | None:
         """Book a request's inputs; or book nothing and say why it must wait."""
         if not size_bytes:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 from understudy.wire import MAX_ADAPTERS, MAX_FRAME_BYTES, MAX_ID_CHARS, MAX_SEED, Adapter, Generate
 from understudyd.shell.input_limits import InputLimits, inputs_refusal, options_refusal
+from understudyd.shell.work_room import Work, exceeded, work_asked
 
 _ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_ID_CHARS}}}")
 _TASK = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _SCHEDULER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.: -]{0,63}")
 _LOSSY = ("jpeg", "webp")
+MAX_OPEN_WORK = Work(pixels=2**31, steps=200_000)
 _FORMATS = ("png", *_LOSSY, "raw", "latent", "mp4")
 
 
@@ -35,15 +37,18 @@ class Limits:
     max_priority: int = 100
     max_deadline_s: float = 7 * 24 * 3600.0
     max_open_per_client: int = 256
+    max_open_per_user: int = 512
+    max_open_work: Work = MAX_OPEN_WORK
     max_open_input_bytes: int = 512 * 1024 * 1024
     max_all_input_bytes: int = 2 * 1024 * 1024 * 1024
     max_frame_bytes: int = MAX_FRAME_BYTES
     inputs: InputLimits = field(default_factory=InputLimits)
+    max_connections: int = 1000
     outbox_bytes: int = 64 * 1024 * 1024
     answer_ttl_s: float = 60.0
     client_timeout_s: float = 15.0
     send_high_water_mark: int = 64
-    receive_high_water_mark: int = 1000
+    receive_high_water_mark: int = 128
 
 
 def is_id(text: str) -> bool:
@@ -72,7 +77,14 @@ def refusal(request: Generate, payload: Sequence[bytes], limits: Limits) -> str 
         or _adapters(request.adapters, limits)
         or options_refusal(request.options, limits.inputs)
         or inputs_refusal(request.inputs, payload, limits.inputs)
+        or _work(request, limits)
     )
+
+
+def _work(request: Generate, limits: Limits) -> str | None:
+    """What alone is more than a client may have open would wait for ever."""
+    message = exceeded(work_asked(request), limits.max_open_work)
+    return None if message is None else f"{message} for all of one client's; ask for less at a time"
 
 
 def _texts(request: Generate, limits: Limits) -> str | None:

@@ -1,11 +1,15 @@
 """Loads as orders to a loader, and their reports as events of the core."""
 
+import logging
+
 from understudyd.core.events import Event, LoadCancelled, LoadFailed, LoadFinished
 from understudyd.core.types import ErrorCode
 from understudyd.loader import wire
 from understudyd.shell.loader_life import Slot
 from understudyd.shell.loading import PLAIN_ROUTE, LoadTask
 from understudyd.shell.ports import RecordSpan
+
+_log = logging.getLogger(__name__)
 
 Ending = wire.Loaded | wire.LoadFault | wire.LoadStopped
 
@@ -27,6 +31,7 @@ class LoadBook:
             arena_offset=task.arena_offset,
             pool_offset=task.pool_offset,
             from_pool=task.from_pool,
+            must_verify=task.must_verify,
             checksum_chunk_bytes=task.checksum_chunk_bytes,
             xxh3=task.xxh3,
             expect=task.expect or self._verified.get(task.path),
@@ -46,6 +51,8 @@ class LoadBook:
                 self._record(f"loader {slot.number}", name, started_at_s, ended_at_s)
                 return LoadFinished(task.load_id)
             case wire.LoadFault(corrupt=corrupt, message=message):
+                if task.must_verify:
+                    _log.warning("%s: %s; it is read from disk instead", task.name, message)
                 self._verified.pop(task.path, None)
                 code = ErrorCode.MODEL_CORRUPT if corrupt else ErrorCode.LOAD_FAILED
                 return LoadFailed(task.load_id, code, message)

@@ -42,9 +42,9 @@ class LoaderSettings:
 class LoadTask:
     """Bytes `[file_offset, file_offset + size_bytes)` of `path` to `arena_offset`; `name` is for people.
 
-    `pool_offset` and `from_pool` are the loader protocol's: a host copy that is made or used. `xxh3` holds
-    the XXH3-64 of each `checksum_chunk_bytes` piece. `expect` is a file version that is known to be good; the
-    pool remembers those that its loaders verified.
+    `pool_offset`, `from_pool` and `must_verify` are the loader protocol's: a host copy that is made or used,
+    and whether it must be checked. `xxh3` holds the XXH3-64 of each `checksum_chunk_bytes` piece. `expect` is
+    a file version that is known to be good; the pool remembers those that its loaders verified.
     """
 
     load_id: int
@@ -55,6 +55,7 @@ class LoadTask:
     arena_offset: int | None
     pool_offset: int | None = None
     from_pool: bool = False
+    must_verify: bool = False
     checksum_chunk_bytes: int = 0
     xxh3: tuple[int, ...] = ()
     expect: wire.FileVersion | None = None

@@ -6,25 +6,34 @@ import sys
 from pathlib import Path
 
 from understudy.paths import CLIENT_SOCKET
-from understudyd.config import AUTO, Config, ServerConfig
+from understudy.wire import MAX_FRAME_BYTES, MAX_HEADER_BYTES
+from understudyd.config import AUTO, Config, PolicyConfig, ServerConfig
 from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
 from understudyd.shell.adapters import StageAdapter
+from understudyd.shell.curve import ServerKeys, load_keys
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.host_pool import HostPool
 from understudyd.shell.input_limits import InputLimits
+from understudyd.shell.kept_pool import KeptPool
 from understudyd.shell.limits import Limits
 from understudyd.shell.memory import Arena, ArenaError, CpuArena, memory_available_bytes
 from understudyd.shell.read_through import ReadThrough
 from understudyd.shell.request_log import RequestLog
 from understudyd.shell.runtime import Runtime
+from understudyd.shell.socket_access import SocketAccess
 from understudyd.shell.supervisor import LoaderPool, LoaderSettings
 from understudyd.shell.timeline import Timeline
+from understudyd.shell.work_room import Work
 from understudyd.store.store import Store
 from understudyd.store.union import StoreUnion
 
 CPU_ARENA_SHARE = 0.5
 HOST_POOL_SHARE = 0.5
+FRAME_FLOOR_BYTES = 16 * MAX_HEADER_BYTES
+"""A header that is somewhat too long gets an answer; a longer frame costs the connection."""
+FLOOD_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 4 * 1024 * 1024 * 1024}
+"""What memory may grow by while clients send: on the CPU device activations are part of it."""
 SWITCH_INTERVAL_S = 0.001
 _GRAIN_BYTES = 2 * 1024 * 1024
 _log = logging.getLogger(__name__)
@@ -42,6 +51,7 @@ class Parts:
         self._gpu: str | int = int(gpu) if gpu.isdigit() else gpu
         # Asked before the host pool takes its share, which it does in the background.
         self._available_bytes = memory_available_bytes()
+        self._pool_to_come_bytes = 0
 
     def stores(self) -> StoreUnion:
         """The writable store, made where there is none, and the read-only ones. Raises `StoreError`."""
@@ -56,12 +66,18 @@ class Parts:
             return None
         return ReadThrough(chosen.path / "cache", int(chosen.cache), float(chosen.cache_rate))
 
-    def host_pool(self) -> HostPool | None:
-        """None where it is to have no bytes. Raises `ArenaError`."""
+    def host_pool(self, kept: KeptPool | None = None) -> HostPool | None:
+        """The one that the last life left, else a new one; None without bytes. Raises `ArenaError`."""
         wanted = int(self.config.host.pool)
-        if wanted == AUTO:
-            wanted = _whole_grains(self._available_bytes * HOST_POOL_SHARE) if self.device == "cuda" else 0
-        return HostPool(wanted) if wanted else None
+        if wanted == AUTO and self.device != "cuda":
+            wanted = 0
+
+        def make() -> HostPool | None:
+            size = _whole_grains(self._available_bytes * HOST_POOL_SHARE) if wanted == AUTO else wanted
+            self._pool_to_come_bytes = size
+            return HostPool(size) if size else None
+
+        return make() if kept is None else kept.host_pool(wanted, make)
 
     def loader_pool(
         self, loop: asyncio.AbstractEventLoop, timeline: Timeline, host_pool: HostPool | None
@@ -114,7 +130,7 @@ class Parts:
                     *(size / 2**30, left_bytes / 2**30, reserve / 2**30),
                 )
             return memory_cuda.CudaArena(size, self._gpu, share=self.config.loader.transport != "thread")
-        left_bytes = self._available_bytes - max(0, int(self.config.host.pool))
+        left_bytes = self._available_bytes - self._pool_to_come_bytes
         size = _whole_grains(left_bytes * CPU_ARENA_SHARE) if wanted == AUTO else wanted
         # Every page is made now: about half a second a GiB in which nothing else would be said.
         _log.info("making an arena of %.2f GiB", size / 2**30)
@@ -122,21 +138,12 @@ class Parts:
 
     def machine(self, arena: Arena, host_pool: HostPool | None) -> Machine:
         """The core."""
-        chosen = self.config.policy
-        policy = PolicySettings(
-            order=chosen.order,
-            lookahead=chosen.lookahead,
-            max_wait_s=chosen.max_wait_s,
-            max_skips=chosen.max_skips,
-            prefetch=chosen.prefetch,
-            pause_priority=chosen.pause_priority,
-        )
         return Machine(
             arena.size_bytes,
             pool_bytes=0 if host_pool is None else host_pool.size_bytes,
-            policy=policy,
+            policy=policy_of(self.config.policy),
             max_waiting=self.config.queue.max_waiting,
-            decisions=chosen.decisions,
+            decisions=self.config.policy.decisions,
         )
 
     def request_log(self) -> RequestLog | None:
@@ -145,13 +152,34 @@ class Parts:
         return None if chosen.requests is None else RequestLog(chosen.requests, chosen.requests_size)
 
     def frontend(self, loop: asyncio.AbstractEventLoop, runtime: Runtime, daemon_id: str) -> Frontend:
-        """The clients' door, still shut."""
+        """The clients' door, still shut. Raises `EndpointError` and `KeyFileError`."""
         chosen = self.config.server
-        endpoints = [f"ipc://{chosen.runtime_dir / CLIENT_SOCKET}", *chosen.endpoints]
-        return Frontend(loop, endpoints, runtime, limits=limits_of(chosen), daemon_id=daemon_id)
+        return Frontend(
+            loop,
+            [f"ipc://{chosen.runtime_dir / CLIENT_SOCKET}", *chosen.endpoints],
+            runtime,
+            limits=limits_of(chosen),
+            daemon_id=daemon_id,
+            access=SocketAccess(int(chosen.socket_mode), chosen.socket_group),
+            keys=self.keys(),
+            flood_bytes=FLOOD_BYTES[self.device],
+        )
+
+    def keys(self) -> ServerKeys | None:
+        """The daemon's and its clients', read afresh; None without. Raises `KeyFileError`."""
+        return load_keys(self.config.curve)
+
+    def admin_access(self) -> SocketAccess:
+        """Who may use the operators' socket."""
+        chosen = self.config.admin
+        return SocketAccess(int(chosen.socket_mode), chosen.socket_group)
+
+    def import_stage(self) -> None:
+        """Import torch, diffusers and all that the stage needs: takes seconds, beside all else."""
+        import understudyd.stage.stage  # noqa: F401
 
     def stage(self, arena: Arena, runtime: Runtime, timeline: Timeline) -> StageAdapter:
-        """The stage; blocks for seconds while torch and diffusers are imported."""
+        """The stage; blocks for seconds unless `import_stage` was called before."""
         from understudyd.stage.stage import Stage
 
         # Threads that wait for the interpreter get it within a millisecond: the stage changes over
@@ -170,6 +198,18 @@ class Parts:
         return StageAdapter(stage)
 
 
+def policy_of(chosen: PolicyConfig) -> PolicySettings:
+    """What the core is told about it."""
+    return PolicySettings(
+        order=chosen.order,
+        lookahead=chosen.lookahead,
+        max_wait_s=chosen.max_wait_s,
+        max_skips=chosen.max_skips,
+        prefetch=chosen.prefetch,
+        pause_priority=chosen.pause_priority,
+    )
+
+
 def limits_of(chosen: ServerConfig) -> Limits:
     """What the front end holds clients to."""
     return Limits(
@@ -178,6 +218,10 @@ def limits_of(chosen: ServerConfig) -> Limits:
         max_images=chosen.max_images,
         max_prompt_chars=chosen.max_prompt_chars,
         max_open_per_client=chosen.max_open_per_client,
+        max_open_per_user=chosen.max_open_per_user,
+        max_connections=chosen.max_connections,
+        max_open_work=Work(chosen.max_open_pixels, chosen.max_open_steps),
+        max_frame_bytes=max(FRAME_FLOOR_BYTES, int(min(chosen.max_input_bytes, MAX_FRAME_BYTES))),
         max_open_input_bytes=int(chosen.max_open_input_bytes),
         max_all_input_bytes=int(chosen.max_all_input_bytes),
         inputs=InputLimits(

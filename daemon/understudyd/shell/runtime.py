@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from understudy.wire import Accepted, Failed, Finished, Generate, ModelEntry, Progress, Timings
 from understudyd.core import actions as ac
@@ -18,16 +17,16 @@ from understudyd.core import events as ev
 from understudyd.core import snapshot
 from understudyd.core.machine import Machine
 from understudyd.core.states import IllegalEvent
-from understudyd.core.types import ErrorCode, RequestInfo, Tier
+from understudyd.core.types import ErrorCode, RequestInfo
 from understudyd.names import how_to_list, unknown_model
 from understudyd.recorded import work_of
 from understudyd.shell.adapter_book import AdapterRefused
-from understudyd.shell.adapter_keeper import Wish
 from understudyd.shell.batch_key import batch_key
 from understudyd.shell.blob_files import BlobFiles
 from understudyd.shell.keeper import Keeper
 from understudyd.shell.lora_views import lora_entries
 from understudyd.shell.model_settings import ModelSettings
+from understudyd.shell.pending import RETRYABLE, Pending, RunFailed
 from understudyd.shell.ports import LoadRunner, ReplySink, RunResult, StageDoor
 from understudyd.shell.read_through import ReadThrough
 from understudyd.shell.request_log import RequestLog
@@ -38,42 +37,13 @@ from understudyd.store.union import StoreUnion
 
 log = logging.getLogger(__name__)
 
-RETRYABLE = frozenset(
-    {
-        ErrorCode.QUEUE_FULL,
-        ErrorCode.DRAINING,
-        ErrorCode.OUT_OF_MEMORY,
-        ErrorCode.LOAD_FAILED,
-        ErrorCode.INTERNAL,
-    }
-)
-
-
-class RunFailed(Exception):
-    """A request of the daemon's own (warm-up) was not served."""
-
-    def __init__(self, code: ErrorCode, message: str) -> None:
-        super().__init__(f"{code.value}: {message}")
-        self.code = code
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A request that has no answer yet. `done` is set for the daemon's own requests."""
-
-    client: str
-    request: Generate
-    wish: Wish
-    received_at_s: float
-    payload: tuple[bytes, ...] = ()
-    tier: Tier = Tier.DISK
-    step: int = 0
-    steps: int = 0
-    done: asyncio.Future[RunResult] | None = None
-
 
 class Runtime:
-    """Performs what the machine decides. Implements `RequestSink` for the front end."""
+    """Performs what the machine decides. Implements `RequestSink` for the front end.
+
+    `on_change` sees the machine after each event, before anything is done about it. `stage_moved_at_s` is
+    when the stage got something to run, made a step or ended a run.
+    """
 
     def __init__(
         self,
@@ -85,17 +55,20 @@ class Runtime:
         request_log: RequestLog | None = None,
         settings: ModelSettings | None = None,
         on_defect: Callable[[BaseException], None],
+        on_change: Callable[[Machine], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.machine = machine
         self.keeper = Keeper(machine, stores, loop, self.handle, settings)
         self.files = BlobFiles(stores.own, cache)
         self.tally = Tally()
+        self.stage_moved_at_s = clock()
         self._request_log = request_log
-        self.pending: dict[str, _Pending] = {}
+        self.pending: dict[str, Pending] = {}
         self._loop = loop
         self._clock = clock
         self._on_defect = on_defect
+        self._on_change = on_change
         self._thread = threading.get_ident()
         self._pool: LoadRunner | None = None
         self._hands = StageHands(self.keeper.adapters.derived, self._asked, self.handle)
@@ -155,6 +128,8 @@ class Runtime:
 
     def _handle_one(self, event: ev.Event) -> None:
         self.files.follow(event)
+        if isinstance(event, ev.RunStarted | ev.RunEnded):
+            self.stage_moved_at_s = self._clock()
         try:
             actions = self.machine.handle(event, self._clock())
         except IllegalEvent:
@@ -163,6 +138,8 @@ class Runtime:
         except BaseException as error:
             self._on_defect(error)
             raise
+        if self._on_change is not None:
+            self._on_change(self.machine)
         for action in actions:
             self._perform(action)
 
@@ -194,9 +171,9 @@ class Runtime:
                 pending = self.pending[request_id]
                 pending.tier = tier
                 if pending.done is None and self._replies is not None:
-                    accepted = Accepted(
-                        id=pending.request.id, position=position, tier=tier.value, estimated_wait_s=wait_s
-                    )
+                    self.tally.tiers_on_receipt[tier.value] += 1
+                    name = pending.request.id
+                    accepted = Accepted(id=name, position=position, tier=tier.value, estimated_wait_s=wait_s)
                     self._replies.send(pending.client, accepted)
             case ac.AnswerRequest(request_id=request_id, code=code, message=message):
                 self._answer(request_id, code, message)
@@ -215,6 +192,8 @@ class Runtime:
                     self.tally.forget(action.name)
                 self.keeper.perform(action)
             case _:
+                if isinstance(action, ac.PutOnDeck):
+                    self.stage_moved_at_s = self._clock()
                 self._hands.perform(action)
 
     def _asked(self, request_id: str) -> Asked:
@@ -255,7 +234,7 @@ class Runtime:
         if self._replies is not None:
             self._replies.send(client, failed)
 
-    def _log_request(self, request_id: str, pending: _Pending, timings: Timings | None) -> None:
+    def _log_request(self, request_id: str, pending: Pending, timings: Timings | None) -> None:
         if self._request_log is None:
             return
         if timings is None:
@@ -264,7 +243,7 @@ class Runtime:
             line = (pending.client, pending.request, pending.wish, pending.steps, pending.received_at_s)
             self._request_log.finished(request_id, *line, timings)
 
-    def _send_images(self, pending: _Pending, result: RunResult, timings: Timings) -> None:
+    def _send_images(self, pending: Pending, result: RunResult, timings: Timings) -> None:
         finished = Finished(
             id=pending.request.id,
             model=pending.request.model,
@@ -290,7 +269,7 @@ class Runtime:
             return
         if self._request_log is not None:
             self._request_log.received(request_id)
-        self._submit(request_id, _Pending(client, request, wish, self._clock(), tuple(payload)))
+        self._submit(request_id, Pending(client, request, wish, self._clock(), tuple(payload)))
 
     def cancel(self, client: str, request_id: str) -> None:
         """A client takes its request back."""
@@ -320,6 +299,7 @@ class Runtime:
         self._loop.call_soon_threadsafe(self._progress, request_id, step, steps)
 
     def _progress(self, request_id: str, step: int, steps: int) -> None:
+        self.stage_moved_at_s = self._clock()
         pending = self.pending.get(request_id)
         if pending is None:
             return
@@ -337,14 +317,14 @@ class Runtime:
             wish = self.keeper.adapters.wish(request.model, request.adapters)
         except AdapterRefused as error:
             raise RunFailed(ErrorCode.BAD_REQUEST, str(error)) from error
-        self._submit(request_id, _Pending("understudyd", request, wish, self._clock(), done=done))
+        self._submit(request_id, Pending("understudyd", request, wish, self._clock(), done=done))
         try:
             return await done
         finally:
             if not done.done() or done.cancelled():
                 self.handle(ev.RequestCancelled(request_id))
 
-    def _submit(self, request_id: str, pending: _Pending) -> None:
+    def _submit(self, request_id: str, pending: Pending) -> None:
         request = pending.request
         deadline = request.deadline_s
         info = RequestInfo(

@@ -16,7 +16,8 @@ from understudyd.core.types import ErrorCode
 from understudyd.names import unknown_model
 from understudyd.shell.adapter_book import AdapterRefused
 from understudyd.shell.families import family, representatives
-from understudyd.shell.runtime import RunFailed, Runtime
+from understudyd.shell.pending import RunFailed
+from understudyd.shell.runtime import Runtime
 from understudyd.store.records import ModelRecord
 
 log = logging.getLogger(__name__)

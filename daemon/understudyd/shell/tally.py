@@ -1,10 +1,12 @@
 """Counters and recent figures for `status`: what an operator asks first."""
 
+import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 RECENT = 2048
+LAST_ERRORS = 20
 
 
 def percentile(values: list[float], share: float) -> float | None:
@@ -13,6 +15,15 @@ def percentile(values: list[float], share: float) -> float | None:
         return None
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request's error; `at_s` is monotonic."""
+
+    at_s: float
+    code: str
+    message: str
 
 
 @dataclass(slots=True)
@@ -24,6 +35,9 @@ class Tally:
     by_name: Counter[str] = field(default_factory=Counter)
     last_used_at_s: dict[str, float] = field(default_factory=dict)
     last_error: str = ""
+    last_errors: deque[Failure] = field(default_factory=lambda: deque(maxlen=LAST_ERRORS))
+    tiers_on_receipt: Counter[str] = field(default_factory=Counter)
+    clock: Callable[[], float] = time.monotonic
     _switches_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     def finished(self, names: Iterable[str], now_s: float, visible_switch_s: float | None) -> None:
@@ -47,6 +61,7 @@ class Tally:
         """A request got an error."""
         self.failed[code] += 1
         self.last_error = f"{code}: {message}"
+        self.last_errors.append(Failure(self.clock(), code, message))
 
     def visible_switch_ms(self) -> dict[str, float | int | None]:
         """p50 and p99 of recent visible switches, milliseconds."""

@@ -1,5 +1,6 @@
 """Which classes a record may name. Everything else is refused: no code comes from a model folder."""
 
+import functools
 import importlib
 from typing import Any
 
@@ -23,6 +24,27 @@ def resolve(library: str, class_name: str) -> type[Any]:
         raise UnknownClass(
             f"{library}.{class_name} is not in the installed {library.partition('.')[0]}; upgrade it"
         ) from error
-    if not isinstance(found, type):
-        raise UnknownClass(f"{library}.{class_name} is not a class")
+    if not (isinstance(found, type) and issubclass(found, _kinds())):
+        raise UnknownClass(
+            f"{library}.{class_name} is no pipeline, model, scheduler, tokenizer or processor, and "
+            "only these are served"
+        )
     return found
+
+
+@functools.cache
+def _kinds() -> tuple[type[Any], ...]:
+    """The libraries have classes of other kinds as well: trainers, callbacks, downloaders."""
+    import diffusers
+    import torch
+    import transformers
+
+    return (
+        diffusers.DiffusionPipeline,
+        torch.nn.Module,
+        diffusers.SchedulerMixin,
+        transformers.PreTrainedTokenizerBase,
+        transformers.FeatureExtractionMixin,
+        transformers.ImageProcessingMixin,
+        transformers.ProcessorMixin,
+    )

@@ -83,7 +83,10 @@ def tensor_size_bytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """Read and validate the header of a regular file. Raises `StoreError(corrupt_source)`, nothing else."""
+    """Read and validate the header of a regular file.
+
+    Raises `StoreError`: `unreadable` or `corrupt_source`, nothing else.
+    """
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -92,6 +95,9 @@ def read_header(path: Path) -> Header:
         finally:
             os.close(fd)
         return parse_header(raw, data_size_bytes=file_bytes - _LENGTH_BYTES - len(raw))
+    except PermissionError as error:
+        why = f"{path} may not be read by the user who adds it; let that user read it and try again"
+        raise StoreError(StoreErrorCode.UNREADABLE, why) from error
     except (OSError, ValueError) as error:
         why = f"{path.name}: {error}; get a complete safetensors file (download or convert it again)"
         raise StoreError(StoreErrorCode.CORRUPT_SOURCE, why) from error
