@@ -23,7 +23,7 @@ from understudyd.core.policy import Policy, PolicySettings
 from understudyd.core.refusals import refusal_of
 from understudyd.core.request import Request
 from understudyd.core.residency import Residency
-from understudyd.core.room import make_room
+from understudyd.core.room import evict_model, make_room
 from understudyd.core.states import IllegalEvent, RequestState
 from understudyd.core.timely import Timely
 from understudyd.core.transit import Transit
@@ -259,7 +259,7 @@ class Machine:
                 self.wanted.pop(name, None)
                 self.forecast.forget(name)  # else it were prefetched again at once
                 self._lookahead.cancel_needless(model)
-                self._evict_model(model, now_s)
+                evict_model(self.residency, model, now_s)
             case _:
                 assert_never(event)
 
@@ -307,15 +307,6 @@ class Machine:
             code = ErrorCode.INTERNAL if is_lasting else ErrorCode.LOAD_FAILED
             self._give_up([model.name], code, message, now_s)
         self.catalogue.preparation_failed(model, message, is_lasting, now_s)
-
-    def _evict_model(self, model: Model, now_s: float) -> None:
-        """Evict what no other resident model shares and nobody holds."""
-        for blob in model.all_blobs:
-            others = (self.residency.models[m] for m in blob.models if m != model.name)
-            if blob.extent is None or any(other.is_resident for other in others):
-                continue
-            if self.residency.evictable(blob.extent) is not None:
-                self.residency.evict(blob, now_s, "operator")
 
     def _loader_changed(self, event: ev.LoaderReady | ev.LoaderLost | ev.LoaderReaped, now_s: float) -> None:
         match event:

@@ -2,6 +2,8 @@
 
 Best fit and clearing a window do nearly always. They cannot where what must stay, as pinned blobs do, lies
 between the gaps. Then ready extents are moved, which on a GPU takes milliseconds: a copy within the device.
+
+Also what an operator has evicted.
 """
 
 from collections.abc import Mapping
@@ -46,3 +48,13 @@ def _is_movable(residency: Residency, extent: Extent) -> bool:
     if extent.state is not ExtentState.READY or blob is None or blob.extent is not extent:
         return False
     return blob.state is BlobState.RESIDENT
+
+
+def evict_model(residency: Residency, model: Model, now_s: float) -> None:
+    """Evict what no other resident model shares and nobody holds."""
+    for blob in model.all_blobs:
+        others = (residency.models[m] for m in blob.models if m != model.name)
+        if blob.extent is None or any(other.is_resident for other in others):
+            continue
+        if residency.evictable(blob.extent) is not None:
+            residency.evict(blob, now_s, "operator")
