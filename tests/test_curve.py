@@ -247,17 +247,18 @@ def test_a_secret_key_that_others_may_read_is_not_used(tmp_path: Path, mode: int
     [
         ("", "has no key"),
         ("short alice", "line 1"),
-        (f"{ALICE[0]}", "line 1: no public key and name"),
-        (f"{ALICE[0]} ../alice", "line 1"),
-        (f"{ALICE[0]} a\n{ALICE[0]} b", "line 2: the key of a again"),
-        (f"{ALICE[0]} alicé", "no file of keys"),
+        ("KEY", "line 1: no public key and name"),
+        ("KEY ../alice", "line 1"),
+        ("KEY a\nKEY b", "line 2: the key of a again"),
+        ("KEY alicé", "no file of keys"),
         ("x" * 2**21, "larger than"),
     ],
 )
 def test_what_is_no_list_of_keys(tmp_path: Path, text: str, says: str) -> None:
     secret = write(tmp_path / "server.key", SERVER[1])
+    clients = write(tmp_path / "clients", text.replace("KEY", ALICE[0]))
     with pytest.raises(understudy.CallerError, match=says):
-        load_keys(CurveConfig(secret_key=secret, client_keys=write(tmp_path / "clients", text)), {})
+        load_keys(CurveConfig(secret_key=secret, client_keys=clients), {})
 
 
 def test_keygen_and_the_command_line(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
