@@ -79,7 +79,7 @@ def test_half_of_the_memory_is_for_host_copies(monkeypatch: pytest.MonkeyPatch, 
 def test_on_the_cpu_arena_and_host_pool_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "memory_available_bytes", lambda: 40 * MIB)
     made = on_gpu({"kind": "cpu"}, host={"pool": "8MiB"})
-    arena, pool = made.arena(), made.host_pool()
+    pool, arena = made.host_pool(), made.arena()
     assert (arena.size_bytes, pool and pool.size_bytes) == (16 * MIB, 8 * MIB)
     arena.close()
     if pool is not None:
