@@ -180,5 +180,10 @@ class Transit:
             and not residency.leases
             and not self._quarantine
             and next(self._book.idle_loaders(), None) is not None
-            and not any(b.state in (BlobState.VIEWING, BlobState.MOVING) for b in residency.blobs.values())
+            and not any(self._is_settling(extent.blob) for extent in residency.arena)
         )
+
+    def _is_settling(self, key: str) -> bool:
+        """Its views are being built, or it is being moved: then it has an extent, as few of all blobs do."""
+        blob = self._residency.blobs.get(key)
+        return blob is not None and blob.state in (BlobState.VIEWING, BlobState.MOVING)
