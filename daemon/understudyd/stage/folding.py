@@ -140,7 +140,7 @@ def _is_harmless(parts: Sequence[FoldPart], largest: Sequence[float], dtype: tor
         if not bound <= limit:  # NaN is not
             return False
         total += max(1.0, abs(part.scaling)) * part.down.shape[0] * bound * bound
-    return total <= limit
+    return bool(total <= limit)
 
 
 # -- a whole overlay -------------------------------------------------------------------------------
