@@ -74,13 +74,16 @@ class Performer:
         on_progress: Callable[[str, int, int], None],
         record: Callable[[str, str, float, float], None],
         clock: Callable[[], float],
+        give_way: Callable[[], None] = lambda: None,
     ) -> None:
+        """`give_way` is called between two operations of a run."""
         self._resident = resident
         self._device = device
         self._announcer = announcer
         self._on_progress = on_progress
         self._record = record
         self._clock = clock
+        self._give_way = give_way
         self._local = threading.local()
         self._last_ended_at_s: float | None = None  # written by the holder of the baton
 
@@ -114,7 +117,9 @@ class Performer:
             return
         run, model = current
         self._checkpoint(run)
-        if not run.is_on_stage:
+        if run.is_on_stage:
+            self._give_way()
+        else:
             self._step_on(run, model)
 
     def _checkpoint(self, run: Run) -> None:

@@ -33,6 +33,7 @@ from understudyd.stage.performer import Announcer, Performer
 from understudyd.stage.repertoire import ModelStore, Prepared, Repertoire
 from understudyd.stage.run import Member, Run, RunParams, RunResult
 from understudyd.stage.skeleton import Skeleton
+from understudyd.stage.slices import Slices
 from understudyd.stage.views import ResidentBlobs, WeightArena
 from understudyd.store.adapters.overlays import OverlaidComponent, OverlayPlan
 
@@ -80,7 +81,10 @@ class Stage:
         self._announcer = Announcer(emit)
         self._arena = WeightArena(arena)
         self._resident = ResidentBlobs(self._arena)
-        self._performer = Performer(self._resident, self._device, self._announcer, on_progress, record, clock)
+        self._slices = Slices(is_busy=lambda: bool(self._runs))
+        self._performer = Performer(
+            self._resident, self._device, self._announcer, on_progress, record, clock, self._slices.give
+        )
         self._repertoire = Repertoire(store, self._device.device, self._performer.touch)
         self._baton = Baton()
         self._runs: dict[str, Run] = {}
@@ -279,7 +283,9 @@ class Stage:
     def _fold(self, job: FoldJob) -> None:
         self._repertoire.learn(job.overlay, job.plan)
         started_at_s = self._clock()
-        outcome = job.run(self._arena, self._device, self._breathing(), self._crew)
+        breathe = self._slices.take if self._device.device.type == "cpu" else self._breathing()
+        outcome = job.run(self._arena, self._device, breathe, self._crew)
+        self._slices.end()
         self._record("fold", job.label, started_at_s, self._clock())
         del self._folds[job.overlay, job.generation]
         self._announcer.announce(outcome)
