@@ -19,6 +19,7 @@ from typing import Any
 
 from understudy.keys import KeyFileError
 from understudy.paths import ADMIN_SOCKET
+from understudy.trace import START_UP, Span
 from understudyd import logs
 from understudyd.config import Config, ConfigError
 from understudyd.core import events as ev
@@ -45,9 +46,6 @@ from understudyd.shell.threads import in_daemon_thread
 from understudyd.shell.timeline import Timeline
 
 log = logging.getLogger(__name__)
-
-START_UP = "start-up"
-"""The timeline's lane for what came before ready."""
 
 EXIT_DEFECT = 70
 _CANCEL_S, _LEAVING_S = 5.0, 15.0
@@ -135,6 +133,7 @@ class Daemon:
             cache=cache,
             request_log=request_log,
             settings=settings,
+            record=self._timeline.record,
             on_defect=self._defect,
             on_change=self._kept.note,
         )
@@ -271,7 +270,7 @@ class Daemon:
         """A span of the timeline, if it is gone through to its end."""
         started_at_s = time.monotonic()
         yield
-        self._timeline.record(START_UP, name, started_at_s, time.monotonic())
+        self._timeline.record(Span(START_UP, name, started_at_s, time.monotonic()))
 
     def _say(self, status: str) -> None:
         log.info("%s", status)

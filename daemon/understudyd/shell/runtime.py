@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from understudy.trace import Record
 from understudy.wire import Accepted, Failed, Finished, Generate, ModelEntry, Progress, Timings
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
@@ -23,6 +24,7 @@ from understudyd.recorded import work_of
 from understudyd.shell.adapter_book import AdapterRefused
 from understudyd.shell.batch_key import batch_key
 from understudyd.shell.blob_files import BlobFiles
+from understudyd.shell.chronicle import Chronicle
 from understudyd.shell.keeper import Keeper
 from understudyd.shell.lora_views import lora_entries
 from understudyd.shell.model_settings import ModelSettings
@@ -54,6 +56,7 @@ class Runtime:
         cache: ReadThrough | None = None,
         request_log: RequestLog | None = None,
         settings: ModelSettings | None = None,
+        record: Record = lambda span: None,
         on_defect: Callable[[BaseException], None],
         on_change: Callable[[Machine], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -62,6 +65,7 @@ class Runtime:
         self.keeper = Keeper(machine, stores, loop, self.handle, settings)
         self.files = BlobFiles(stores.own, cache)
         self.tally = Tally()
+        self._chronicle = Chronicle(record)
         self.stage_moved_at_s = clock()
         self._request_log = request_log
         self.pending: dict[str, Pending] = {}
@@ -138,6 +142,7 @@ class Runtime:
         except BaseException as error:
             self._on_defect(error)
             raise
+        self._chronicle.follow(self.machine, self._clock())
         if self._on_change is not None:
             self._on_change(self.machine)
         for action in actions:
@@ -203,11 +208,14 @@ class Runtime:
     def _answer(self, request_id: str, code: ErrorCode | None, message: str) -> None:
         pending = self.pending.pop(request_id)
         request = pending.request
+        self._chronicle.answered(request_id, pending, "" if code is None else code.value, self._clock())
         if code is None:
             assert self._hands.stage is not None
             result = self._hands.stage.take_result(request_id, pending.received_at_s)
             timings = result.timings
             visible_s = timings.gap_s if result.switched else None
+            if result.switched:
+                self._chronicle.switched(request_id, pending, timings)
             if pending.done is None:
                 wish = pending.wish
                 used = {wish.base, wish.model, *(adapter.name for adapter in wish.adapters)}

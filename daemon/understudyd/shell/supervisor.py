@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
+from understudy.trace import Record
 from understudyd.core.events import LoaderLost, LoaderReady, LoaderReaped, LoadFailed
 from understudyd.loader import wire
 from understudyd.loader.proof import PROOF_BYTES, holds, pattern
@@ -21,7 +22,7 @@ from understudyd.shell.load_book import LoadBook
 from understudyd.shell.loader_life import Loader, Slot
 from understudyd.shell.loading import LoaderSettings, LoaderState, LoaderStatus, LoadTask
 from understudyd.shell.memory import Arena, ArenaError
-from understudyd.shell.ports import Emit, RecordSpan
+from understudyd.shell.ports import Emit
 
 __all__ = ["LoaderPool", "LoaderSettings", "LoaderState", "LoaderStatus", "LoadTask"]
 
@@ -42,7 +43,7 @@ class LoaderPool:
         *,
         count: int,
         settings: LoaderSettings,
-        record: RecordSpan,
+        record: Record,
         host_pool: HostPool | None = None,
         gpu_uuid: str = "",
         clock: Callable[[], float] = time.monotonic,
@@ -55,7 +56,7 @@ class LoaderPool:
         self._settings = settings
         self._emit: Emit = _to_nobody
         self._attached = asyncio.Event()
-        self._book = LoadBook(record)
+        self._book = LoadBook(record, clock)
         self._clock = clock
         self._slots = [Slot(number) for number in range(count)]
         self._loaders: dict[int, Loader] = {}
@@ -257,6 +258,8 @@ class LoaderPool:
         if loader.is_lost:
             return
         loader.is_lost = True
+        for task in loader.tasks.values():
+            self._book.lost(loader.slot, task)
         loader.tasks.clear()
         self._loop.remove_reader(loader.end.fileno())
         loader.end.kill()
