@@ -56,6 +56,8 @@ def _work(recording: Recording, span: Span, tid: int) -> Iterator[dict[str, Any]
     yield _event("X", name, begin_us, tid, dur=end_us - begin_us, cat=span.lane, args=_facts(span))
     for number, ended_s in enumerate(span.steps_s, 1):
         step_end_us = min(_us(recording, ended_s), end_us)
+        if not step_end_us:
+            continue  # before the recording began
         yield _event("X", f"step {number}", begin_us, tid, dur=step_end_us - begin_us, cat="step")
         begin_us = step_end_us
 

@@ -4,9 +4,9 @@ The only module of the client that does; whoever wants no picture does not impor
 """
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,12 @@ def draw(recording: Recording, path: Path) -> Path:
     rows = by_lane(recording.spans)
     stage = [span for row in rows.pop(STAGE, [[]]) for span in row]
     lanes = [Lane("stage", stage, False)]
-    for lane, each in rows.items():
-        if lane not in _UNSEEN:
-            lanes += [Lane(lane if not number else "", row, True) for number, row in enumerate(each)]
+    lanes += [
+        Lane(lane if not number else "", row, True)
+        for lane, each in rows.items()
+        if lane not in _UNSEEN
+        for number, row in enumerate(each)
+    ]
     waits = [span for span in recording.spans if span.lane == SWITCH]
     queue = [span for span in recording.spans if span.lane == QUEUE]
     window_s = max(recording.now_s - recording.begin_s, 1e-3)
@@ -103,12 +106,12 @@ def timeline(
     """
     names = sorted({_model(span) for strip in strips for row in strip.lanes for span in row.spans})
     palette = dict(colours or {}) | {n: c for n, c in _wheel(names).items() if n not in (colours or {})}
-    height = 1.75 + sum(0.50 * strip.rows + 0.62 for strip in strips)
+    height = 1.75 + sum(0.50 * strip.rows + 0.62 for strip in strips) - (0 if strips[0].heading else 0.25)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, height), dpi=_DPI, facecolor=PAPER)
         FigureCanvasAgg(figure)
         headline(figure, title, subtitle, height)
-        top = 1 - 1.0 / height
+        top = 1 - (1.0 if strips[0].heading else 0.75) / height
         for strip in strips:
             tall = (0.50 * strip.rows) / height
             axes = figure.add_axes((0.115, top - 0.34 / height - tall, 0.865, tall))
@@ -139,10 +142,14 @@ def _summary(
         parts[0] += f", half of them under {gaps_ms[len(gaps_ms) // 2]:.3g} ms, at most {gaps_ms[-1]:.3g} ms"
     loads = [span for span in recording.spans if span.route and not span.outcome]
     if loads:
-        parts.append(f"{len(loads)} loads of {sum(span.size_bytes for span in loads) / 2**30:.3g} GiB")
+        parts.append(f"{len(loads)} loads of {_size(sum(span.size_bytes for span in loads))}")
     if recording.is_cut:
         parts.append("what was before is forgotten")
     return title, "   ·   ".join(parts)
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
 
 
 def _draw_strip(
@@ -191,11 +198,12 @@ def _draw_row(
     faces, edges, widths = [], [], []
     for span in spans:
         colour = palette[_model(span)]
-        faces.append(_lighter(colour) if row.is_load else colour)
+        is_narrow = span.end_s - span.start_s < narrow_s
+        faces.append(_lighter(colour) if row.is_load and not is_narrow else colour)
         edges.append(ALARM if span.outcome else colour if row.is_load else PAPER)
-        widths.append(0.0 if span.end_s - span.start_s < narrow_s else 0.8 if row.is_load else 0.5)
-        if not row.is_load:
-            _label(axes, span, start_s, number)
+        widths.append(0.0 if is_narrow else 0.8 if row.is_load else 0.5)
+    for group in _groups(spans) if not row.is_load else ([span] for span in spans if span.lane == START_UP):
+        _label(axes, group, start_s, number)
     axes.broken_barh(
         [(span.start_s - start_s, span.end_s - span.start_s) for span in spans],
         (number - thick / 2, thick),
@@ -220,15 +228,27 @@ def _draw_queue(axes: Any, strip: Strip, start_s: float, window_s: float) -> int
     return most
 
 
-def _label(axes: Any, span: Span, start_s: float, row_number: int) -> None:
-    """The model's number, where it fits."""
-    text = _short(_model(span))
+def _groups(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """Runs of one model that follow each other."""
+    for _, group in groupby(spans, _model):
+        yield list(group)
+
+
+def _label(axes: Any, group: Sequence[Span], start_s: float, row_number: int) -> None:
+    """The model's number on each span where it fits, else once on all of them."""
+    is_phase = group[0].lane == START_UP
+    text = group[0].name if is_phase else _short(_model(group[0]))
     left_s, right_s = axes.get_xlim()
-    inches = (span.end_s - span.start_s) / (right_s - left_s) * _RAIL_INCHES
-    middle_s = (span.start_s + span.end_s) / 2 - start_s
-    if inches > 0.11 * len(text) and left_s < middle_s < right_s:
-        axes.text(middle_s, row_number + 0.02, text, ha="center", va="center", fontsize=8.5, color=PAPER,
-                  fontweight="bold", zorder=3, clip_on=True)  # fmt: skip
+    inches_per_s = _RAIL_INCHES / (right_s - left_s)
+    needed_s = 0.11 * len(text) / inches_per_s
+    if len(group) > 1 and min(span.end_s - span.start_s for span in group) > needed_s:
+        for span in group:
+            _label(axes, [span], start_s, row_number)
+        return
+    begin_s, end_s = max(group[0].start_s - start_s, left_s), min(group[-1].end_s - start_s, right_s)
+    if end_s - begin_s > needed_s:
+        axes.text((begin_s + end_s) / 2, row_number + 0.02, text, ha="center", va="center", fontsize=8.5,
+                  color=INK if is_phase else PAPER, fontweight="bold", zorder=3, clip_on=True)  # fmt: skip
 
 
 def _legend(figure: Figure, palette: Mapping[str, Rgb], mark_gap_ms: float, height: float) -> None:
@@ -240,7 +260,7 @@ def _legend(figure: Figure, palette: Mapping[str, Rgb], mark_gap_ms: float, heig
     ]
     labels = [
         "an image on stage (number: its model)",
-        "a load into memory (colour: the model it is for)",
+        "a load or other work beside it (colour: the model it is for)",
         f"the stage idle for over {mark_gap_ms:g} ms while work waits",
     ]
     figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.105, 0.02 / height), ncols=3,
@@ -279,9 +299,10 @@ def _short(model: str) -> str:
 
 def _wheel(names: Sequence[str]) -> dict[str, Rgb]:
     """Distinct muted colours: hues by the golden angle, two lightnesses."""
-    return {
+    grey = {"": (0.62, 0.65, 0.70)}
+    return grey | {
         name: colorsys.hls_to_rgb((0.58 + i * 0.381966) % 1.0, 0.45 + 0.1 * (i % 2), 0.42)
-        for i, name in enumerate(names)
+        for i, name in enumerate(filter(None, names))
     }
 
 
