@@ -9,6 +9,7 @@ from understudyd.core.types import ErrorCode
 from understudyd.loader import wire
 from understudyd.shell.loader_life import Slot
 from understudyd.shell.loading import LoadTask
+from understudyd.shell.meter import LoadMeter
 
 _log = logging.getLogger(__name__)
 
@@ -16,9 +17,10 @@ Ending = wire.Loaded | wire.LoadFault | wire.LoadStopped
 
 
 class LoadBook:
-    """Remembers which file versions were verified, and writes ended loads into the timeline."""
+    """Remembers which file versions were verified, and writes ended loads into timeline and meter."""
 
     def __init__(self, record: Record, clock: Callable[[], float]) -> None:
+        self.meter = LoadMeter()
         self._record = record
         self._clock = clock
         self._begun_at_s: dict[int, float] = {}
@@ -73,6 +75,7 @@ class LoadBook:
         self, slot: Slot, task: LoadTask, started_at_s: float, ended_at_s: float, outcome: str = ""
     ) -> None:
         lane, route = f"loader {slot.number}", task.route
+        self.meter.ended(route, task.size_bytes, ended_at_s - started_at_s, outcome)
         self._record(
             Span(lane, task.name, started_at_s, ended_at_s, task.size_bytes, route=route, outcome=outcome)
         )

@@ -22,6 +22,7 @@ from understudyd.shell.load_book import LoadBook
 from understudyd.shell.loader_life import Loader, Slot
 from understudyd.shell.loading import LoaderSettings, LoaderState, LoaderStatus, LoadTask
 from understudyd.shell.memory import Arena, ArenaError
+from understudyd.shell.meter import LoadMeter
 from understudyd.shell.ports import Emit
 
 __all__ = ["LoaderPool", "LoaderSettings", "LoaderState", "LoaderStatus", "LoadTask"]
@@ -119,6 +120,11 @@ class LoaderPool:
         for loader in self._loaders.values():
             if load_id in loader.tasks and not loader.is_lost:
                 self._send(loader, wire.Cancel(load_id=load_id))
+
+    @property
+    def meter(self) -> LoadMeter:
+        """What was loaded so far, for the metrics."""
+        return self._book.meter
 
     def status(self) -> list[LoaderStatus]:
         """One entry a slot."""
