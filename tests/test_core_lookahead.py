@@ -183,6 +183,31 @@ def prefetching(world: World, name: str) -> None:
     assert loading(world)[-1] == name
 
 
+def arrived(world: World) -> None:
+    """What is being loaded is resident."""
+    world.tell(ev.LoadFinished(min(world.ledger.loads)))
+    world.tell(ev.ViewsBuilt(*min(world.ledger.views)))
+
+
+def test_a_guess_is_counted_when_it_is_used_or_leaves_in_vain() -> None:
+    world = by_hand(4, ("a", 2), ("b", 2), ("c", 2), policy=PolicySettings())
+    residency = world.machine.residency
+    prefetching(world, "a")
+    arrived(world)
+    prefetching(world, "b")
+    arrived(world)
+    assert (residency.guesses_used, residency.guesses_wasted) == (0, 0)
+    world.tell(ev.EvictWanted("b"))
+    assert (residency.guesses_used, residency.guesses_wasted) == (0, 1)
+    for request in (world.ask("a"), world.ask("a")):
+        world.tell(ev.RunStarted(request))
+    assert (residency.guesses_used, residency.guesses_wasted) == (1, 1), "used twice, counted once"
+    world.ask("c")
+    arrived(world)
+    world.tell(ev.EvictWanted("c"))
+    assert (residency.guesses_used, residency.guesses_wasted) == (1, 1), "`c` was loaded for who waits"
+
+
 def test_a_prefetch_is_cancelled_when_something_that_waits_finds_no_loader() -> None:
     world = by_hand(8, ("a", 2), ("b", 2), policy=PolicySettings())
     prefetching(world, "a")

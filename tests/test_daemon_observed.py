@@ -238,6 +238,17 @@ def test_shared_runs_cancels_and_retries_add_up(family: Family, own_store: Path,
         assert found.value("understudy_request_duration_seconds_count") == 4
 
 
+def test_not_ready_before_it_is(own_store: Path, tmp_path: Path) -> None:
+    with running_daemon(own_store, tmp_path / "run", wait=False) as daemon:
+        daemon.wait_for_log("importing torch")
+        told = ask(daemon, "/readyz")
+        assert told.status == 503 and told.text.startswith("starting")
+        assert ask(daemon, "/healthz").status == 200
+        assert scrape(daemon).value("understudy_ready") == 0
+        daemon.wait_for_log("ready after")
+        assert ask(daemon, "/readyz").status == 200
+
+
 def test_without_metrics_there_is_no_door(own_store: Path, tmp_path: Path) -> None:
     with running_daemon(
         own_store, tmp_path / "run", stage={"warm_up": False}, metrics={"enabled": False}

@@ -4,6 +4,7 @@ import asyncio
 import math
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,8 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from metrics_kit import Scrape
 from understudy.wire import Timings
@@ -31,7 +34,7 @@ from understudyd.shell.gpu_metrics import GpuCollector, open_nvml
 from understudyd.shell.health import Health
 from understudyd.shell.http_door import MAX_HEAD_BYTES, Answer, HttpDoor
 from understudyd.shell.meter import OTHER, Histogram, LoadMeter, Meter, ModelLabels
-from understudyd.shell.metrics import DaemonReader, Metrics
+from understudyd.shell.metrics import DaemonReader, Metrics, ScrapeStuck
 from understudyd.shell.observatory import Observatory
 from understudyd.shell.runtime import Runtime
 from understudyd.shell.socket_access import SocketAccess
@@ -144,6 +147,40 @@ def test_openmetrics_for_those_who_want_it() -> None:
     text, content_type = asyncio.run(scraped(reader(*busy_meters()), accept))
     assert content_type.startswith("application/openmetrics-text")
     assert {family.name for family in openmetrics(text.decode())} >= {"understudy_requests"}
+
+
+def test_a_collector_that_hangs_takes_one_thread_and_no_more() -> None:
+    is_asked, may_go_on = threading.Event(), threading.Event()
+
+    class Hanging(Collector):
+        def collect(self) -> Iterator[Metric]:
+            is_asked.set()
+            may_go_on.wait(60)
+            yield from ()
+
+    async def scenario() -> None:
+        registry = CollectorRegistry(auto_describe=False)
+        metrics = Metrics(registry, reader(*busy_meters()).read)
+        hanging = Hanging()
+        registry.register(hanging)
+        is_asked.clear()
+        first = asyncio.create_task(metrics.scrape(""))
+        await asyncio.to_thread(is_asked.wait, 60)
+        first.cancel()  # the door lost its patience
+        await asyncio.gather(first, return_exceptions=True)
+        for _ in range(3):
+            with pytest.raises(ScrapeStuck):
+                await metrics.scrape("")
+        may_go_on.set()
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    assert await metrics.scrape("")
+                    return
+                except ScrapeStuck:
+                    await asyncio.sleep(0)
+
+    asyncio.run(scenario())
 
 
 def test_reading_takes_little_of_the_event_loop() -> None:

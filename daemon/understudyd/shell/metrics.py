@@ -181,9 +181,13 @@ class DaemonReader:
         yield GaugeMetricFamily("understudy_forecast_hit_ratio", "The used share of these.", value=ratio)
 
 
+class ScrapeStuck(Exception):
+    """The scrape before still hangs: a collector, the GPU's driver most likely, does not answer."""
+
+
 class Metrics:
     """Scrapes, one after the other. `read` is called on the event loop; other collectors of the registry are
-    asked on a thread.
+    asked on a thread, one at most, however long that takes.
     """
 
     def __init__(self, registry: CollectorRegistry, read: Callable[[], list[Metric]]) -> None:
@@ -191,16 +195,20 @@ class Metrics:
         self._read = read
         self._families = _Families()
         self._one_at_a_time = asyncio.Lock()
+        self._encoding: asyncio.Task[bytes] | None = None
         registry.register(self._families)
 
     async def scrape(self, accept: str) -> tuple[bytes, str]:
-        """Text and content type, in the format that the header `accept` asks for."""
+        """Text and content type, in the format that the header `accept` asks for. Raises `ScrapeStuck`."""
+        encode, content_type = generate_latest, CONTENT_TYPE_PLAIN_0_0_4
+        if "application/openmetrics-text" in accept:
+            encode, content_type = openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST
         async with self._one_at_a_time:
+            if self._encoding is not None and not self._encoding.done():
+                raise ScrapeStuck("the scrape before has not ended; is the GPU's driver well?")
             self._families.read = self._read()
-            if "application/openmetrics-text" in accept:
-                text = await in_daemon_thread(openmetrics.generate_latest, self._registry)
-                return text, openmetrics.CONTENT_TYPE_LATEST
-            return await in_daemon_thread(generate_latest, self._registry), CONTENT_TYPE_PLAIN_0_0_4
+            self._encoding = asyncio.create_task(in_daemon_thread(encode, self._registry))
+            return await asyncio.shield(self._encoding), content_type
 
 
 class _Families(Collector):

@@ -13,7 +13,7 @@ from pathlib import Path
 from understudyd.shell.endpoints import EndpointError, tcp_address
 from understudyd.shell.health import Health
 from understudyd.shell.http_door import MAX_HEAD_BYTES, Answer, HttpDoor
-from understudyd.shell.metrics import Metrics
+from understudyd.shell.metrics import Metrics, ScrapeStuck
 from understudyd.shell.socket_access import SocketAccess, private_socket
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,10 @@ class Observatory:
     async def _answer(self, path: str, accept: str) -> Answer:
         match path:
             case "/metrics":
-                body, content_type = await self._metrics.scrape(accept)
+                try:
+                    body, content_type = await self._metrics.scrape(accept)
+                except ScrapeStuck as error:
+                    return Answer.text(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
                 return Answer(HTTPStatus.OK, body, content_type)
             case "/healthz":
                 return _verdict(self._health.illness())
