@@ -200,7 +200,8 @@ class Metrics:
 
     async def scrape(self, accept: str) -> tuple[bytes, str]:
         """Text and content type, in the format that the header `accept` asks for. Raises `ScrapeStuck`."""
-        encode, content_type = generate_latest, CONTENT_TYPE_PLAIN_0_0_4
+        encode: Callable[[CollectorRegistry], bytes] = generate_latest
+        content_type = CONTENT_TYPE_PLAIN_0_0_4
         if "application/openmetrics-text" in accept:
             encode, content_type = openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST
         async with self._one_at_a_time:
