@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
-  bench-restart bench-ingest bench-lora bench-lora-serve fuzz \
-  gpu-check docs-models docs-policy docs-configuration clean
+  bench-restart bench-ingest bench-lora bench-lora-serve bench-observe fuzz \
+  gpu-check docs-models docs-policy docs-configuration docs-observability clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
@@ -56,6 +56,9 @@ bench-lora: $(STAMP)  ## a LoRA folded, beside diffusers' load, fuse and unfuse
 bench-lora-serve: $(STAMP)  ## 300 adapters over 3 bases, room for 20 overlays
 	@$(BIN)/python -m benchmarks.lora_serve --json
 
+bench-observe: $(STAMP)  ## what timeline and metrics cost
+	@$(BIN)/python -m benchmarks.observe --json
+
 fuzz: $(STAMP)  ## a million hostile frames beside a client that gets every answer
 	@$(BIN)/python -m benchmarks.fuzz --json
 
@@ -74,6 +77,9 @@ docs-policy: $(STAMP)  ## the pictures of docs/policy.md, from the shipped examp
 
 docs-configuration: $(STAMP)  ## docs/configuration.md, from the configuration's own types
 	@$(BIN)/python -m understudyd.config_reference docs/configuration.md
+
+docs-observability: $(STAMP)  ## the example scrape and the picture of docs/observability.md, from a short run
+	@$(BIN)/python -m benchmarks.observe --document docs/observability.md
 
 clean:  ## forget the virtual environment and what the demo made
 	rm -rf $(VENV) demo-out

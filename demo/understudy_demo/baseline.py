@@ -17,8 +17,8 @@ from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image
 from transformers.utils import logging as transformers_logging
 
+from understudy.trace import Span
 from understudy_demo.measure import Served
-from understudy_demo.spans import Span
 from understudy_demo.workload import Request
 
 OnServed = Callable[[Served], None]
