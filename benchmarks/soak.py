@@ -45,6 +45,7 @@ LOAD_S = 0.2
 WARM_UP_S, WARM_UP_SHARE = 20.0, 0.25
 ROOM_SHARE, POOL_SHARE = 0.6, 0.5
 MAX_GROWTH_MB = 30.0
+HANG_UP_S = 1.0  # the daemon's end of what has been closed is closed soon after
 SHOWN = 5
 
 
@@ -168,6 +169,7 @@ class Soak:
         poll(self._daemon, self._is_idle, "nothing is open")
         evict_all(self._daemon)
         status = settled(self._daemon)
+        time.sleep(HANG_UP_S)
         pids = [status["pid"], *(row["pid"] for row in status["loaders"])]
         return Rest(
             private_bytes=sum(map(private_bytes, pids)),
@@ -185,7 +187,7 @@ def descriptors(pid: int) -> Counter[str]:
     opened: Counter[str] = Counter()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            opened[os.readlink(entry).split(":[")[0]] += 1
+            opened[str(entry.readlink()).split(":[")[0]] += 1
     return opened
 
 
