@@ -40,12 +40,12 @@ from benchmarks.soak_scene import GUEST, Scene, set_scene
 from understudy import admin
 from understudy_demo.serving import short_runtime_dir
 
-CLIENTS = 3
-LOAD_S = 0.2
+CLIENTS, LOADERS = 3, 3
+LOAD_S = 0.15
 WARM_UP_S, WARM_UP_SHARE = 20.0, 0.25
 ROOM_SHARE, POOL_SHARE = 0.6, 0.5
 MAX_GROWTH_MB = 30.0
-HANG_UP_S = 1.0  # the daemon's end of what has been closed is closed soon after
+HANG_UP_S = 3.0  # within which the daemon closes its end of what others have closed
 SHOWN = 5
 
 
@@ -113,6 +113,7 @@ def soaked_daemon(scene: Scene, folder: Path) -> Iterator[DaemonProcess]:
         store=scene.store,
         runtime_dir=short_runtime_dir(folder / "run"),
         arena_bytes=room_bytes,
+        loaders=LOADERS,
         rate_limit_bytes_per_s=int(scene.model_bytes / LOAD_S),
     )
     environ = {
@@ -162,20 +163,25 @@ class Soak:
             say(f"  {line}")
         return verdict
 
-    def rest(self) -> Rest:
-        """Bring the daemon to rest and look at it."""
-        self._settings.write_good(prefetch=False)
+    def rest(self, before: Rest | None = None) -> Rest:
+        """Bring the daemon to rest and look at it, once it has closed what others have; at the latest soon."""
+        self._settings.write_calm()
         self._daemon.ask(admin.Reload())
         poll(self._daemon, self._is_idle, "nothing is open")
         evict_all(self._daemon)
         status = settled(self._daemon)
-        time.sleep(HANG_UP_S)
         pids = [status["pid"], *(row["pid"] for row in status["loaders"])]
-        return Rest(
-            private_bytes=sum(map(private_bytes, pids)),
-            descriptors=sum(map(descriptors, pids), Counter()),
-            status=status,
-        )
+
+        def look() -> Rest:
+            opened = sum(map(descriptors, pids), Counter[str]())
+            return Rest(sum(map(private_bytes, pids)), opened, status)
+
+        ends_s = time.monotonic() + HANG_UP_S
+        while before is None or look().descriptors.total() > before.descriptors.total():
+            time.sleep(HANG_UP_S / 10)
+            if time.monotonic() > ends_s:
+                break
+        return look()
 
     def _is_idle(self) -> bool:
         status = self._daemon.ask(admin.Status())
@@ -202,7 +208,7 @@ def measure(seconds: float, seed: int, folder: Path) -> dict[str, float | int]:
             before = soak.rest()
         with timed("soaking"):
             second = soak.run(seconds - warm_up_s, 2 * seed + 1)
-            after = soak.rest()
+            after = soak.rest(before)
         daemon.check()
     if grown := after.descriptors - before.descriptors:
         say(f"  more descriptors: {dict(grown)}")

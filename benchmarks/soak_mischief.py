@@ -78,10 +78,19 @@ class Settings:
         self._path = path
         self._good = path.read_text()
 
-    def write_good(self, *, prefetch: bool, max_waiting: int = 1000) -> None:
-        flag = str(prefetch).lower()
-        text = self._good.replace("prefetch = true", f"prefetch = {flag}")
-        self._path.write_text(f"{text}\n[queue]\nmax_waiting = {max_waiting}\n")
+    def write_calm(self) -> None:
+        """Nothing is loaded that nobody has asked for."""
+        self._write(prefetch="false")
+
+    def write_good(self, dice: random.Random) -> None:
+        policy = f"lookahead = {dice.randint(0, 6)}"
+        if dice.random() < 0.5:
+            policy += f"\npause_priority = {dice.choice([0, 1])}"
+        self._write(prefetch=dice.choice(["true", "false"]), policy=policy)
+
+    def _write(self, *, prefetch: str, policy: str = "lookahead = 4") -> None:
+        text = self._good.replace("prefetch = true", f"prefetch = {prefetch}")
+        self._path.write_text(text.replace("lookahead = 4", policy))
 
     def write_bad(self, dice: random.Random) -> None:
         spoilt = ["[nobody]\nx = 1\n", "[queue]\nmax_waiting = -1\n", "[queue\n", "\0", "[device]\n"]
@@ -156,9 +165,7 @@ class Mischief:
     # -- the operator ----------------------------------------------------------------------------------------
 
     def _reload_good(self) -> None:
-        self._settings.write_good(
-            prefetch=self._dice.random() < 0.5, max_waiting=self._dice.randint(100, 1000)
-        )
+        self._settings.write_good(self._dice)
         self._daemon.ask(admin.Reload())
 
     def _reload_bad(self) -> None:
