@@ -164,7 +164,7 @@ class Soak:
         return verdict
 
     def rest(self, before: Rest | None = None) -> Rest:
-        """Bring the daemon to rest and look at it, once it has closed what others have; at the latest soon."""
+        """Bring the daemon to rest and look at it, once it has closed what others have, or soon."""
         self._settings.write_calm()
         self._daemon.ask(admin.Reload())
         poll(self._daemon, self._is_idle, "nothing is open")

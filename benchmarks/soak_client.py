@@ -19,7 +19,7 @@ import msgspec
 
 from understudy import AsyncClient
 from understudy.errors import UnderstudyError
-from understudy.wire import Failed, Finished, Generate, WireError, decode_reply, decode_request
+from understudy.wire import Cancel, Failed, Finished, Generate, WireError, decode_reply, decode_request
 
 WORKERS = 3
 ASKS_PER_LIFE = 12
@@ -76,7 +76,10 @@ def entries(path: Path) -> list[Entry]:
 
 
 class Ears:
-    """Counts on the wire what was asked and what was answered, by id: no asking has more than one answer."""
+    """Counts on the wire what was asked and what was answered, by id: no asking has more than one answer.
+
+    Asked for again, by a client that hears nothing or takes back what has just been done, it is said again.
+    """
 
     def __init__(self, client: Any, journal: Journal) -> None:
         self._journal = journal
@@ -89,7 +92,7 @@ class Ears:
     def _say(self) -> Any:
         outgoing = self._take()
         for header, *_ in outgoing:
-            if isinstance(message := decode_request(header), Generate):
+            if isinstance(message := decode_request(header), Generate | Cancel):
                 self._asked[message.id] += 1
         return outgoing
 
