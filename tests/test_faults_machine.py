@@ -44,10 +44,9 @@ def test_a_full_disk(family: Family, tmp_path: Path) -> None:
     within = on_a_small_disk(disk, family.store, free_bytes=MIB)
     with running_daemon(disk, tmp_path / "run", within=within, **more) as daemon:
         store = Path(f"/proc/{daemon.process.pid}/root") / disk.relative_to("/")
-        halved = Family(
-            disk, family.folders | {"new": family.folders["sd-c"]}, family.dtypes | {"new": "fp16"}
-        )
-        add = admin.Add(name="new", source=str(family.folders["sd-c"]), dtype="fp16")
+        source = family.folders["sd-c"]
+        grown = Family(disk, family.folders | {"new": source}, family.dtypes | {"new": "fp16"})
+        add = admin.Add(name="new", source=str(source), dtype="fp16")
         before = listing(store)
         with pytest.raises(admin.AdminError, match="free") as refused:
             daemon.ask(add, timeout_s=120.0)
