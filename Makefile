@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
-  bench-restart bench-ingest bench-lora bench-lora-serve fuzz \
+  bench-restart bench-ingest bench-lora bench-lora-serve bench-soak fuzz \
   gpu-check docs-models docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -55,6 +55,9 @@ bench-lora: $(STAMP)  ## a LoRA folded, beside diffusers' load, fuse and unfuse
 
 bench-lora-serve: $(STAMP)  ## 300 adapters over 3 bases, room for 20 overlays
 	@$(BIN)/python -m benchmarks.lora_serve --json
+
+bench-soak: $(STAMP)  ## two minutes of everything at once, and much of it wrong
+	@$(BIN)/python -m benchmarks.soak --json
 
 fuzz: $(STAMP)  ## a million hostile frames beside a client that gets every answer
 	@$(BIN)/python -m benchmarks.fuzz --json

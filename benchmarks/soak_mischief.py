@@ -5,9 +5,7 @@ answers is part of the test: an answer that is not expected ends the soak.
 """
 
 import contextlib
-import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -18,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kit import DaemonProcess
+from benchmarks.soak_loaders import Strikes
 from benchmarks.soak_scene import GUEST, GUEST_BASE, GUEST_LORA, Scene
 from understudy import admin
 
-HICCUP_S = 0.3
-BETWEEN_ACTS_S = (0.1, 1.0)
+BETWEEN_ACTS_S = (0.1, 1.5)
 BETWEEN_CHANGES_S = (0.2, 2.0)
 FAREWELL_S = 60.0
 ADD_S = 120.0
-MAX_SPARED = 2
 
 
 class Crowd:
@@ -108,12 +105,12 @@ class Mischief:
         self._settings = settings
         self._models = models
         self._dice = random.Random(seed)
-        self._struck: list[str] = []
+        self._strikes = Strikes(daemon, self._dice)
         self.done: Counter[str] = Counter()
         self._acts: Mapping[Callable[[], None], int] = {
-            self._kill_loader: 8,
-            self._freeze_loader: 2,
-            self._disturb_loader: 2,
+            self._strikes.kill_loader: 6,
+            self._strikes.freeze_loader: 2,
+            self._strikes.disturb_loader: 2,
             self._kill_client: 3,
             self._reload_good: 2,
             self._reload_bad: 2,
@@ -125,6 +122,7 @@ class Mischief:
     def act(self) -> None:
         """One more."""
         (chosen,) = self._dice.choices(list(self._acts), list(self._acts.values()))
+        self._strikes.observe()
         chosen()
         self.done[chosen.__name__.removeprefix("_")] += 1
 
@@ -132,37 +130,8 @@ class Mischief:
         """Until the next one."""
         return self._dice.uniform(*BETWEEN_ACTS_S)
 
-    # -- processes -------------------------------------------------------------------------------------------
-
-    def _signal_loader(self, *numbers: signal.Signals) -> None:
-        """One of those that live. Loads that were struck last are spared: a blob whose loads kill three
-        loaders in a row is given up, and rightly so.
-        """
-        rows = [row for row in self._daemon.ask(admin.Loaders()) if row["pid"] and row["state"] != "lost"]
-        rows = [row for row in rows if not row["load"] or row["load"] not in self._struck]
-        if not rows:
-            return
-        row = self._dice.choice(rows)
-        self._struck = [*self._struck, row["load"]][-MAX_SPARED:] if row["load"] else self._struck
-        for nth, number in enumerate(numbers):
-            if nth:
-                time.sleep(HICCUP_S)
-            with contextlib.suppress(ProcessLookupError):  # it was replaced meanwhile
-                os.kill(row["pid"], number)
-
-    def _kill_loader(self) -> None:
-        self._signal_loader(signal.SIGKILL)
-
-    def _freeze_loader(self) -> None:
-        self._signal_loader(signal.SIGSTOP)
-
-    def _disturb_loader(self) -> None:
-        self._signal_loader(signal.SIGSTOP, signal.SIGCONT)
-
     def _kill_client(self) -> None:
         self._crowd.kill_one(self._dice)
-
-    # -- the operator ----------------------------------------------------------------------------------------
 
     def _reload_good(self) -> None:
         self._settings.write_good(self._dice)

@@ -5,6 +5,7 @@ torch is imported where it is used, so that the rest can be read and tested with
 
 import copy
 import io
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -58,7 +59,7 @@ def set_scene(folder: Path) -> Scene:
     staying = {name: made for name, made in family.loras.items() if name != GUEST_LORA}
     with timed("ingest"):
         stock(PLAN, folder / "store", Family(dict(family.bases) | others, staying))
-    with timed("reference images by diffusers"):
+    with timed("reference images by diffusers"), warnings.catch_warnings(action="ignore"):
         wishes = list(_wishes(family, others, guests))
     store = Store.open(folder / "store", writable=False)
     blobs = [
