@@ -1,4 +1,4 @@
-"""The table of faults in the operations page is true: its tests exist, and loaders are killed at every point."""
+"""The table of faults in the operations page: its tests exist, and loaders are killed at every point."""
 
 import ast
 import re
