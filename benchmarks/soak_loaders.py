@@ -5,6 +5,7 @@ struck is spared until one of that name has begun and ended well since.
 """
 
 import contextlib
+import math
 import os
 import random
 import signal
@@ -55,10 +56,9 @@ class Strikes:
             if row["pid"] in self._frozen and row["load"]:
                 self._struck_at_s[row["load"]] = now_s
         if self._struck_at_s:
-            spans = self._daemon.ask(admin.Trace(seconds=TRACE_S))["spans"]
-            for span in spans:
+            for span in self._daemon.ask(admin.Trace(seconds=TRACE_S))["spans"]:
                 name = span["name"].partition(" (")[0]
-                if span["start_s"] > self._struck_at_s.get(name, now_s):
+                if span["start_s"] > self._struck_at_s.get(name, math.inf):
                     del self._struck_at_s[name]
         return rows
 

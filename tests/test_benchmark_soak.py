@@ -13,7 +13,7 @@ WISHES = [
 
 
 def test_everything_at_once_and_nothing_lost(capsys: pytest.CaptureFixture[str]) -> None:
-    status = soak.main(["--seconds", "10", "--json"])
+    status = soak.main(["--seconds", "6", "--json"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(found) == [
         "requests",
