@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
-  bench-restart bench-ingest bench-lora bench-lora-serve bench-observe fuzz \
+  bench-restart bench-ingest bench-lora bench-lora-serve bench-soak bench-observe fuzz \
   gpu-check docs-models docs-policy docs-configuration docs-observability clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -58,6 +58,9 @@ bench-lora-serve: $(STAMP)  ## 300 adapters over 3 bases, room for 20 overlays
 
 bench-observe: $(STAMP)  ## what timeline and metrics cost
 	@$(BIN)/python -m benchmarks.observe --json
+
+bench-soak: $(STAMP)  ## two minutes of everything at once, and much of it wrong
+	@$(BIN)/python -m benchmarks.soak --json
 
 fuzz: $(STAMP)  ## a million hostile frames beside a client that gets every answer
 	@$(BIN)/python -m benchmarks.fuzz --json

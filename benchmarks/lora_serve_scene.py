@@ -199,7 +199,7 @@ def paint_references(requests: Sequence[Request], family: Family) -> tuple[dict[
         for model, wishes in by_model.items():
             pipeline.unet = copy.deepcopy(plain)
             _, adapters = parse_name(model) or ("", ())
-            _fuse(pipeline, adapters, family)
+            fuse(pipeline, adapters, family)
             for one, request in wishes.items():
                 image = baseline.paint(pipeline, request)
                 hashes[one] = sha256(image.convert("RGB").tobytes()).hexdigest()
@@ -207,7 +207,8 @@ def paint_references(requests: Sequence[Request], family: Family) -> tuple[dict[
     return hashes, statistics.mean(times_s)
 
 
-def _fuse(pipeline: Any, adapters: Sequence[Adapter], family: Family) -> None:
+def fuse(pipeline: Any, adapters: Sequence[Adapter], family: Family) -> None:
+    """Into the pipeline's UNet, by diffusers."""
     for adapter in adapters:
         pipeline.load_lora_weights(str(family.loras[adapter.name][1]), adapter_name=adapter.name)
     if adapters:

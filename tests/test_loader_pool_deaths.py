@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -87,6 +88,25 @@ def test_frozen_is_declared_dead_within_three_seconds(blob: Blob) -> None:
             assert "silent" in lost.reason
             await kit.first(LoaderReaped)
             await kit.until(lambda: len(kit.of(LoaderReady)) == 2)
+
+    run(scenario())
+
+
+def test_when_everything_stood_still_nobody_is_dead(blob: Blob) -> None:
+    """A machine that was suspended, or was too busy: the daemon goes on a moment before its loader does."""
+
+    async def scenario() -> None:
+        async with running_pool(dead_after_s=0.4) as kit:
+            loader_id = (await kit.first(LoaderReady)).loader_id
+            pid = kit.status().pid
+            os.kill(pid, signal.SIGSTOP)
+            threading.Event().wait(0.8)
+            asyncio.get_running_loop().call_later(0.02, os.kill, pid, signal.SIGCONT)
+            kit.pool.start_load(loader_id, blob.task())
+            await kit.first(LoadFinished)
+            assert kit.status().restarts == 0 and not kit.of(LoaderLost)
+            os.kill(pid, signal.SIGSTOP)
+            assert "silent" in (await kit.first(LoaderLost)).reason, "and who is dead is dead"
 
     run(scenario())
 

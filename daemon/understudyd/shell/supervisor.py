@@ -30,6 +30,7 @@ __all__ = ["LoaderPool", "LoaderSettings", "LoaderState", "LoaderStatus", "LoadT
 _log = logging.getLogger(__name__)
 
 _KILLED_WITHIN_S = 10.0
+_LAST_CALL_S = 0.2  # the whole machine may have stood still, and the loader a moment longer
 
 
 class LoaderPool:
@@ -254,6 +255,10 @@ class LoaderPool:
         nap_s = min(ends_at_s - now_s, settings.dead_after_s)
         if nap_s <= 0 and loader.end.is_thread and now_s > due_at_s + settings.heartbeat_s:
             nap_s = 2 * settings.heartbeat_s  # what held up this thread may have held up that one
+        elif nap_s <= 0 and not loader.is_on_notice:
+            nap_s, loader.is_on_notice = _LAST_CALL_S, True
+        elif nap_s > 0:
+            loader.is_on_notice = False
         if nap_s <= 0:
             self._lose(loader, reason)
         else:
