@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,22 @@ from benchmarks.raw_reads import RawReader
 from understudyd.shell.memory import CpuArena, memory_available_bytes
 from understudyd.store.safetensors_file import read_header
 
-ROUNDS, COLD_ROUNDS = 5, 3
 OURS, RAW = "understudy", "raw"
+PAIRS = 4
 _SHARE_OF_MEMORY = 3.5  # arena, page cache, a peer's copy and its work, in sizes of the file
+_SDXL_BYTES = 5_140_000_000
 _READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`python` has the `peers`; `narrow` UNets are for tests."""
+
+    peers: tuple[str, ...] = tuple(PEERS)
+    python: str = sys.executable
+    narrow: bool = False
+    rounds: int = 5
+    cold_rounds: int = 3
 
 
 class WrongBytes(Exception):
@@ -60,17 +72,21 @@ class Contestant:
 
 
 class PeerProcess:
-    """A peer in a process of its own. `absent` says why there is none."""
+    """A peer in a process of its own, there after `wait_ready`; or `absent`, for this reason."""
 
     def __init__(self, name: str, scene: Scene, python: str) -> None:
         self.name = name
+        self.file = scene.file
+        self.absent: str | None = None
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.load_peers", name, str(scene.folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+
+    def wait_ready(self) -> None:
         said = self._answer()
-        self.absent: str | None = said.get("absent")
-        self.file = Path(said.get("file", scene.file))
+        self.absent = said.get("absent")
+        self.file = Path(said.get("file", self.file))
 
     def load(self, expected: str) -> float:
         """One load; seconds. Raises `WrongBytes`."""
@@ -156,14 +172,22 @@ def contestants(source: Source, scene: Scene, peers: list[PeerProcess]) -> Itera
 
 
 def rates(
-    all_: Mapping[str, Contestant], size_bytes: int, rounds: int, before: Callable[[Path], None]
+    all_: Mapping[str, Contestant],
+    size_bytes: int,
+    rounds: int,
+    before: Callable[[Path], None],
+    pairs: int = 1,
 ) -> dict[str, float]:
-    """The median of each in GB/s; who comes first changes from round to round."""
-    names = list(all_)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    """The median of each in GB/s; who comes first changes from round to round.
+
+    Ours and the limit take a tenth of the others' time: they meet `pairs` times a round, in turns.
+    """
+    others = [name for name in all_ if name not in (OURS, RAW)]
+    order = [*[OURS, RAW, RAW, OURS][: 2 * min(pairs, 2)] * max(1, pairs // 2), *others]
+    found: dict[str, list[float]] = {name: [] for name in all_}
     for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        turn = number % len(order)
+        for name in order[turn:] + order[:turn]:
             before(all_[name].file)
             found[name].append(size_bytes / 1e9 / all_[name].load())
     return {name: statistics.median(each) for name, each in found.items()}
@@ -184,27 +208,31 @@ def summary(found: Mapping[str, float]) -> dict[str, Any]:
 
 
 def measure(
-    architecture: str, work: Path, python: str, *, quick: bool, only: list[str] | None = None
+    architecture: str, work: Path, plan: Plan
 ) -> dict[str, Any]:
     """Warm and cold figures of one UNet."""
-    source, scene = write_unet(architecture, work, narrow=quick)
+    source, scene = write_unet(architecture, work, narrow=plan.narrow)
     say(f"{architecture}: one UNet of {source.size_bytes / 1e9:.2f} GB")
     with contextlib.ExitStack() as stack:
         peers = []
-        for name in PEERS if only is None else only:
-            peers.append(PeerProcess(name, scene, python))
+        for name in plan.peers:
+            peers.append(PeerProcess(name, scene, plan.python))
             stack.callback(peers[-1].close)
+        with timed("peers are there"):
+            for peer in peers:
+                peer.wait_ready()
         absent = {peer.name: peer.absent for peer in peers if peer.absent is not None}
         for name, why in absent.items():
             say(f"  {name} is absent: {why}")
         there = [peer for peer in peers if peer.absent is None]
         all_ = stack.enter_context(contestants(source, scene, there))
-        for one in all_.values():
-            one.load()  # what is done once a process is no part of a load
+        with timed("once each"):  # what is done once a process is no part of a load
+            for one in all_.values():
+                one.load()
         with timed("warm"):
-            warm = rates(all_, source.size_bytes, 2 if quick else ROUNDS, read_pages)
+            warm = rates(all_, source.size_bytes, plan.rounds, read_pages, PAIRS)
         with timed("cold"):
-            cold = rates(all_, source.size_bytes, 1 if quick else COLD_ROUNDS, drop_pages)
+            cold = rates(all_, source.size_bytes, plan.cold_rounds, drop_pages)
     rows = [[name, f"{rate:.2f}", f"{cold[name]:.2f}"] for name, rate in warm.items()]
     show_table(f"{architecture} UNet, GB/s", ["", "warm", "cold"], rows)
     return summary(warm) | {"cold": summary(cold), "absent": absent}
@@ -226,6 +254,11 @@ def write_unet(architecture: str, work: Path, *, narrow: bool) -> tuple[Source, 
     return Source(scene.file, random_blob(scene.file, model.signatures["unet"])), scene
 
 
+def in_a_folder(architecture: str, plan: Plan) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(architecture, Path(folder), plan)
+
+
 def has_room_for(size_bytes: int) -> bool:
     return memory_available_bytes() > _SHARE_OF_MEMORY * size_bytes
 
@@ -238,18 +271,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peer", action="append", choices=list(PEERS), help="only this one (repeatable)")
     parser.add_argument("--sdxl", action=argparse.BooleanOptionalAction, help="SDXL too; default: if it fits")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(
-            "sd15", Path(folder), options.peers_python, quick=options.quick, only=options.peer
-        )
-    sdxl_fits = has_room_for(5_140_000_000) and not options.quick
-    if options.sdxl or (options.sdxl is None and sdxl_fits):
-        with tempfile.TemporaryDirectory() as folder:
-            found["sdxl"] = measure(
-                "sdxl", Path(folder), options.peers_python, quick=options.quick, only=options.peer
-            )
+    plan = Plan(tuple(options.peer or PEERS), options.peers_python)
+    if options.quick:
+        plan = replace(plan, narrow=True, rounds=2, cold_rounds=1)
+    found = in_a_folder("sd15", plan)
+    if options.sdxl or (options.sdxl is None and not options.quick and has_room_for(_SDXL_BYTES)):
+        found["sdxl"] = in_a_folder("sdxl", plan)
     elif not options.quick:
-        say(f"no SDXL: {memory_available_bytes() / 2**30:.1f} GiB are free")
+        say(f"no SDXL: {memory_available_bytes() / 2**30:.1f} GiB of memory are free")
     if options.json:
         json_line(found)
 
