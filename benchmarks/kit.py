@@ -26,6 +26,7 @@ __all__ = [
     "timed",
 ]
 
+
 def json_line(document: Mapping[str, Any], out: TextIO | None = None) -> None:
     """The last line of a benchmark: one JSON object, floats to four decimals."""
     print(json.dumps(rounded(document)), file=out, flush=True)

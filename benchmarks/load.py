@@ -9,12 +9,12 @@ The UNet of Stable Diffusion 1.5 in fp16 (1.72 GB), and SDXL's (5.14 GB) where m
   says. One that is not installed is absent: `pip install '.[peers]'`, or name a Python that has them.
 * mapped: beside the peers, what leaves weights behind a mapping of the file. They do not stay: not compared.
 
-Warm: the file is read once before each load. Cold: its pages are dropped from the page cache. All take turns, so
-that all meet the same machine. What arrived is compared after every load, by checksum; memory is blanked
+Warm: the file is read once before each load. Cold: its pages are dropped from the page cache. All take turns,
+so that all meet the same machine. What arrived is compared after every load, by checksum; memory is blanked
 before. Rates are medians in GB (1e9 bytes) per second.
 
-Expected before the first run: as the hand-over benchmark, 0.98 of raw. Peers that allocate pay for their pages, 0.3 s
-a GB: 3 GB/s at most, a ratio of 5. Cold, all are as fast as the disk.
+Expected before the first run: as the hand-over benchmark, 0.98 of raw. Peers that allocate pay for their
+pages, 0.3 s a GB: 3 GB/s at most, a ratio of 5. Cold, all are as fast as the disk.
 """
 
 import argparse
@@ -207,9 +207,7 @@ def summary(found: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def measure(
-    architecture: str, work: Path, plan: Plan
-) -> dict[str, Any]:
+def measure(architecture: str, work: Path, plan: Plan) -> dict[str, Any]:
     """Warm and cold figures of one UNet."""
     source, scene = write_unet(architecture, work, narrow=plan.narrow)
     say(f"{architecture}: one UNet of {source.size_bytes / 1e9:.2f} GB")

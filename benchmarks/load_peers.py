@@ -59,7 +59,7 @@ class Peer:
 
 
 def _safetensors(scene: Scene) -> Tensors:
-    """`load_file` gives views of a mapped file; what shall stay is copied out of it, as `.to(device)` would."""
+    """`load_file` gives views of a mapped file: what shall stay is copied, as `.to(device)` would."""
     from safetensors.torch import load_file
 
     return {name: tensor.clone() for name, tensor in load_file(scene.file).items()}

@@ -1,15 +1,15 @@
 """What the daemon adds to a request: `python -m benchmarks.wire [--json] [--quick]`.
 
-A pipeline that makes nothing is asked for an image through client, front end, core, stage and back, one request
-after the other, by a client in a process of its own; over ipc and over tcp. Beside it, in turns, two processes
-throw a message of the same size back and forth with plain pyzmq.
+A pipeline that makes nothing is asked for an image through client, front end, core, stage and back, one
+request after the other, by a client in a process of its own; over ipc and over tcp. Beside it, in turns, two
+processes throw a message of the same size back and forth with plain pyzmq.
 
-Then what the front end's work does to the stage: a pipeline whose steps are mostly the interpreter's runs alone, and
-beside 1,000 waiting requests to which 500 a second are added (the oldest is taken back for each), while other
-models are loaded and their views are built (`interference`).
+Then what the front end's work does to the stage: a pipeline whose steps are mostly the interpreter's runs
+alone, and beside 1,000 waiting requests to which 500 a second are added (an old one is taken back for each),
+while other models are loaded and their views are built (`interference`).
 
-Expected before the first run, on two cores: raw 0.1 ms; ours five wake-ups of threads and processes and 0.2 ms of
-Python, 0.5 ms; 1,000 requests a second. Steps 5 % slower, for the interpreter is the loop's for a tenth of the time.
+Expected before the first run, on two cores: raw 0.1 ms; ours five wake-ups of threads and processes and 0.2 ms
+of Python, 0.5 ms; 1,000 requests a second. Steps 5 % slower: the loop has the interpreter a tenth of the time.
 """
 
 import argparse
@@ -39,8 +39,9 @@ WAITING, PER_S = 1000, 500
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of everything: `rounds` of `count` requests, `images` large ones, `steps` of the other pipeline
-    beside as many `loads`, each `interference_rounds` times."""
+    """How much of everything: `rounds` of `count` requests, `images` large ones; `steps` of the other pipeline
+    beside so many `loads`, `interference_rounds` times.
+    """
 
     rounds: int = 5
     count: int = 600
@@ -52,7 +53,7 @@ class Plan:
 
 
 class Process:
-    """One of `wire_client`'s; `ask` gives it a line and waits for its answer, None from one that has ended."""
+    """One of `wire_client`'s; `ask` gives it a line and waits for its answer."""
 
     def __init__(self, *arguments: str) -> None:
         self._process = subprocess.Popen(
@@ -175,7 +176,8 @@ def _start_steps(client: Client, steps: int) -> Handle:
 def steps_s(handle: Handle) -> "np.ndarray[Any, np.dtype[np.float64]]":
     """The moments at which steps ended, on the clock that this process has too."""
     (payload,) = handle.result().images
-    return np.frombuffer(payload, np.float64)
+    at_s: np.ndarray[Any, np.dtype[np.float64]] = np.frombuffer(payload, np.float64)
+    return at_s
 
 
 def _load(scene: Scene, names: Iterable[str], is_over: Callable[[], bool]) -> int:

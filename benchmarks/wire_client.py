@@ -19,6 +19,7 @@ from understudy.errors import Cancelled
 RAW_REQUEST, RAW_REPLY = b"q" * 200, [b"a" * 300]
 _PING_EVERY_S = 0.02
 _BURST_S = 0.005
+_ON_DECK = 4  # the first in line stay: whom the stage has chosen already is no waiting request
 
 
 async def latency(endpoint: str, model: str) -> None:
@@ -89,7 +90,7 @@ def raw_server(*endpoints: str) -> None:
 
 
 async def flood(endpoint: str, model: str) -> None:
-    """`{"waiting", "per_s"}`: so many requests wait, then so many come a second, each for the oldest one.
+    """`{"waiting", "per_s"}`: so many requests wait, then so many come a second, each for an old one.
 
     Answers when the first ones wait; at the next line ends, and says how many came a second and were refused.
     """
@@ -111,7 +112,8 @@ async def flood(endpoint: str, model: str) -> None:
                 await asyncio.sleep(_BURST_S)
                 due = int((time.perf_counter() - started_s) * order["per_s"])
                 while count < due:
-                    line.popleft().cancel()
+                    line[_ON_DECK].cancel()
+                    del line[_ON_DECK]
                     await add()
                     count += 1
             elapsed_s = time.perf_counter() - started_s

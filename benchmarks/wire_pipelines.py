@@ -33,10 +33,10 @@ class Nothing(CustomPipeline):
 
 
 class Steps(CustomPipeline):
-    """Denoises with a narrow UNet of Stable Diffusion 1.5: as many modules as the real one, little arithmetic.
+    """A narrow UNet of Stable Diffusion 1.5: as many modules as the real one, little arithmetic.
 
-    So most of a step is the interpreter's, as it is where a GPU computes: what disturbs it shows. The "picture" is
-    the moments at which steps ended, `time.perf_counter()`: one line of grey pixels, eight to a float64.
+    So most of a step is the interpreter's, as it is where a GPU computes: what disturbs it shows. The picture
+    is the moments at which steps ended, `time.perf_counter()`: a line of grey pixels, eight to a float64.
     """
 
     @classmethod

@@ -13,7 +13,7 @@ old one's cancelled requests still say cannot answer the new one's.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from understudy.wire import (
     Accepted,
@@ -48,6 +48,8 @@ from understudyd.shell.work_room import WorkRoom, work_asked
 _log = logging.getLogger(__name__)
 
 _RETRY_S = 0.02
+_HINT_DELAY_S = 0.002
+"""So long `Accepted` and `Progress` wait for something newer: sending one costs more than admitting does."""
 _SWEEP_S = 1.0
 _PEEK_BYTES = 1024 * 1024
 _ENTRIES_PER_FRAME = 512
@@ -89,6 +91,8 @@ class Frontend:
         self._by_name: dict[str, Client] = {}
         self._users = UserBook()
         self._blocked: set[str] = set()
+        self._hinted: set[str] = set()
+        self._hint_timer: asyncio.TimerHandle | None = None
         self._serial = 0
         self._input_room = InputRoom(limits.max_open_input_bytes, limits.max_all_input_bytes)
         self._work_room = WorkRoom(limits.max_open_work)
@@ -130,7 +134,7 @@ class Frontend:
 
     def close(self, linger_s: float = 0.0) -> None:
         """Stop listening. Answers given to the socket may still leave for `linger_s`, which blocks."""
-        for timer in (self._retry, self._sweep_timer):
+        for timer in (self._retry, self._sweep_timer, self._hint_timer):
             if timer is not None:
                 timer.cancel()
         if self._router is not None:
@@ -165,9 +169,9 @@ class Frontend:
         match reply:
             case Accepted():
                 known.open[reply.id] = reply
-                known.outbox.put_hint(reply.id, "accepted", (encode(reply),), now)
+                self._hint(known, "accepted", reply)
             case Progress():
-                known.outbox.put_hint(reply.id, "progress", (encode(reply),), now)
+                self._hint(known, "progress", reply)
             case Finished() | Failed():
                 del known.open[reply.id]
                 self._users.closed(known.user)
@@ -175,9 +179,9 @@ class Frontend:
                 self.counters.answered += 1
                 frames = answer_frames(reply, payload)
                 known.outbox.put_answer(reply.id, ("accepted", "progress"), frames, now)
+                self._flush(known, hints=False)
             case Pong() | ModelList():
                 raise AssertionError(f"the front end answers this itself: {reply}")
-        self._flush(known)
 
     # -- from the socket ------------------------------------------------------------------------------------
 
@@ -212,7 +216,7 @@ class Frontend:
             case Ping(id=request_id):
                 pong = encode(Pong(id=request_id, daemon=self._daemon_id))
                 client.outbox.put_hint(request_id, "pong", (pong,), self._clock())
-        self._flush(client)
+        self._flush(client, hints=isinstance(request, Ping))
 
     def _generate(self, client: Client, request: Generate, payload: Sequence[bytes]) -> None:
         request_id = request.id
@@ -251,7 +255,7 @@ class Frontend:
         """A request that is known already: say again what was said last."""
         if request_id in client.open:
             if (accepted := client.open[request_id]) is not None:
-                client.outbox.put_hint(request_id, "accepted", (encode(accepted),), self._clock())
+                self._hint(client, "accepted", accepted)
         elif client.outbox.is_answered(request_id):
             client.outbox.repeat(request_id, self._clock())
         else:
@@ -293,11 +297,22 @@ class Frontend:
         client.heard_at_s = self._clock()
         return client
 
-    def _flush(self, client: Client) -> None:
+    def _hint(self, client: Client, kind: str, hint: Accepted | Progress) -> None:
+        """Have it sent soon, unless something newer comes first."""
+        client.outbox.put_hint(hint.id, kind, (encode(hint),), self._clock())
+        self._hinted.add(client.name)
+        if self._hint_timer is None:
+            self._hint_timer = self._loop.call_later(_HINT_DELAY_S, self._flush_hinted)
+
+    def _flush_hinted(self) -> None:
+        hinted, self._hinted, self._hint_timer = self._hinted, set(), None
+        self._flush_each(hinted)
+
+    def _flush(self, client: Client, *, hints: bool = True) -> None:
         """Give the socket what it takes, then hold the cap."""
         if self._router is None or client.name not in self._by_name:
             return
-        while (frames := client.outbox.head) is not None:
+        while (hints or client.outbox.has_replies) and (frames := client.outbox.head) is not None:
             sent = self._router.send(client.identity, frames)
             if sent is Sent.GONE:
                 self._gone(client, "it cannot be reached")
@@ -329,7 +344,10 @@ class Frontend:
 
     def _flush_blocked(self) -> None:
         blocked, self._blocked = self._blocked, set()
-        for name in blocked:
+        self._flush_each(blocked)
+
+    def _flush_each(self, names: Iterable[str]) -> None:
+        for name in names:
             if (client := self._by_name.get(name)) is not None:
                 self._flush(client)
 

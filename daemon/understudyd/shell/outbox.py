@@ -84,6 +84,11 @@ class Outbox:
         return item.frames if item else None
 
     @property
+    def has_replies(self) -> bool:
+        """The head is an answer or a notice."""
+        return bool(self._replies)
+
+    @property
     def waiting_since_s(self) -> float | None:
         """When the head was queued."""
         item = next(iter(self._replies.values()), None) or next(iter(self._hints.values()), None)
