@@ -8,8 +8,8 @@ Then what the front end's work does to the stage: a pipeline whose steps are mos
 alone, and beside 1,000 waiting requests to which 500 a second are added (an old one is taken back for each),
 while other models are loaded and their views are built (`interference`).
 
-Expected before the first run, on two cores: raw 0.1 ms; ours five wake-ups of threads and processes and 0.2 ms
-of Python, 0.5 ms; 1,000 requests a second. Steps 5 % slower: the loop has the interpreter a tenth of the time.
+Expected before the first run, on two cores: raw 0.1 ms; ours five wake-ups of threads and 0.2 ms of Python,
+0.5 ms; 1,000 requests a second. Steps 5 % slower: the loop has the interpreter for a tenth of the time.
 """
 
 import argparse
@@ -39,8 +39,8 @@ WAITING, PER_S = 1000, 500
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of everything: `rounds` of `count` requests, `images` large ones; `steps` of the other pipeline
-    beside so many `loads`, `interference_rounds` times.
+    """How much of everything: `rounds` of `count` requests, `images` large ones; `steps` of the other
+    pipeline beside so many `loads`, `interference_rounds` times.
     """
 
     rounds: int = 5

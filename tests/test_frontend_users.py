@@ -79,7 +79,7 @@ def test_who_goes_makes_room_for_who_stays(tmp_path: Path) -> None:
             one.send(request("a"))
             one.send(request("b"))
             served.sink.wait_for(lambda sink: len(sink.submitted) == 2)
-        served.call(lambda: served.frontend._gone(served.frontend._by_identity[b"one"], "a test"))
+            served.call(lambda: served.frontend._gone(served.frontend._by_identity[b"one"], "a test"))
         two.send(request("c"))
         assert two.receive_until(Accepted).id == "c"
         assert served.call(lambda: len(served.frontend._users)) == 1

@@ -12,8 +12,9 @@ old one's cancelled requests still say cannot answer the new one's.
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from understudy.wire import (
     Accepted,
@@ -50,6 +51,7 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 0.02
 _HINT_DELAY_S = 0.002
 """So long `Accepted` and `Progress` wait for something newer: sending one costs more than admitting does."""
+_NO_HINTS = -math.inf
 _SWEEP_S = 1.0
 _PEEK_BYTES = 1024 * 1024
 _ENTRIES_PER_FRAME = 512
@@ -91,8 +93,6 @@ class Frontend:
         self._by_name: dict[str, Client] = {}
         self._users = UserBook()
         self._blocked: set[str] = set()
-        self._hinted: set[str] = set()
-        self._hint_timer: asyncio.TimerHandle | None = None
         self._serial = 0
         self._input_room = InputRoom(limits.max_open_input_bytes, limits.max_all_input_bytes)
         self._work_room = WorkRoom(limits.max_open_work)
@@ -134,7 +134,7 @@ class Frontend:
 
     def close(self, linger_s: float = 0.0) -> None:
         """Stop listening. Answers given to the socket may still leave for `linger_s`, which blocks."""
-        for timer in (self._retry, self._sweep_timer, self._hint_timer):
+        for timer in (self._retry, self._sweep_timer):
             if timer is not None:
                 timer.cancel()
         if self._router is not None:
@@ -179,7 +179,7 @@ class Frontend:
                 self.counters.answered += 1
                 frames = answer_frames(reply, payload)
                 known.outbox.put_answer(reply.id, ("accepted", "progress"), frames, now)
-                self._flush(known, hints=False)
+                self._flush(known, _NO_HINTS)
             case Pong() | ModelList():
                 raise AssertionError(f"the front end answers this itself: {reply}")
 
@@ -216,7 +216,7 @@ class Frontend:
             case Ping(id=request_id):
                 pong = encode(Pong(id=request_id, daemon=self._daemon_id))
                 client.outbox.put_hint(request_id, "pong", (pong,), self._clock())
-        self._flush(client, hints=isinstance(request, Ping))
+        self._flush(client, math.inf if isinstance(request, Ping) else _NO_HINTS)
 
     def _generate(self, client: Client, request: Generate, payload: Sequence[bytes]) -> None:
         request_id = request.id
@@ -299,20 +299,19 @@ class Frontend:
 
     def _hint(self, client: Client, kind: str, hint: Accepted | Progress) -> None:
         """Have it sent soon, unless something newer comes first."""
-        client.outbox.put_hint(hint.id, kind, (encode(hint),), self._clock())
-        self._hinted.add(client.name)
-        if self._hint_timer is None:
-            self._hint_timer = self._loop.call_later(_HINT_DELAY_S, self._flush_hinted)
+        now = self._clock()
+        client.outbox.put_hint(hint.id, kind, (encode(hint),), now)
+        self._loop.call_later(_HINT_DELAY_S, self._flush_hints, client.name, now)
 
-    def _flush_hinted(self) -> None:
-        hinted, self._hinted, self._hint_timer = self._hinted, set(), None
-        self._flush_each(hinted)
+    def _flush_hints(self, name: str, until_s: float) -> None:
+        if (client := self._by_name.get(name)) is not None:
+            self._flush(client, until_s)
 
-    def _flush(self, client: Client, *, hints: bool = True) -> None:
+    def _flush(self, client: Client, hints_until_s: float = math.inf) -> None:
         """Give the socket what it takes, then hold the cap."""
         if self._router is None or client.name not in self._by_name:
             return
-        while (hints or client.outbox.has_replies) and (frames := client.outbox.head) is not None:
+        while (frames := client.outbox.head(hints_until_s)) is not None:
             sent = self._router.send(client.identity, frames)
             if sent is Sent.GONE:
                 self._gone(client, "it cannot be reached")
@@ -344,12 +343,8 @@ class Frontend:
 
     def _flush_blocked(self) -> None:
         blocked, self._blocked = self._blocked, set()
-        self._flush_each(blocked)
-
-    def _flush_each(self, names: Iterable[str]) -> None:
-        for name in names:
-            if (client := self._by_name.get(name)) is not None:
-                self._flush(client)
+        for client in filter(None, map(self._by_name.get, blocked)):
+            self._flush(client)
 
     def _gone(self, client: Client, reason: str) -> None:
         """Forget a client. The sink hears of it in a turn of its own: it may be in the middle of a send."""
