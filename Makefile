@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
-  bench-restart bench-ingest bench-lora bench-lora-serve fuzz \
+  bench-restart bench-ingest bench-lora bench-lora-serve bench-load bench-wire fuzz \
   gpu-check docs-models docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -40,6 +40,12 @@ bench-serve: $(STAMP)  ## 200 models, room for 20
 
 bench-handover: $(STAMP)  ## loads against plain reads, host tier, loaders killed again and again
 	@$(BIN)/python -m benchmarks.handover --json
+
+bench-load: $(STAMP)  ## a load beside raw reads and what others load with (.[peers])
+	@$(BIN)/python -m benchmarks.load --json
+
+bench-wire: $(STAMP)  ## what the daemon adds to a request, and takes from the stage
+	@$(BIN)/python -m benchmarks.wire --json
 
 bench-coldstart: $(STAMP)  ## from nothing to the first image
 	@$(BIN)/python -m benchmarks.coldstart --json
