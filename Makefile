@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
-  bench-restart bench-ingest bench-lora bench-lora-serve bench-load bench-wire fuzz \
+  bench-restart bench-ingest bench-lora bench-lora-serve bench-load bench-wire bench-compare fuzz \
   gpu-check docs-models docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -46,6 +46,9 @@ bench-load: $(STAMP)  ## a load beside raw reads and what others load with (.[pe
 
 bench-wire: $(STAMP)  ## what the daemon adds to a request, and takes from the stage
 	@$(BIN)/python -m benchmarks.wire --json
+
+bench-compare: $(STAMP)  ## one workload through the daemon and through what people run today
+	@$(BIN)/python -m benchmarks.compare --json
 
 bench-coldstart: $(STAMP)  ## from nothing to the first image
 	@$(BIN)/python -m benchmarks.coldstart --json
