@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
   bench-restart bench-ingest bench-lora bench-lora-serve bench-load bench-wire bench-compare fuzz \
-  gpu-check docs-models docs-policy docs-configuration clean
+  gpu-check gpu-compare docs-models docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
@@ -71,6 +71,10 @@ fuzz: $(STAMP)  ## a million hostile frames beside a client that gets every answ
 # Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
 gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so
 	@PYTHONPATH=client:daemon$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu --out gpu-check.json
+
+gpu-compare:  ## twenty real-size models on a GPU: the daemon beside what people run today, in half an hour
+	@PYTHONPATH=client:daemon$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu --only compare \
+	  --limit-s 1800 --out gpu-compare.json
 
 docs-models: $(STAMP)  ## docs/models.md, from the table of pipeline kinds that the tests serve
 	@PYTHONPATH=tests $(BIN)/python -m zoo.document docs/models.md

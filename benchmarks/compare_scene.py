@@ -21,11 +21,11 @@ class Plan:
     models: int = 24
     resident: int = 6
     requests: int = 240
-    load: float = 0.8
+    load: float = 1.2
     burst: float = 3.0
     exponent: float = 0.7
-    steps: int = 4
-    side_px: int = 64
+    steps: int = 2
+    side_px: int = 48
     seed: int = 0
 
     @classmethod
@@ -33,8 +33,8 @@ class Plan:
         """By device and size; `quick` is for tests."""
         plan = cls(device=device, size=size)
         if size == "real":
-            plan = replace(plan, models=20, resident=5, requests=150, steps=20, side_px=512)
-        return replace(plan, models=6, resident=2, requests=24, steps=2) if quick else plan
+            plan = replace(plan, models=20, resident=5, requests=80, steps=20, side_px=512)
+        return replace(plan, models=4, resident=2, requests=12, steps=2) if quick else plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,4 +121,7 @@ def _image_s(plan: Plan, folder: Path, dtype: str | None, repeats: int = 5) -> f
         started_s = time.monotonic()
         baseline.paint(pipeline, request)
         times_s.append(time.monotonic() - started_s)
+    del pipeline
+    if plan.device == "cuda":
+        torch.cuda.empty_cache()
     return statistics.median(times_s)
