@@ -186,17 +186,11 @@ def figures(answers: Answers) -> Figures:
 
 
 def inflation(painted: Sequence[Painted], loads: Sequence[Spent]) -> float | None:
-    """Median time of images of which half or more was beside a load, over that of those without any."""
+    """Median time of images that were painted while something was being loaded, over that of the others."""
     beside, alone = [], []
     for one in painted:
-        length_s = one.ended_s - one.started_s
-        shared_s = sum(
-            max(0.0, min(one.ended_s, load.ended_s) - max(one.started_s, load.started_s)) for load in loads
-        )
-        if shared_s == 0:
-            alone.append(length_s)
-        elif shared_s >= length_s / 2:
-            beside.append(length_s)
+        is_beside = any(load.started_s < one.ended_s and one.started_s < load.ended_s for load in loads)
+        (beside if is_beside else alone).append(one.ended_s - one.started_s)
     return statistics.median(beside) / statistics.median(alone) if beside and alone else None
 
 

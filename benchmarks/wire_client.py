@@ -5,16 +5,19 @@ its standard input ends. No torch here.
 """
 
 import asyncio
+import itertools
 import json
+import select
 import sys
 import time
+import uuid
 from collections import deque
 from typing import Any
 
 import zmq
 
-from understudy import AsyncClient, CapacityError, Client
-from understudy.errors import Cancelled
+from understudy import AsyncClient, Client
+from understudy.wire import Cancel, Failed, Generate, Ping, Pong, decode_reply, encode
 
 RAW_REQUEST, RAW_REPLY = b"q" * 200, [b"a" * 300]
 _PING_EVERY_S = 0.02
@@ -89,38 +92,64 @@ def raw_server(*endpoints: str) -> None:
             socket.send_multipart([identity, *RAW_REPLY])
 
 
-async def flood(endpoint: str, model: str) -> None:
+def flood(endpoint: str, model: str) -> None:
     """`{"waiting", "per_s"}`: so many requests wait, then so many come a second, each for an old one.
 
     Answers when the first ones wait; at the next line ends, and says how many came a second and were refused.
+    Plain pyzmq: with the client library, two cores would be busy with the client.
     """
-    async with AsyncClient(endpoint) as client:
-        await _ready(client)
-        while order := await _order():
-            line, refused = deque[Any](), 0
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.connect(endpoint)
+        _said(socket, Pong, asking=Ping(id="ready"))
+        _answer("ready")
+        for line in sys.stdin:
+            _answer(_flood(socket, model, **json.loads(line)))
 
-            async def add() -> None:
-                line.append(await client.submit(model, "", width=8, height=8, steps=1))  # noqa: B023
 
-            for _ in range(order["waiting"]):
-                await add()
-            await client.ping()
-            _answer("waiting")
-            until = asyncio.ensure_future(_order())
-            started_s, count = time.perf_counter(), 0
-            while not until.done():
-                await asyncio.sleep(_BURST_S)
-                due = int((time.perf_counter() - started_s) * order["per_s"])
-                while count < due:
-                    line[_ON_DECK].cancel()
-                    del line[_ON_DECK]
-                    await add()
-                    count += 1
-            elapsed_s = time.perf_counter() - started_s
-            for handle in line:
-                handle.cancel()
-            refused = sum([await _was_refused(handle) for handle in line])
-            _answer({"per_s": count / elapsed_s, "refused": refused})
+def _flood(socket: "zmq.Socket[bytes]", model: str, waiting: int, per_s: float) -> dict[str, float]:
+    numbers = itertools.count()
+    line: deque[str] = deque()
+    run = uuid.uuid4().hex
+
+    def add() -> None:
+        line.append(f"{run}-{next(numbers)}")
+        socket.send(encode(Generate(id=line[-1], model=model, seed=1, width=8, height=8, steps=1)))
+
+    for _ in range(waiting):
+        add()
+    refused = _said(socket, Pong, asking=Ping(id="waiting"))
+    _answer("waiting")
+    started_s, count = time.perf_counter(), 0
+    while not select.select([sys.stdin], [], [], _BURST_S)[0]:
+        due = int((time.perf_counter() - started_s) * per_s)
+        for _ in range(due - count):
+            socket.send(encode(Cancel(id=line[_ON_DECK])))
+            del line[_ON_DECK]
+            add()
+        count = due
+        refused += _said(socket)
+    elapsed_s = time.perf_counter() - started_s
+    sys.stdin.readline()
+    for request_id in line:
+        socket.send(encode(Cancel(id=request_id)))
+    refused += _said(socket, Pong, asking=Ping(id="over"))
+    return {"per_s": count / elapsed_s, "refused": refused}
+
+
+def _said(socket: "zmq.Socket[bytes]", until: type | None = None, asking: Ping | None = None) -> int:
+    """Read what there is, or until a reply of this kind; how many requests were refused for want of room."""
+    refused = 0
+    if asking is not None:
+        socket.send(encode(asking))
+    while True:
+        try:
+            frames = socket.recv_multipart(0 if until is not None else zmq.NOBLOCK)
+        except zmq.Again:
+            return refused
+        reply = decode_reply(frames[0])
+        refused += isinstance(reply, Failed) and reply.code == "queue_full"
+        if until is not None and isinstance(reply, until):
+            return refused
 
 
 async def ping(endpoint: str) -> None:
@@ -135,16 +164,6 @@ async def ping(endpoint: str) -> None:
                 times_ms.append(1e3 * (time.perf_counter() - started_s))
                 await asyncio.sleep(_PING_EVERY_S)
             _answer(times_ms)
-
-
-async def _was_refused(handle: Any) -> bool:
-    try:
-        await handle.result()
-    except CapacityError:
-        return True
-    except Cancelled:
-        pass
-    return False
 
 
 async def _ready(client: AsyncClient) -> None:
