@@ -31,6 +31,7 @@ from typing import Any
 from unittest import mock
 
 import msgspec
+from understudy_demo.spans import lane, spans_from
 
 from benchmarks.baselines import names
 from benchmarks.compare_scene import Plan, Scene, set_scene
@@ -48,7 +49,6 @@ from benchmarks.kit import (
 from understudy import AsyncClient, admin
 from understudy_demo.measure import Served, turns
 from understudy_demo.serving import short_runtime_dir
-from understudy_demo.spans import lane, spans_from
 from understudy_demo.workload import Request
 
 OURS = "understudy"
