@@ -21,15 +21,15 @@ def test_talk_that_nobody_reads_is_bounded_and_answers_are_not_talk() -> None:
     assert box.size_bytes <= 10_000
     box.put_answer("a", (), (b"image" * 10_000,), 0.0)
     sent = []
-    while (head := box.head()) is not None:
+    while (head := box.head) is not None:
         sent.append(head)
         box.sent(0.0)
     assert (b"image" * 10_000,) in sent
     box.put_notice("n", (b"x" * 100,), 0.0)
-    assert box.head() == (b"x" * 100,), "room again for who reads again"
+    assert box.head == (b"x" * 100,), "room again for who reads again"
     box.sent(0.0)
     box.put_notice("a long list", (b"x" * 20_000,), 0.0)
-    assert box.head() is not None, "what alone is more than all the room gets through"
+    assert box.head is not None, "what alone is more than all the room gets through"
 
 
 def test_questions_without_end_whose_answers_nobody_reads(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ MESSAGE = 512  # what an outbox counts for each message beside its bytes
 
 def sent_all(box: Outbox, now: float = 0.0) -> list[tuple[bytes, ...]]:
     out = []
-    while (frames := box.head()) is not None:
+    while (frames := box.head) is not None:
         out.append(frames)
         box.sent(now)
     return out
@@ -105,7 +105,7 @@ def test_the_cap_holds_and_every_answer_leaves_or_is_reported(script: list[tuple
                 now += size
                 box.expire(now)
             case _:
-                if (head := box.head()) is not None:
+                if (head := box.head) is not None:
                     box.sent(now)
                     owed = {key: frame for key, frame in owed.items() if frame != head[0]}
         hints_before, unsent_before = len(box), box.size_bytes
@@ -118,15 +118,3 @@ def test_the_cap_holds_and_every_answer_leaves_or_is_reported(script: list[tuple
     assert set(owed.values()) <= left
     box.expire(now + 61)
     assert box.is_empty and box.size_bytes == 0
-
-
-def test_hints_that_are_too_young_stay_behind() -> None:
-    box = Outbox(10_000, answer_ttl_s=60.0)
-    box.put_hint("r1", "accepted", (b"old",), now=1.0)
-    box.put_hint("r2", "accepted", (b"young",), now=2.0)
-    assert box.head(0.5) is None
-    assert box.head(1.0) == (b"old",)
-    box.sent(now=3.0)
-    assert box.head(1.0) is None and box.head() == (b"young",)
-    box.put_answer("r3", (), (b"answer",), now=3.0)
-    assert box.head(0.5) == (b"answer",), "answers wait for nobody"

@@ -196,13 +196,6 @@ def test_a_frame_above_the_hard_limit_costs_the_connection_only(tmp_path: Path) 
         assert [wish.id for _, wish in served.sink.submitted] == ["after"]
 
 
-def test_an_answer_that_is_there_at_once_leaves_nothing_to_say_before_it(dealer: Dealer) -> None:
-    dealer.send(request("r1"))
-    assert isinstance(dealer.receive(), Finished), "neither accepted nor progress had left"
-    dealer.send(Ping(id="p"))
-    assert isinstance(dealer.receive(), Pong), "nor did they afterwards"
-
-
 def test_an_open_request_that_comes_again_is_accepted_again_and_runs_once(tmp_path: Path) -> None:
     with serving(ipc(tmp_path), FakeSink(accepts)) as served, Dealer(served.endpoint) as dealer:
         dealer.send(request())

@@ -12,7 +12,6 @@ old one's cancelled requests still say cannot answer the new one's.
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -49,9 +48,6 @@ from understudyd.shell.work_room import WorkRoom, work_asked
 _log = logging.getLogger(__name__)
 
 _RETRY_S = 0.02
-_HINT_DELAY_S = 0.002
-"""So long `Accepted` and `Progress` wait for something newer: sending one costs more than admitting does."""
-_NO_HINTS = -math.inf
 _SWEEP_S = 1.0
 _PEEK_BYTES = 1024 * 1024
 _ENTRIES_PER_FRAME = 512
@@ -169,9 +165,9 @@ class Frontend:
         match reply:
             case Accepted():
                 known.open[reply.id] = reply
-                self._hint(known, "accepted", reply)
+                known.outbox.put_hint(reply.id, "accepted", (encode(reply),), now)
             case Progress():
-                self._hint(known, "progress", reply)
+                known.outbox.put_hint(reply.id, "progress", (encode(reply),), now)
             case Finished() | Failed():
                 del known.open[reply.id]
                 self._users.closed(known.user)
@@ -179,9 +175,9 @@ class Frontend:
                 self.counters.answered += 1
                 frames = answer_frames(reply, payload)
                 known.outbox.put_answer(reply.id, ("accepted", "progress"), frames, now)
-                self._flush(known, _NO_HINTS)
             case Pong() | ModelList():
                 raise AssertionError(f"the front end answers this itself: {reply}")
+        self._flush(known)
 
     # -- from the socket ------------------------------------------------------------------------------------
 
@@ -216,7 +212,7 @@ class Frontend:
             case Ping(id=request_id):
                 pong = encode(Pong(id=request_id, daemon=self._daemon_id))
                 client.outbox.put_hint(request_id, "pong", (pong,), self._clock())
-        self._flush(client, math.inf if isinstance(request, Ping) else _NO_HINTS)
+        self._flush(client)
 
     def _generate(self, client: Client, request: Generate, payload: Sequence[bytes]) -> None:
         request_id = request.id
@@ -255,7 +251,7 @@ class Frontend:
         """A request that is known already: say again what was said last."""
         if request_id in client.open:
             if (accepted := client.open[request_id]) is not None:
-                self._hint(client, "accepted", accepted)
+                client.outbox.put_hint(request_id, "accepted", (encode(accepted),), self._clock())
         elif client.outbox.is_answered(request_id):
             client.outbox.repeat(request_id, self._clock())
         else:
@@ -297,21 +293,11 @@ class Frontend:
         client.heard_at_s = self._clock()
         return client
 
-    def _hint(self, client: Client, kind: str, hint: Accepted | Progress) -> None:
-        """Have it sent soon, unless something newer comes first."""
-        now = self._clock()
-        client.outbox.put_hint(hint.id, kind, (encode(hint),), now)
-        self._loop.call_later(_HINT_DELAY_S, self._flush_hints, client.name, now)
-
-    def _flush_hints(self, name: str, until_s: float) -> None:
-        if (client := self._by_name.get(name)) is not None:
-            self._flush(client, until_s)
-
-    def _flush(self, client: Client, hints_until_s: float = math.inf) -> None:
+    def _flush(self, client: Client) -> None:
         """Give the socket what it takes, then hold the cap."""
         if self._router is None or client.name not in self._by_name:
             return
-        while (frames := client.outbox.head(hints_until_s)) is not None:
+        while (frames := client.outbox.head) is not None:
             sent = self._router.send(client.identity, frames)
             if sent is Sent.GONE:
                 self._gone(client, "it cannot be reached")
@@ -343,8 +329,9 @@ class Frontend:
 
     def _flush_blocked(self) -> None:
         blocked, self._blocked = self._blocked, set()
-        for client in filter(None, map(self._by_name.get, blocked)):
-            self._flush(client)
+        for name in blocked:
+            if (client := self._by_name.get(name)) is not None:
+                self._flush(client)
 
     def _gone(self, client: Client, reason: str) -> None:
         """Forget a client. The sink hears of it in a turn of its own: it may be in the middle of a send."""

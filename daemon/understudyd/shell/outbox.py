@@ -11,7 +11,6 @@ notices together have a cap of their own, a small one: they cost their sender no
 them gets no more. A client asks again for what it misses.
 """
 
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -78,13 +77,11 @@ class Outbox:
 
     # -- out ----------------------------------------------------------------------------------------------
 
-    def head(self, hints_until_s: float = math.inf) -> Frames | None:
-        """The message to send next; of the hints only those that were queued by then."""
-        for item in self._replies.values():
-            return item.frames
-        for item in self._hints.values():
-            return item.frames if item.at_s <= hints_until_s else None
-        return None
+    @property
+    def head(self) -> Frames | None:
+        """The message to send next."""
+        item = next(iter(self._replies.values()), None) or next(iter(self._hints.values()), None)
+        return item.frames if item else None
 
     @property
     def waiting_since_s(self) -> float | None:
