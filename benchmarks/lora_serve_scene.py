@@ -30,17 +30,18 @@ TIMED = 7
 class LoraPlan(Plan):
     """`models` counts bases and the combinations of a base and an adapter, `resident` overlays.
 
-    `load_share` is the length of an adapter's load in times of an image. `widths` are a UNet's channels: wide
-    for so few pixels, so that a fold is a good part of an image, as it is on a GPU.
+    `load_share` is the length of an adapter's load in times of an image. With these `widths`, a UNet's
+    channels, and `steps` a fold takes some 3 % of an image. At real size it is less: 0.1 % for Stable
+    Diffusion 1.5 on two cores (40 ms of 40 s), under 1 % on a GPU if a fold takes 10 ms there.
     """
 
     models: int = 303
     bases: int = 3
     rank: int = 32
     size: int = 16
-    steps: tuple[int, ...] = (2, 3)
+    steps: tuple[int, ...] = (4, 6)
     rounds: int = 20
-    widths: tuple[int, int] = (32, 192)
+    widths: tuple[int, int] = (32, 128)
 
     @property
     def adapters(self) -> int:
