@@ -17,7 +17,7 @@ from torch.nn import functional
 
 _CONVOLVE = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 
-_PIECE_ELEMENTS = 1 << 20
+_PIECE_ELEMENTS = 1 << 19
 """A product this large stays in the cache until it is added, and in the allocator's heap."""
 
 
