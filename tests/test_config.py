@@ -133,7 +133,7 @@ def test_check_warns_of_what_will_not_work_here(
     assert "device.arena is 9216000.0 GiB and this machine has" in capsys.readouterr().err
     monkeypatch.setattr(config_check, "_is_installed", lambda module: False)
     assert config.main(["check", str(write(tmp_path, '[device]\nkind = "cuda"\n'))]) == 0
-    assert "pip install 'understudy[cuda]'" in capsys.readouterr().err
+    assert "install Understudy with its extra cuda" in capsys.readouterr().err
     assert config.main(["check", str(write(tmp_path, '[device]\nkind = "cpu"\n'))]) == 0
     assert capsys.readouterr().err == ""
 

@@ -79,3 +79,12 @@ def test_modes_of_sockets(tmp_path: Path) -> None:
         path.write_text(f"[admin]\nsocket_mode = {value}\n")
         with pytest.raises(ConfigError, match="is no mode of a socket"):
             load(path, {})
+
+
+def test_a_group_that_is_not_there_is_found_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for section in ("server", "admin", "metrics"):
+        code, said = check(tmp_path / "u.toml", f'[{section}]\nsocket_group = "nobody-s-group"\n', capsys)
+        assert code == 1 and f"{section}.socket_group: there is no group 'nobody-s-group'" in said
+    assert check(tmp_path / "u.toml", '[admin]\nsocket_group = "root"\n', capsys)[0] == 0

@@ -99,7 +99,7 @@ def test_a_file_is_gone_or_wrong_before_its_load(
                 await stricken.served(model)
             else:
                 assert not error.retryable
-                assert "remove it and add it again" in str(await stricken.refused(model, code))
+                assert "add it again with --replace" in str(await stricken.refused(model, code))
         assert stricken.restarts() == 0
         await stricken.emptied()
 

@@ -1,5 +1,6 @@
 """What is wrong with a configuration, all of it, and what is likely to be a mistake on this machine."""
 
+import grp
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -60,7 +61,9 @@ def warnings(config: "Config") -> list[str]:
     device = config.device
     lines: list[str] = []
     if device.kind == "cuda" and not _is_installed("cuda.bindings"):
-        lines.append("device.kind is \"cuda\" but cuda-bindings are missing: pip install 'understudy[cuda]'")
+        lines.append(
+            'device.kind is "cuda" but cuda-bindings are missing: install Understudy with its extra cuda'
+        )
     on_cpu = device.kind == "cpu" or (device.kind == "auto" and not Path("/dev/nvidiactl").exists())
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if on_cpu and device.arena > memory_bytes:
@@ -87,6 +90,10 @@ def door_mistakes(config: "Config") -> list[str]:
             check_endpoint(endpoint, has_keys=True)
         except EndpointError as error:
             lines.append(f"server.endpoints: {error}")
+    for name, section in (("server", config.server), ("admin", config.admin), ("metrics", config.metrics)):
+        group = section.socket_group
+        if group is not None and not _is_group(group):
+            lines.append(f"{name}.socket_group: there is no group {group!r} on this machine")
     for endpoint in config.metrics.endpoints:
         try:
             tcp_address(endpoint, allow_remote=config.metrics.allow_remote)
@@ -112,6 +119,14 @@ def _may_need_keys(endpoint: str, config: "Config") -> bool:
     scheme, _, address = endpoint.partition("://")
     is_open = scheme == "tcp" and not is_loopback(address.rpartition(":")[0])
     return is_open and config.curve.secret_key is None
+
+
+def _is_group(name: str) -> bool:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True
 
 
 def _is_installed(module: str) -> bool:

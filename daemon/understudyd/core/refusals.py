@@ -14,7 +14,7 @@ def refusal_of(residency: Residency, model: Model) -> tuple[ErrorCode, str] | No
     if unmade is not None:
         return ErrorCode.BAD_REQUEST, f"{model.name} cannot be made: {unmade.life.last_reason}"
     if model.is_unfit:
-        return ErrorCode.MODEL_CORRUPT, f"{model.name} is damaged on disk; remove it and add it again"
+        return ErrorCode.MODEL_CORRUPT, f"{model.name} is damaged on disk; add it again with --replace"
     too_large = larger_than_arena(residency, model) or larger_than_what_pins_leave(residency, model)
     return None if too_large is None else (ErrorCode.MODEL_TOO_LARGE, too_large)
 

@@ -40,7 +40,9 @@ def load_driver() -> Any:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
         raise CudaError(
-            "import cuda.bindings.driver", "ImportError", "pip install 'understudy[cuda]'"
+            "import cuda.bindings.driver",
+            "ImportError",
+            "cuda-bindings are missing: install Understudy with its extra cuda",
         ) from error
 
 

@@ -20,7 +20,7 @@ def open_nvml() -> Any | None:
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
-        _log.info("no metrics of the GPU: pip install 'understudy[cuda]' for nvidia-ml-py")
+        _log.info("no metrics of the GPU: nvidia-ml-py is missing; it comes with Understudy's extra cuda")
         return None
     try:
         nvml.nvmlInit()

@@ -59,6 +59,9 @@ class LoadBook:
             case wire.LoadFault(corrupt=corrupt, message=message):
                 if task.must_verify:
                     _log.warning("%s: %s; it is read from disk instead", task.name, message)
+                else:
+                    why = "is damaged" if corrupt else "cannot be loaded"
+                    _log.warning("%s %s: %s (%s)", task.name, why, message, task.path)
                 self._verified.pop(task.path, None)
                 self._note(slot, task, begun_at_s, self._clock(), FAILED)
                 code = ErrorCode.MODEL_CORRUPT if corrupt else ErrorCode.LOAD_FAILED
