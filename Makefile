@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
-  bench-restart bench-ingest bench-lora bench-lora-serve fuzz \
+  bench-restart bench-ingest bench-lora bench-lora-serve bench-demo-quality fuzz \
   gpu-check docs-models docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -58,6 +58,9 @@ bench-lora-serve: $(STAMP)  ## 300 adapters over 3 bases, room for 20 overlays
 
 fuzz: $(STAMP)  ## a million hostile frames beside a client that gets every answer
 	@$(BIN)/python -m benchmarks.fuzz --json
+
+bench-demo-quality: $(STAMP)  ## how many of the demo family's pictures show what was asked for
+	@$(BIN)/python -m benchmarks.demo_quality --json
 
 # Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
 gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so

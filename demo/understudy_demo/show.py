@@ -55,8 +55,8 @@ def commands(config: Path, runtime_dir: Path, model: str) -> list[str]:
     return [
         f"export UNDERSTUDY_RUNTIME_DIR={runtime_dir.resolve()}",
         f"{programs / 'understudyd'} serve --config {config} &",
-        f'{programs / "understudy"} generate "a lighthouse at dusk" --model {model} '
-        "--steps 4 --size 64x64 -o out.png",
+        f'{programs / "understudy"} generate "three small green triangles" --model {model} '
+        "--steps 8 --guidance 3 --size 64x64 -o out.png",
         f"{programs / 'understudyctl'} status",
         f"{programs / 'understudyctl'} shutdown",
     ]
