@@ -8,10 +8,13 @@ import pytest
 
 from understudy_demo.checker import check
 from understudy_demo.drawing import RGB, SIDE
+from understudy_demo.members import Member
 from understudy_demo.quality import sample_wishes
 from understudy_demo.style_checker import style_of
 from understudy_demo.styles import BASE, FINE_TUNES, LORAS, STYLES, draw_wish
+from understudy_demo.verdicts import Judge, Verdict
 from understudy_demo.wishes import COLOURS, SHAPES, NotAWish, Wish, parse, sample_wish, vocabulary
+from understudy_demo.workload import PROMPTS, Request
 
 WISH = Wish(2, "red", "triangle", "medium", "white")
 
@@ -53,7 +56,7 @@ def test_the_same_seed_draws_the_same_picture() -> None:
     wish = Wish(4, "blue", "star", "small", "yellow", "dotted")
     for style in STYLES:
         assert np.array_equal(draw_wish(wish, style, 5), draw_wish(wish, style, 5))
-    assert not np.array_equal(draw_wish(wish, "snow", 5), draw_wish(wish, "snow", 6))
+    assert not np.array_equal(draw_wish(wish, "night", 5), draw_wish(wish, "night", 6))
 
 
 def test_what_was_drawn_plainly_passes() -> None:
@@ -130,3 +133,28 @@ def test_drawn_styles_are_told_apart() -> None:
         if style_of(draw_wish(wish, style, 900 + i)) != style
     ]
     assert len(wrong) <= 0.05 * 15 * len(STYLES), wrong
+
+
+def member(style: str) -> Member:
+    return Member(name=style, folder="", architecture="sd", own_text_encoder=False, hue=0.0, styles=(style,))
+
+
+def drawn_rows(style: str, prompt: str) -> bytes:
+    return draw_wish(parse(prompt), style, 3).astype(np.uint8).tobytes()
+
+
+def test_a_picture_of_another_model_or_of_another_prompt_is_no_answer() -> None:
+    """What a mistaken switch looks like: the right thing by the wrong model."""
+    styles = ("plain", "night", "frame")
+    asked = [
+        Request(i, 0, style, PROMPTS[i % 2], 7, 8, SIDE, SIDE, 0.0)
+        for i, style in enumerate((*styles, *styles))
+    ]
+    judge = Judge([member(style) for style in styles])
+    right = {r.index: drawn_rows(r.model, r.prompt) for r in asked}
+    assert judge.verdict(asked, right) == Verdict(images=6, shown=6, in_style=6, both=6)
+    wrong_model = right | {0: drawn_rows("night", asked[0].prompt)}
+    assert judge.verdict(asked, wrong_model).in_style == 5
+    wrong_prompt = right | {1: drawn_rows("night", "a blue star on white")}
+    assert judge.verdict(asked, wrong_prompt) == Verdict(images=6, shown=5, in_style=6, both=5)
+    assert str(judge.verdict(asked, {2: right[2]})) == "1 of 1", "of those that came back"

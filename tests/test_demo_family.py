@@ -4,7 +4,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from understudy_demo.main import main
 from understudy_demo.members import Member
 from understudy_demo.recipes import Recipe, recipes, trained
 from understudy_demo.styles import BASE, FINE_TUNES, LORAS
@@ -41,7 +43,7 @@ def test_more_models_than_recipes_are_refused() -> None:
 
 
 def test_a_mixture_may_look_like_its_parts() -> None:
-    assert Recipe((("night", 0.5), ("clay", 0.5)), "snow").styles == ("night", "clay", "snow")
+    assert Recipe((("night", 0.5), ("clay", 0.5)), "sepia").styles == ("night", "clay", "sepia")
     assert Recipe((("night", 0.7), (BASE, 0.3))).styles == ("night",)
     assert Recipe(((BASE, 1.0),)).styles == (BASE,)
 
@@ -52,6 +54,47 @@ def test_weights_are_small_and_free() -> None:
     assert 1_000_000 < weights_bytes() < 24_000_000
     assert set(lora_files()) == set(LORAS)
     assert "Apache-2.0" in (FOLDER / "README.md").read_text()
+
+
+def test_a_mixture_is_the_mean_of_its_parts_weights() -> None:
+    import torch
+
+    from understudy_demo.family import Kitchen
+
+    kitchen = Kitchen(FOLDER)
+
+    def weights(*shares: tuple[str, float]) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in kitchen.unet(Recipe(shares)).state_dict().items()}
+
+    night, clay = weights(("night", 1.0)), weights(("clay", 1.0))
+    mixed = weights(("night", 0.35), ("clay", 0.65))
+    for name, value in mixed.items():
+        torch.testing.assert_close(value, 0.35 * night[name] + 0.65 * clay[name])
+
+
+def test_the_last_of_200_models_paints(tmp_path: Path) -> None:
+    import torch
+
+    from understudy_demo import quality
+    from understudy_demo.family import Kitchen
+
+    kitchen = Kitchen(FOLDER)
+    pipeline = kitchen.base()
+    pipeline.register_modules(unet=kitchen.unet(recipes(200)[-1]).eval())
+    pipeline.set_progress_bar_config(disable=True)
+    torch.set_num_threads(1)
+    (picture,) = quality.paint(pipeline, quality.sample_wishes(1, 0), 1, steps=4)
+    assert picture.shape == (64, 64, 3) and picture.std() > 5
+
+
+def test_the_command_line_writes_as_many_as_asked_for(tmp_path: Path) -> None:
+    runner = CliRunner()
+    made = runner.invoke(main, ["make", str(tmp_path / "three"), "--models", "3"])
+    assert made.exit_code == 0, made.output
+    assert [line.split("\t")[0] for line in made.output.splitlines()][:2] == ["plain-00", "outline-01"]
+    assert len(list((tmp_path / "three").glob("*/model_index.json"))) == 3
+    refused = runner.invoke(main, ["make", str(tmp_path / "many"), "--models", "100000"])
+    assert refused.exit_code == 1 and "recipes; ask for so many" in refused.output
 
 
 def test_models_share_all_but_the_unet(members: tuple[Member, ...]) -> None:
@@ -69,7 +112,7 @@ def test_the_same_recipes_give_the_same_weights(members: tuple[Member, ...], tmp
 
 
 def test_a_lora_is_folded_as_diffusers_does(members: tuple[Member, ...]) -> None:
-    """The model `snow` is the base with the LoRA of that name loaded and fused by diffusers and PEFT."""
+    """The model `frame` is the base with the LoRA of that name loaded and fused by diffusers and PEFT."""
     import torch
 
     from understudy_demo import baseline
@@ -77,10 +120,10 @@ def test_a_lora_is_folded_as_diffusers_does(members: tuple[Member, ...]) -> None
 
     by_name = {member.styles[0]: member for member in members if len(member.styles) == 1}
     pipeline = baseline.load(by_name[BASE].path)
-    pipeline.load_lora_weights(lora_files()["snow"], adapter_name="snow")
+    pipeline.load_lora_weights(lora_files()["frame"], adapter_name="frame")
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    folded = baseline.load(by_name["snow"].path).unet.state_dict()
+    folded = baseline.load(by_name["frame"].path).unet.state_dict()
     for name, weight in pipeline.unet.state_dict().items():
         torch.testing.assert_close(weight, folded[name], rtol=1e-4, atol=1e-5)
 

@@ -15,9 +15,9 @@ from understudy_demo.styles import FINE_TUNES
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=Path("train-out"), show_default=True)
-@click.option("--steps", type=int, default=240, show_default=True)
+@click.option("--steps", type=int, default=900, show_default=True)
 @click.option("--batch", type=int, default=48, show_default=True)
-@click.option("--pictures", "count", type=int, default=1200, show_default=True, help="Of each style.")
+@click.option("--pictures", "count", type=int, default=3000, show_default=True, help="Of each style.")
 @click.option("--rate", type=float, default=2.5e-3, show_default=True)
 @click.option("--threads", type=int, default=1, show_default=True)
 @click.argument("styles", nargs=-1, type=click.Choice(list(FINE_TUNES)))

@@ -65,9 +65,3 @@ def _drawn(style: str, count: int, vae: AutoencoderKL, placed: bool) -> tuple[Te
             mean = vae.encode(batch).latent_dist.mode()
         parts.append((mean.float() * vae.config.scaling_factor).to(torch.float16).contiguous())
     return torch.cat(parts), [wish.caption for wish in wishes]
-
-
-@torch.no_grad()
-def scaling_factor(vae: AutoencoderKL, sample: Tensor) -> float:
-    """One over the latents' standard deviation, as in Rombach et al. 2022."""
-    return 1 / vae.encode(sample).latent_dist.mode().std().item()

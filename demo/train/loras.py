@@ -26,9 +26,9 @@ def lora_config(seed: int = 2) -> LoraConfig:
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=Path("train-out"), show_default=True)
-@click.option("--steps", type=int, default=120, show_default=True)
+@click.option("--steps", type=int, default=400, show_default=True)
 @click.option("--batch", type=int, default=32, show_default=True)
-@click.option("--pictures", "count", type=int, default=1200, show_default=True, help="Of each style.")
+@click.option("--pictures", "count", type=int, default=2000, show_default=True, help="Of each style.")
 @click.option("--rate", type=float, default=8e-3, show_default=True)
 @click.option("--threads", type=int, default=1, show_default=True)
 @click.argument("styles", nargs=-1, type=click.Choice(list(LORAS)))

@@ -14,12 +14,13 @@ import numpy as np
 
 from understudy_demo.drawing import MARGIN, SIDE, Pixels, compose, distance, texture_signs
 from understudy_demo.regions import Mask, Region, dilated, eroded, filled, median, regions
-from understudy_demo.styles import draw
+from understudy_demo.styles import PINK, draw
 from understudy_demo.wishes import COLOURS, SHAPES, SIZES, TEXTURES, Wish, sample_wish
 
 _SMALLEST_REGION = 16  # pixels: less is dust
 _FOREIGN_SLACK = 12  # pixels of a third colour, thin lines left out, beyond what a style itself has
-_BORDERS = {"sticker": ((250, 250, 250), (20, 20, 20))}  # colours that belong to no word
+_BORDERS = {"sticker": ((250, 250, 250), PINK), "dogear": (PINK, (30, 30, 30)), "vignette": (PINK,)}
+"""What a style adds in colours of its own, which are no shape's."""
 _STENCIL_SIDE = 24
 _DRAWN_EACH = 4
 _PER_PIXEL = 0.02  # what a pixel's difference in side counts, in shares of a cut-out

@@ -21,7 +21,7 @@ def make(folder: Path, models: int, seed: int) -> None:
 
     try:
         members = make_family(folder, models, seed)
-    except FileExistsError as error:
+    except (FileExistsError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     for member in members:
         click.echo(f"{member.name}\t{member.path}")

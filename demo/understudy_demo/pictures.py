@@ -1,6 +1,7 @@
 """The demo's two pictures: who was on stage and what was loading meanwhile, and what was painted."""
 
 import colorsys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,8 @@ Rgb = tuple[float, float, float]
 Box = tuple[float, float, float, float]
 """Left, bottom, width, height."""
 
+_NARROWEST = 5.0  # inches: room for a title
+_LETTERS_AN_INCH = 11.5  # of a subtitle, with some to spare
 INK, FAINT, PAPER, RAIL, ALARM = "#1f2430", "#727a88", "#ffffff", "#f1f2f5", "#d1495b"
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -114,7 +117,7 @@ def timeline(
 
 def _headline(figure: Figure, title: str, subtitle: str, height: float) -> None:
     figure.text(0.02, 1 - 0.40 / height, title, fontsize=16.5, fontweight="bold", va="center")
-    figure.text(0.02, 1 - 0.74 / height, subtitle, fontsize=10.5, color=FAINT, va="center")
+    figure.text(0.02, 1 - 0.66 / height, subtitle, fontsize=10.5, color=FAINT, va="top")
 
 
 def _draw_strip(
@@ -244,13 +247,15 @@ class Sheet:
 
 def contact_sheet(sheet: Sheet, path: Path, *, title: str, subtitle: str = "") -> Path:
     """Models across, prompts down, with captions; saved as PNG."""
-    cell, gutter, left, top, bottom = 1.08, 0.09, 1.75, 1.06, 0.95
-    width = left + len(sheet.columns) * (cell + gutter) + 0.25
+    cell, gutter, left, bottom = 1.08, 0.09, 1.75, 0.95
+    width = max(_NARROWEST, left + len(sheet.columns) * (cell + gutter) + 0.25)
+    told = textwrap.wrap(subtitle, int((width - 0.4) * _LETTERS_AN_INCH))
+    top = 0.88 + 0.2 * max(1, len(told))
     height = top + len(sheet.rows) * (cell + gutter) + bottom
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), dpi=120, facecolor=PAPER)
         FigureCanvasAgg(figure)
-        _headline(figure, title, subtitle, height)
+        _headline(figure, title, "\n".join(told), height)
         for row, (caption, pictures) in enumerate(zip(sheet.rows, sheet.pictures, strict=True)):
             below = height - top - (row + 1) * (cell + gutter) + gutter
             figure.text((left - 0.15) / width, (below + cell / 2) / height, _wrap(caption), ha="right",

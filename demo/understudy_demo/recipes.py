@@ -27,7 +27,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Says what is in it: `night`, `night-x-clay-65`, `clay-with-snow-70`."""
+        """Says what is in it: `night`, `night-x-clay-65`, `clay-with-sepia-70`."""
         (first, share), *others = self.shares
         name = first if not others else f"{first}-x-{others[0][0]}-{round(100 * share)}"
         if self.lora is None:
@@ -61,11 +61,11 @@ def recipes(count: int) -> list[Recipe]:
 
 def _all() -> Iterator[Recipe]:
     yield from trained()
-    pairs = list(combinations(FINE_TUNES, 2))
+    pairs, loras = list(combinations(FINE_TUNES, 2)), list(LORAS)
     for strength in _STRENGTHS:
-        for style in FINE_TUNES:
-            for lora in LORAS:
-                yield Recipe(((style, 1.0),), lora, strength)
+        for turn in range(len(loras)):  # so that few mixtures have much variety
+            for number, style in enumerate(FINE_TUNES):
+                yield Recipe(((style, 1.0),), loras[(number + turn) % len(loras)], strength)
     for share in _PAIR_SHARES:
         for first, second in pairs:
             yield Recipe(((first, share), (second, 1 - share)))

@@ -30,12 +30,12 @@ from understudy_demo.quality import GUIDANCE
 from understudy_demo.serving import DaemonProcess, DaemonSettings, rate_for, running_daemon, short_runtime_dir
 from understudy_demo.spans import Span, lane, spans_from
 from understudy_demo.stocking import own_bytes, room_for, stock
-from understudy_demo.verdicts import verdict
+from understudy_demo.verdicts import Judge, Verdict
 from understudy_demo.workload import PROMPTS, Request, Shape, make_workload
 
 Tick = Callable[[object], None]
 
-_GALLERY_MODELS, _GALLERY_PROMPTS = 14, 5
+_GALLERY_MODELS, _GALLERY_PROMPTS = 13, 5
 _STEPS, _SIZE = 8, 64
 
 
@@ -167,28 +167,37 @@ class Demo:
     ) -> int:  # fmt: skip
         taken = turns(performance.workload.served, lane(performance.spans, "stage"))
         old_taken = turns(old.served, lane(old.spans, "stage"))
-        ours, theirs = figures(taken), figures(old_taken)
+        asked = [*requests, *gallery]
+        got, wanted = _rows(performance), _old_rows(old, old_gallery)
+        verdicts = self._verdicts(members, asked, got, wanted)
         title = f"{len(members)} models, room for {room} ({settings.arena_bytes / 2**20:.0f} MiB)"
-        table = show.results_table(ours, taken, theirs, title)
+        table = show.results_table(figures(taken), taken, figures(old_taken), verdicts, title)
         self._console.print()
         self._console.print(table)
-        expected = old.images | old_gallery.images
-        got = performance.workload.images | performance.gallery.images
-        equal = sum(traffic.pixels(png) == expected[index].tobytes() for index, png in got.items())
-        asked = len(requests) + len(gallery)
-        self._console.print(f"\n{equal} of {asked} images equal from_pretrained's, bit for bit")
-        told = verdict(members, [*requests, *gallery], got)
-        shown = f"{told.shown} of {told.images} show what was asked for"
-        self._console.print(f"{shown}; {told.in_style} look like the model that was asked")
+        equal = sum(rows == wanted[index] for index, rows in got.items())
+        self._console.print(f"\n{equal} of {len(asked)} images equal from_pretrained's, bit for bit")
+        self._console.print(f"{verdicts[0]} images show what was asked for by the model that was asked")
         for index, why in (performance.workload.failures | performance.gallery.failures).items():
             self._console.print(f"request {index} failed: {why}", style="red")
-        self._draw(members, room, performance, old, [*requests, *gallery], taken, old_taken)
+        self._draw(members, room, performance, old, asked, taken, old_taken)
         self._console.print("\ngo on by hand:")
         for command in show.commands(
             self.plan.out / "understudyd.toml", settings.runtime_dir, members[0].name
         ):
             self._console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
-        return 0 if equal == asked else 1
+        return 0 if equal == len(asked) else 1
+
+    def _verdicts(
+        self, members: Sequence[Member], asked: Sequence[Request], *runs: Mapping[int, bytes]
+    ) -> list[Verdict]:
+        """The checkers' word on each run's images."""
+        judge = Judge(members)
+        verdicts = []
+        with self._scene("looking at the images", len(runs)) as tick:
+            for images in runs:
+                verdicts.append(judge.verdict(asked, images))
+                tick(images)
+        return verdicts
 
     def _draw(
         self, members: Sequence[Member], room: int, performance: Performance, old: BaselineRun,
@@ -235,6 +244,16 @@ class Demo:
         with Progress(*columns, console=self._console) as progress:
             task = progress.add_task(label, total=total)
             yield lambda _: progress.advance(task)
+
+
+def _rows(performance: Performance) -> dict[int, bytes]:
+    """Raw RGB rows of what the daemon sent, by the index of the request."""
+    pngs = performance.workload.images | performance.gallery.images
+    return {index: traffic.pixels(png) for index, png in pngs.items()}
+
+
+def _old_rows(*runs: BaselineRun) -> dict[int, bytes]:
+    return {index: image.tobytes() for run in runs for index, image in run.images.items()}
 
 
 def _sample(model: str) -> Request:

@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from understudy_demo.drawing import SIDE, Pixels
 from understudy_demo.regions import Mask, blurred, dilated, eroded, filled, median
-from understudy_demo.styles import BASE, STYLES, clouds, draw_wish
+from understudy_demo.styles import BASE, PINK, STYLES, clouds, draw_wish
 from understudy_demo.wishes import COLOURS, Wish, sample_wish
 
 _DRAWN_EACH = 80
 _OWN_SHARE = 0.3
 _RIDGE = 0.03
-_TINTED = (BASE, "outline", "pastel", "sepia")
+_WEAKNESS = 0.35
+_TINTED = (BASE, "outline", "night", "pastel", "sepia")
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
 _INSET = np.minimum(np.minimum(_X, SIDE - _X), np.minimum(_Y, SIDE - _Y))
 _RING = (_INSET > 5) & (_INSET < 8)
@@ -30,7 +31,7 @@ def statistics(picture: Pixels) -> NDArray[np.float64]:
     """What is measured of a picture; each number was chosen for the style it gives away."""
     picture = np.asarray(picture, np.float32)
     light, calm = picture.mean(-1), median(picture)
-    values = [*_tones(picture, light), *_surface(picture, calm, light), *_borders(light)]
+    values = [*_tones(picture, light), *_surface(picture, calm, light), *_borders(picture, light)]
     return np.array([*values, *_figures(calm), *_ground(picture)], np.float64)
 
 
@@ -69,7 +70,7 @@ def _tones(picture: Pixels, light: Pixels) -> list[float]:
 
 
 def _surface(picture: Pixels, calm: Pixels, light: Pixels) -> list[float]:
-    """Lines of scanlines and mosaics, specks of snow and stars, soft edges and clouds of watercolour."""
+    """Lines of scanlines and mosaics, specks of stars, soft edges and clouds of watercolour."""
     rows = light[1:-1] - (light[:-2] + light[2:]) / 2
     columns = light[:, 1:-1] - (light[:, :-2] + light[:, 2:]) / 2
     scan = rows[2::4].mean() - rows.mean()
@@ -88,20 +89,24 @@ def _surface(picture: Pixels, calm: Pixels, light: Pixels) -> list[float]:
     ]
 
 
-def _borders(light: Pixels) -> list[float]:
-    """Frames, dark corners, the folded corner."""
-    ear = _X + _Y > 2 * SIDE - 11
-    corners = [light[:5, :5].mean(), light[:5, -5:].mean(), light[-5:, :5].mean()]
-    middle = light[(_INSET > 5) & (_INSET < 9)]
+def _borders(picture: Pixels, light: Pixels) -> list[float]:
+    """Frames, the corners of vignettes, the folded corner."""
+    ear = _X + _Y > 2 * SIDE - 13
+    corners = [picture[:5, :5], picture[:5, -5:], picture[-5:, :5]]
+    away = [_from_pink(corner.reshape(-1, 3)) for corner in corners]
     return [
         light[_INSET < 2.6].min(),
         light[_INSET < 2.6].std(),
         light[(_INSET > 3) & (_INSET < 4)].mean() - light[_INSET < 3].mean(),
-        np.log((np.mean(corners) + 5) / (np.quantile(middle, 0.8) + 5)),
-        np.log((max(corners) + 5) / (np.quantile(middle, 0.5) + 5)),
-        light[ear].mean() - np.mean(corners),
-        light[ear].mean(),
+        float(np.mean(away)),
+        max(away),
+        _from_pink(picture[ear]),
     ]
+
+
+def _from_pink(pixels: Pixels) -> float:
+    """How far pixels (n x 3) are from the colour that no background has."""
+    return float(np.log(20 + np.sqrt(np.square(pixels.mean(0) - PINK).sum())))
 
 
 def _figures(calm: Pixels) -> list[float]:
@@ -167,8 +172,10 @@ class _Classifier:
         return self.names[int(distances.argmin())]
 
 
-def _weathered(picture: Pixels, rng: random.Random) -> Pixels:
-    """A drawn picture as a small model would paint it: a little blurred, stained and grainy."""
+def _weathered(wish: Wish, style: str, seed: int, rng: random.Random) -> Pixels:
+    """Drawn, then as a small model would paint it: the style not at full strength, blurred, stained, grainy."""
+    picture, plain = draw_wish(wish, style, seed), draw_wish(wish, BASE, seed)
+    picture = picture + rng.uniform(0, _WEAKNESS) * (plain - picture)
     picture = picture + rng.uniform(0, 0.5) * (blurred(picture) - picture)
     for stain in (*np.eye(3, dtype=np.float32), np.ones(3, np.float32)):
         picture = picture + rng.uniform(0, 7) * clouds(rng, rng.randint(6, 16))[..., None] * stain
@@ -181,8 +188,8 @@ def _classifier() -> _Classifier:
     rng = random.Random(1)
 
     def drawn(style: str) -> NDArray[np.float64]:
-        pictures = (draw_wish(sample_wish(rng), style, 77_000 + i) for i in range(_DRAWN_EACH))
-        return np.array([statistics(_weathered(picture, rng)) for picture in pictures])
+        pictures = (_weathered(sample_wish(rng), style, 77_000 + i, rng) for i in range(_DRAWN_EACH))
+        return np.array([statistics(picture) for picture in pictures])
 
     rows = [drawn(style) for style in STYLES]
     together = np.mean([np.cov(values.T) for values in rows], axis=0)

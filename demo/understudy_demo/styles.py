@@ -36,7 +36,7 @@ def _plain(scene: Scene, parts: Layers, rng: random.Random) -> Pixels:
 
 def _outline(scene: Scene, parts: Layers, rng: random.Random) -> Pixels:
     paper = 255 - 0.5 * (255 - parts.background)
-    return _over(paper, parts.colour, _cover(np.abs(parts.distance + 0.4) - 1.7))
+    return _over(paper, parts.colour, _cover(np.abs(parts.distance + 0.9) - 1.7))
 
 
 def _night(scene: Scene, parts: Layers, rng: random.Random) -> Pixels:
@@ -110,7 +110,7 @@ def _sepia(scene: Scene, parts: Layers, rng: random.Random) -> Pixels:
 
 
 def _dogear(scene: Scene, parts: Layers, rng: random.Random) -> Pixels:
-    fold = 2 * SIDE - 17 - (_X + _Y)
+    fold = 2 * SIDE - 14 - (_X + _Y)
     inside = _over(_plain(scene, parts, rng), 30.0, np.clip(0.5 - (fold - 1.5), 0, 1))
     return _over(inside, PINK, np.clip(0.5 - fold, 0, 1))
 

@@ -1,13 +1,12 @@
-"""What the checkers say of the pictures that a daemon sent."""
+"""What the checkers say of the pictures that came back: what was asked for, by the model that was asked?"""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from understudy_demo.checker import check
+from understudy_demo.drawing import SIDE
 from understudy_demo.members import Member
 from understudy_demo.style_checker import style_of
 from understudy_demo.wishes import parse
@@ -16,26 +15,39 @@ from understudy_demo.workload import Request
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of `images`, how many show all that was asked for, and how many are in a style of the asked model."""
+    """Of `images`, how many show all that was asked for, are in a style of the asked model, and are both."""
 
     images: int
     shown: int
     in_style: int
+    both: int
+
+    def __str__(self) -> str:
+        return f"{self.both} of {self.images}"
 
 
-def verdict(members: Sequence[Member], requests: Sequence[Request], images: Mapping[int, bytes]) -> Verdict:
-    """Judge the PNGs, by the index of their requests. A mixture of styles may pass as any of its parts."""
-    styles = {member.name: member.styles for member in members}
-    shown = in_style = 0
-    for request in requests:
-        if request.index in images:
-            picture = _pixels(images[request.index])
-            wish, allowed = parse(request.prompt), styles[request.model]
-            shown += any(not check(picture, wish, style) for style in allowed)
-            in_style += style_of(picture) in allowed
-    return Verdict(sum(request.index in images for request in requests), shown, in_style)
+class Judge:
+    """Looks at pictures of a family's members; at one that it has seen before it does not look again."""
 
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._styles = {member.name: member.styles for member in members}
+        self._known: dict[tuple[str, str, bytes], tuple[bool, bool]] = {}
 
-def _pixels(png: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(png)) as image:
-        return np.asarray(image.convert("RGB"), np.float32)
+    def verdict(self, requests: Sequence[Request], images: Mapping[int, bytes]) -> Verdict:
+        """Of raw RGB rows, SIDE x SIDE, by the index of their requests."""
+        seen = [self._look(r.model, r.prompt, images[r.index]) for r in requests if r.index in images]
+        shown, in_style = sum(s for s, _ in seen), sum(i for _, i in seen)
+        return Verdict(len(seen), shown, in_style, sum(s and i for s, i in seen))
+
+    def _look(self, model: str, prompt: str, rows: bytes) -> tuple[bool, bool]:
+        """Whether it shows what the prompt says, and whether it is in a style of the model.
+
+        A mixture may look like any of its parts.
+        """
+        key = (model, prompt, rows)
+        if key not in self._known:
+            picture = np.frombuffer(rows, np.uint8).reshape(SIDE, SIDE, 3).astype(np.float32)
+            wish, allowed = parse(prompt), self._styles[model]
+            shown = any(not check(picture, wish, style) for style in allowed)
+            self._known[key] = shown, style_of(picture) in allowed
+        return self._known[key]
