@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
   bench-restart bench-ingest bench-lora bench-lora-serve bench-demo-quality fuzz \
-  gpu-check docs-models docs-policy docs-configuration clean
+  gpu-check docs-models docs-demo docs-policy docs-configuration clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
@@ -68,6 +68,10 @@ gpu-check:  ## everything that needs a real GPU, in under ten minutes; without o
 
 docs-models: $(STAMP)  ## docs/models.md, from the table of pipeline kinds that the tests serve
 	@PYTHONPATH=tests $(BIN)/python -m zoo.document docs/models.md
+
+docs-demo: $(STAMP)  ## the pictures in docs/images: what the demo drew
+	@$(BIN)/understudy-demo run --out demo-out
+	@cp demo-out/contact-sheet.png demo-out/timeline.png docs/images
 
 docs-policy: $(STAMP)  ## the pictures of docs/policy.md, from the shipped example trace
 	@$(BIN)/understudyd plan daemon/understudyd/simulate/example.csv.gz --gpu a100-80 --host-pool all \

@@ -72,7 +72,7 @@ def test_a_mixture_is_the_mean_of_its_parts_weights() -> None:
         torch.testing.assert_close(value, 0.35 * night[name] + 0.65 * clay[name])
 
 
-def test_the_last_of_200_models_paints(tmp_path: Path) -> None:
+def test_the_last_of_200_models_paints() -> None:
     import torch
 
     from understudy_demo import quality

@@ -1,5 +1,6 @@
 """The daemon that demo and benchmark start, and one small run of each through it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     with console.capture() as told:
         status = Demo(Plan(out=tmp_path / "out", models=4, requests=10, clients=2), console).play()
     assert status == 0, told.get()
-    assert "of 24 images show what was asked for by the model that was asked" in told.get()
+    assert re.search(r"\d+ of \d+ images show what was asked for by the model that was asked", told.get())
     assert {"timeline.png", "contact-sheet.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     with pytest.raises(admin.AdminError, match="is it running"):
         admin.call(tmp_path / "out/run/admin.sock", admin.Status())

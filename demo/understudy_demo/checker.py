@@ -19,7 +19,7 @@ from understudy_demo.wishes import COLOURS, SHAPES, SIZES, TEXTURES, Wish, sampl
 
 _SMALLEST_REGION = 16  # pixels: less is dust
 _FOREIGN_SLACK = 12  # pixels of a third colour, thin lines left out, beyond what a style itself has
-_BORDERS = {"sticker": ((250, 250, 250), PINK), "dogear": (PINK, (30, 30, 30)), "vignette": (PINK,)}
+_BORDERS = {"sticker": ((250, 250, 250), (20, 20, 20)), "dogear": (PINK, (30, 30, 30)), "vignette": (PINK,)}
 """What a style adds in colours of its own, which are no shape's."""
 _STENCIL_SIDE = 24
 _DRAWN_EACH = 4
@@ -100,14 +100,15 @@ class _Knowledge:
         return int((eroded(others) & _INSIDE).sum())
 
     def look_of(self, region: Region) -> tuple[str, str]:
-        """The shape and size whose cut-outs in this style differ least, in outline and in side."""
+        """The shape whose cut-outs in this style differ least, in outline and side; the size next in side."""
         stencil = region.stencil(_STENCIL_SIDE)
 
         def difference(look: tuple[str, str]) -> float:
             apart = float(np.abs(stencil - self.stencils[look]).mean())
             return apart + _PER_PIXEL * abs(region.side - self.sides[look])
 
-        return min(self.stencils, key=difference)
+        shape, _ = min(self.stencils, key=difference)
+        return shape, min(SIZES, key=lambda size: abs(region.side - self.sides[shape, size]))
 
     def texture_of(self, calm: Pixels, found: Sequence[Region]) -> str:
         """The texture with which the background's brightness goes up and down, if it does."""

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from understudy_demo.drawing import SIDE, Pixels
+from understudy_demo.drawing import SIDE, Pixels, Scene, compose
 from understudy_demo.regions import Mask, blurred, dilated, eroded, filled, median
-from understudy_demo.styles import BASE, PINK, STYLES, clouds, draw_wish
+from understudy_demo.styles import BASE, PINK, STYLES, clouds, draw, draw_wish
 from understudy_demo.wishes import COLOURS, Wish, sample_wish
 
-_DRAWN_EACH = 80
-_OWN_SHARE = 0.3
-_RIDGE = 0.03
+_SCENES = 80
+_OWN_SHARE = 0.5
+_RIDGE = 0.1
 _WEAKNESS = 0.35
 _TINTED = (BASE, "outline", "night", "pastel", "sepia")
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
@@ -52,8 +52,9 @@ def _grounds(style: str) -> Pixels:
 
 
 def _tones(picture: Pixels, light: Pixels) -> list[float]:
-    """Night is dark, pastel has nothing dark and little colour, sepia little blue."""
+    """Night is dark, pastel has nothing dark and little colour, sepia next to nothing blue or green."""
     warm = picture[..., 0] - picture[..., 2]
+    cold = (warm < -12) | (picture[..., 0] - picture[..., 1] < -16)
     chroma = picture.max(-1) - picture.min(-1)
     dark, bright = np.quantile(light, (0.03, 0.9))
     blue = np.quantile(picture[..., 2], 0.97)
@@ -64,6 +65,8 @@ def _tones(picture: Pixels, light: Pixels) -> list[float]:
         chroma.mean(),
         np.quantile(chroma, 0.95),
         warm.mean(),
+        np.log(cold.mean() + 4e-3),
+        np.quantile(warm, 0.02),
         blue,
         picture.min(),
     ]
@@ -172,9 +175,9 @@ class _Classifier:
         return self.names[int(distances.argmin())]
 
 
-def _weathered(wish: Wish, style: str, seed: int, rng: random.Random) -> Pixels:
-    """Drawn, then as a small model would paint it: the style not at full strength, blurred, stained, grainy."""
-    picture, plain = draw_wish(wish, style, seed), draw_wish(wish, BASE, seed)
+def _weathered(scene: Scene, style: str, rng: random.Random) -> Pixels:
+    """Drawn, then as a small model would paint it: not quite in the style, blurred, stained, grainy."""
+    picture, plain = draw(scene, style, rng), draw(scene, BASE, rng)
     picture = picture + rng.uniform(0, _WEAKNESS) * (plain - picture)
     picture = picture + rng.uniform(0, 0.5) * (blurred(picture) - picture)
     for stain in (*np.eye(3, dtype=np.float32), np.ones(3, np.float32)):
@@ -185,11 +188,12 @@ def _weathered(wish: Wish, style: str, seed: int, rng: random.Random) -> Pixels:
 
 @functools.cache
 def _classifier() -> _Classifier:
+    """Fitted to the same scenes in every style."""
     rng = random.Random(1)
+    scenes = [compose(sample_wish(rng), rng) for _ in range(_SCENES)]
 
     def drawn(style: str) -> NDArray[np.float64]:
-        pictures = (_weathered(sample_wish(rng), style, 77_000 + i, rng) for i in range(_DRAWN_EACH))
-        return np.array([statistics(picture) for picture in pictures])
+        return np.array([statistics(_weathered(scene, style, rng)) for scene in scenes])
 
     rows = [drawn(style) for style in STYLES]
     together = np.mean([np.cov(values.T) for values in rows], axis=0)

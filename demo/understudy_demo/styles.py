@@ -71,18 +71,19 @@ def _mosaic(scene: Scene, parts: Layers, rng: random.Random) -> Pixels:
 
 
 def _sticker(scene: Scene, parts: Layers, rng: random.Random) -> Pixels:
-    shadow = 0.45 * np.clip(0.5 - (distance(shifted(scene, 1.8, 2.2)) - 2.0) / 3.0, 0, 1)
-    border = PINK if scene.wish.colour == "white" else 250.0
-    paper = _over(_over(parts.background, 12.0, shadow), border, _cover(parts.distance - 2.6))
+    border, rim = (20.0, 250.0) if scene.wish.colour == "white" else (250.0, 20.0)
+    paper = _over(
+        _over(parts.background, rim, _cover(parts.distance - 3.8)), border, _cover(parts.distance - 2.4)
+    )
     return _over(paper, parts.colour, _cover(parts.distance))
 
 
 def _clay(scene: Scene, parts: Layers, rng: random.Random) -> Pixels:
-    shadow = 0.42 * np.clip(0.5 - distance(shifted(scene, 2.0, 3.0)) / 6.0, 0, 1)
+    shadow = 0.55 * np.clip(0.5 - distance(shifted(scene, 2.0, 3.0)) / 6.0, 0, 1)
     ground = _over(parts.background, 10.0, shadow)
     dome = np.sqrt(np.clip(-parts.distance, 0, 6) / 6)
     slope_y, slope_x = np.gradient(dome)
-    light = np.clip(260 * (slope_x + slope_y), -75, 85)
+    light = np.clip(360 * (slope_x + slope_y), -95, 105)
     return _over(ground, parts.colour + light[..., None], _cover(parts.distance))
 
 
