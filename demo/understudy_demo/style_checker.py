@@ -3,6 +3,7 @@
 import functools
 import random
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,13 +11,13 @@ from numpy.typing import NDArray
 from understudy_demo.drawing import SIDE, Pixels, Scene, compose
 from understudy_demo.regions import Mask, blurred, dilated, eroded, filled, median
 from understudy_demo.styles import BASE, PINK, STYLES, clouds, draw, draw_wish
-from understudy_demo.wishes import COLOURS, Wish, sample_wish
+from understudy_demo.wishes import COLOURS, TEXTURES, Wish, sample_wish
 
 _SCENES = 80
 _OWN_SHARE = 0.5
 _RIDGE = 0.1
 _WEAKNESS = 0.35
-_TINTED = (BASE, "outline", "night", "pastel", "sepia")
+_TINTED = (BASE, "outline", "night", "watercolour", "pastel", "sepia")
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
 _INSET = np.minimum(np.minimum(_X, SIDE - _X), np.minimum(_Y, SIDE - _Y))
 _RING = (_INSET > 5) & (_INSET < 8)
@@ -43,10 +44,10 @@ def _ground(picture: Pixels) -> list[float]:
 
 @functools.cache
 def _grounds(style: str) -> Pixels:
-    """The colours of the style's plain backgrounds."""
+    """The colours of the style's backgrounds."""
     drawn = []
-    for colour in COLOURS:
-        wish = Wish(1, "red" if colour != "red" else "blue", "circle", "small", colour)
+    for colour, texture in product(COLOURS, TEXTURES):
+        wish = Wish(1, "red" if colour != "red" else "blue", "circle", "small", colour, texture)
         drawn.append(draw_wish(wish, style, 5)[_RING].mean(0))
     return np.array(drawn)
 
