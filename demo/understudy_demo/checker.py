@@ -88,6 +88,8 @@ class _Knowledge:
         below, above = self.grounds[COLOURS.index(ground)], self.figures[COLOURS.index(colour)]
         apart = np.square(self.borders - above).sum(-1) > 60**2
         mask = _nearest(calm, np.concatenate([[above, below], self.borders[apart]])) == 0
+        if len(self.borders):
+            mask = dilated(eroded(mask)) & mask  # a border's soft edge passes through every colour
         return regions(filled(mask & _INSIDE), _SMALLEST_REGION)
 
     def foreign_pixels(self, calm: Pixels, ground: str, colour: str) -> int:
