@@ -91,8 +91,8 @@ def test_the_command_line_writes_as_many_as_asked_for(tmp_path: Path) -> None:
     runner = CliRunner()
     made = runner.invoke(main, ["make", str(tmp_path / "three"), "--models", "3"])
     assert made.exit_code == 0, made.output
-    assert [line.split("\t")[0] for line in made.output.splitlines()][:2] == ["plain-00", "outline-01"]
-    assert len(list((tmp_path / "three").glob("*/model_index.json"))) == 3
+    assert [line.split("\t")[0] for line in made.stdout.splitlines()][:2] == ["plain-00", "outline-01"]
+    assert len(list((tmp_path / "three").glob("[!.]*/model_index.json"))) == 3
     refused = runner.invoke(main, ["make", str(tmp_path / "many"), "--models", "100000"])
     assert refused.exit_code == 1 and "recipes; ask for so many" in refused.output
 

@@ -74,13 +74,13 @@ class Kitchen:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._unet = UNet2DConditionModel.from_pretrained(folder / BASE / "unet").to(torch.float32)
+        self._unet = UNet2DConditionModel.from_pretrained(folder / BASE / "unet", torch_dtype=torch.float32)
         self._weights: dict[str, dict[str, Tensor]] = {}
 
     def base(self) -> Any:
         """The base as a pipeline in full precision."""
-        return StableDiffusionPipeline.from_pretrained(self._folder / BASE, local_files_only=True).to(
-            torch.float32
+        return StableDiffusionPipeline.from_pretrained(
+            self._folder / BASE, local_files_only=True, torch_dtype=torch.float32
         )
 
     def unet(self, recipe: Recipe) -> UNet2DConditionModel:

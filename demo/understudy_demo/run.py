@@ -169,14 +169,19 @@ class Demo:
         old_taken = turns(old.served, lane(old.spans, "stage"))
         asked = [*requests, *gallery]
         got, wanted = _rows(performance), _old_rows(old, old_gallery)
-        verdicts = self._verdicts(members, asked, got, wanted)
+        judge = Judge(members)
+        verdicts = self._verdicts(judge, asked, got, wanted)
         title = f"{len(members)} models, room for {room} ({settings.arena_bytes / 2**20:.0f} MiB)"
         table = show.results_table(figures(taken), taken, figures(old_taken), verdicts, title)
         self._console.print()
         self._console.print(table)
         equal = sum(rows == wanted[index] for index, rows in got.items())
         self._console.print(f"\n{equal} of {len(asked)} images equal from_pretrained's, bit for bit")
+        trained = {member.name for member in members if len(member.styles) == 1}
+        of_trained = judge.verdict([request for request in asked if request.model in trained], got)
         self._console.print(f"{verdicts[0]} images show what was asked for by the model that was asked")
+        self._console.print(f"  {of_trained} of the models that are no mixtures", style="dim")
+        self._console.print(f"  {verdicts[0].in_style} images are in a style of their model", style="dim")
         for index, why in (performance.workload.failures | performance.gallery.failures).items():
             self._console.print(f"request {index} failed: {why}", style="red")
         self._draw(members, room, performance, old, asked, taken, old_taken)
@@ -187,11 +192,8 @@ class Demo:
             self._console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
         return 0 if equal == len(asked) else 1
 
-    def _verdicts(
-        self, members: Sequence[Member], asked: Sequence[Request], *runs: Mapping[int, bytes]
-    ) -> list[Verdict]:
+    def _verdicts(self, judge: Judge, asked: Sequence[Request], *runs: Mapping[int, bytes]) -> list[Verdict]:
         """The checkers' word on each run's images."""
-        judge = Judge(members)
         verdicts = []
         with self._scene("looking at the images", len(runs)) as tick:
             for images in runs:
