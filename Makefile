@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
-  bench-restart bench-ingest bench-lora bench-lora-serve bench-demo-quality fuzz \
-  gpu-check docs-models docs-demo docs-policy docs-configuration clean
+  bench-restart bench-ingest bench-lora bench-lora-serve bench-demo-quality bench-soak bench-observe bench-load bench-wire \
+  bench-compare fuzz gpu-check gpu-compare docs-models docs-demo docs-policy docs-configuration docs-observability clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
@@ -41,6 +41,15 @@ bench-serve: $(STAMP)  ## 200 models, room for 20
 bench-handover: $(STAMP)  ## loads against plain reads, host tier, loaders killed again and again
 	@$(BIN)/python -m benchmarks.handover --json
 
+bench-load: $(STAMP)  ## a load beside raw reads and what others load with (.[peers])
+	@$(BIN)/python -m benchmarks.load --json
+
+bench-wire: $(STAMP)  ## what the daemon adds to a request, and takes from the stage
+	@$(BIN)/python -m benchmarks.wire --json
+
+bench-compare: $(STAMP)  ## one workload through the daemon and through what people run today
+	@$(BIN)/python -m benchmarks.compare --json
+
 bench-coldstart: $(STAMP)  ## from nothing to the first image
 	@$(BIN)/python -m benchmarks.coldstart --json
 
@@ -56,6 +65,12 @@ bench-lora: $(STAMP)  ## a LoRA folded, beside diffusers' load, fuse and unfuse
 bench-lora-serve: $(STAMP)  ## 300 adapters over 3 bases, room for 20 overlays
 	@$(BIN)/python -m benchmarks.lora_serve --json
 
+bench-observe: $(STAMP)  ## what timeline and metrics cost
+	@$(BIN)/python -m benchmarks.observe --json
+
+bench-soak: $(STAMP)  ## two minutes of everything at once, and much of it wrong
+	@$(BIN)/python -m benchmarks.soak --json
+
 fuzz: $(STAMP)  ## a million hostile frames beside a client that gets every answer
 	@$(BIN)/python -m benchmarks.fuzz --json
 
@@ -65,6 +80,10 @@ bench-demo-quality: $(STAMP)  ## how many of the demo family's pictures show wha
 # Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
 gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so
 	@PYTHONPATH=client:daemon$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu --out gpu-check.json
+
+gpu-compare:  ## twenty real-size models on a GPU: the daemon beside what people run today, in half an hour
+	@PYTHONPATH=client:daemon$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu --only compare \
+	  --limit-s 1800 --out gpu-compare.json
 
 docs-models: $(STAMP)  ## docs/models.md, from the table of pipeline kinds that the tests serve
 	@PYTHONPATH=tests $(BIN)/python -m zoo.document docs/models.md
@@ -81,6 +100,9 @@ docs-policy: $(STAMP)  ## the pictures of docs/policy.md, from the shipped examp
 
 docs-configuration: $(STAMP)  ## docs/configuration.md, from the configuration's own types
 	@$(BIN)/python -m understudyd.config_reference docs/configuration.md
+
+docs-observability: $(STAMP)  ## the example scrape and the picture of docs/observability.md, from a short run
+	@$(BIN)/python -m benchmarks.observe --document docs/observability.md
 
 clean:  ## forget the virtual environment and what the demo made
 	rm -rf $(VENV) demo-out

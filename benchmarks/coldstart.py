@@ -25,12 +25,11 @@ from pathlib import Path
 from unittest import mock
 
 from benchmarks.kit import DaemonProcess, DaemonSettings, json_line, running_daemon, say, show_table, timed
-from understudy import Client, admin
-from understudy_demo.spans import lane, spans_from
+from understudy import Client
+from understudy.trace import START_UP, fetch, lane
 
 MODEL = "model"
 ROUNDS = 3
-START_UP = "start-up"
 PHASES = {
     "import_s": ("import",),
     "device_s": ("loaders", "arena"),
@@ -87,7 +86,7 @@ def start_once(scene: Scene, folder: Path) -> dict[str, float]:
 
 def start_up_spans(daemon: DaemonProcess) -> dict[str, float]:
     """The length of each span of the start-up, by its name."""
-    spans = lane(spans_from(daemon.ask(admin.Trace(seconds=_TRACE_S))), START_UP)
+    spans = lane(fetch(daemon.ask, _TRACE_S).spans, START_UP)
     return {span.name: span.end_s - span.start_s for span in spans}
 
 

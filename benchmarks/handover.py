@@ -2,8 +2,8 @@
 
 * load: one Stable Diffusion 1.5 UNet in fp16 (1.72 GB), from the page cache into the arena, through a real
   loader pool with one loader process. An earlier load verified its checksums, as in a daemon that lives.
-* raw: plain `preadv` threads of one process into a pre-faulted memfd of the same size, with the same chunk
-  size and number of threads. Rounds of load, raw and host tier alternate: all meet the same machine.
+* raw: plain `preadv` threads of one process into the same memory, with the same chunk size and number of
+  threads. Rounds of load, raw and host tier alternate: all meet the same machine.
 * host tier: the same bytes from the host pool into the arena.
 * respawn: from SIGKILL of a loader in mid-load to its successor at work.
 * faults: a daemon with more models than room serves requests while its loaders are killed in mid-load, again
@@ -18,12 +18,8 @@ Respawn: an interpreter with msgspec in 0.1 s, twice that on two busy cores.
 
 import argparse
 import contextlib
-import mmap
-import os
 import statistics
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +28,7 @@ from pathlib import Path
 from benchmarks.handover_faults import survive
 from benchmarks.kit import json_line, say, show_table, timed
 from benchmarks.loaders import Loaders, Source, running_loaders
+from benchmarks.raw_reads import RawReader
 from understudyd.core.events import LoaderReady
 from understudyd.shell.host_pool import HostPool
 from understudyd.shell.memory import CpuArena
@@ -41,56 +38,6 @@ ROUNDS, QUICK_ROUNDS = 15, 3
 KILLS, QUICK_KILLS = 7, 2
 # A loader that is killed at once, again and again, is not respawned slower each time.
 SETTINGS = LoaderSettings(stable_after_s=0.0)
-
-
-class RawReader:
-    """Plain `preadv` of a file's data section by threads, into shared memory that has all its pages."""
-
-    def __init__(self, source: Source, chunk_bytes: int, threads: int) -> None:
-        self._source = source
-        self._chunk_bytes = chunk_bytes
-        self._threads = threads
-        size_bytes = source.record.size_bytes
-        self._file = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
-        self._memory_fd = os.memfd_create("raw", os.MFD_CLOEXEC)
-        os.posix_fallocate(self._memory_fd, 0, size_bytes)
-        self._memory = mmap.mmap(self._memory_fd, size_bytes)
-        self.read()  # builds this process's page table
-
-    def read(self) -> float:
-        """Everything once; seconds."""
-        pieces = iter(range(0, self._source.record.size_bytes, self._chunk_bytes))
-        lock = threading.Lock()
-        threads = [
-            threading.Thread(target=self._read_pieces, args=(pieces, lock)) for _ in range(self._threads)
-        ]
-        started_s = time.monotonic()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return time.monotonic() - started_s
-
-    def content(self) -> bytes:
-        """What was read."""
-        return self._memory[:]
-
-    def close(self) -> None:
-        self._memory.close()
-        os.close(self._memory_fd)
-        os.close(self._file)
-
-    def _read_pieces(self, pieces: Iterator[int], lock: threading.Lock) -> None:
-        size_bytes, start_bytes = self._source.record.size_bytes, self._source.record.data_start_bytes
-        view = memoryview(self._memory)
-        while True:
-            with lock:
-                offset = next(pieces, None)
-            if offset is None:
-                return
-            ends = min(offset + self._chunk_bytes, size_bytes)
-            while offset < ends:
-                offset += os.preadv(self._file, [view[offset:ends]], start_bytes + offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +54,7 @@ def measure_rates(source: Source, rounds: int) -> Rates:
     size_bytes = source.record.size_bytes
     arena = CpuArena(size_bytes)
     host_pool = HostPool(size_bytes)
-    raw = RawReader(source, SETTINGS.chunk_bytes, SETTINGS.reader_threads)
+    raw = RawReader(source, arena.fds()[0], SETTINGS.chunk_bytes, SETTINGS.reader_threads)
     try:
         with running_loaders(arena, settings=SETTINGS, host_pool=host_pool) as loaders:
             fill = partial(source.task, pool_offset=0)

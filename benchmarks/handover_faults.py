@@ -5,15 +5,13 @@ import random
 import signal
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
+from benchmarks.calm import evict_all, leaked, poll, settled
 from benchmarks.kit import DaemonProcess, DaemonSettings, running_daemon, say
 from understudy import Client, admin
 from understudy.errors import UnderstudyError
@@ -23,8 +21,6 @@ MODELS, ROOM_FOR, POOL_FOR = 6, 3, 4
 CLIENTS = 3
 LOAD_S = 0.15
 LOADS_BETWEEN_KILLS = 3
-SETTLED_WITHIN_S = 30.0
-_POLL_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +36,8 @@ class Survived:
 def survive(kills: int) -> Survived:
     """Kill a loader in mid-load `kills` times while requests for several models flow."""
     with tempfile.TemporaryDirectory() as folder, _daemon(Path(folder)) as (daemon, records):
-        _evict_all(daemon)
-        before = _settled(daemon)
+        evict_all(daemon)
+        before = settled(daemon)
         with _traffic(daemon, sorted(records)) as traffic:
             struck: list[str] = []
             for _ in range(kills):
@@ -49,20 +45,9 @@ def survive(kills: int) -> Survived:
         say(f"  {traffic.done} requests, {len(traffic.failures)} failed, {kills} kills")
         for failure in traffic.failures[:3]:
             say(f"  {failure}")
-        _evict_all(daemon)
-        leaked_bytes = leaked(before, _settled(daemon))
+        evict_all(daemon)
+        leaked_bytes = leaked(before, settled(daemon))
     return Survived(traffic.done, len(traffic.failures), kills, leaked_bytes)
-
-
-def leaked(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
-    """Arena bytes that were free and are not, and host pool bytes that are neither free nor a copy at rest.
-
-    `before` and `after` are status documents of a daemon that has nothing to do and nothing resident.
-    """
-    lost_bytes = before["arena"]["free_bytes"] - after["arena"]["free_bytes"]
-    if (pool := after.get("host_pool")) is not None:
-        lost_bytes += pool["size_bytes"] - pool["free_bytes"] - pool["ready_bytes"]
-    return int(lost_bytes)
 
 
 @contextmanager
@@ -155,15 +140,15 @@ def _kill_a_busy_loader(daemon: DaemonProcess, spare: Collection[str]) -> str:
     a row is given up by the daemon, and rightly so: what is struck here is the loader, not the blob.
     """
     before = _loads_done(daemon)
-    _poll(daemon, lambda: _loads_done(daemon) >= before + LOADS_BETWEEN_KILLS, "loads go well again")
+    poll(daemon, lambda: _loads_done(daemon) >= before + LOADS_BETWEEN_KILLS, "loads go well again")
 
     def candidates() -> list[tuple[int, str]]:
         rows = [row for row in daemon.ask(admin.Loaders()) if row["state"] == "loading"]
         return [(row["pid"], row["load"]) for row in rows if row["load"] not in spare]
 
-    (pid, load), *_ = _poll(daemon, candidates, "a loader has a load")
+    (pid, load), *_ = poll(daemon, candidates, "a loader has a load")
     os.kill(pid, signal.SIGKILL)
-    _poll(
+    poll(
         daemon,
         lambda: pid not in [row["pid"] for row in daemon.ask(admin.Loaders()) if row["state"] != "lost"],
         "the daemon has seen that it is dead",
@@ -173,45 +158,3 @@ def _kill_a_busy_loader(daemon: DaemonProcess, spare: Collection[str]) -> str:
 
 def _loads_done(daemon: DaemonProcess) -> int:
     return sum(row["loads_done"] for row in daemon.ask(admin.Loaders()))
-
-
-def _evict_all(daemon: DaemonProcess) -> None:
-    for model in daemon.ask(admin.Models()):
-        _poll(daemon, partial(_is_evicted, daemon, model["name"]), "nothing uses the model")
-
-
-def _is_evicted(daemon: DaemonProcess, name: str) -> bool:
-    try:
-        daemon.ask(admin.Evict(name=name))
-    except admin.AdminError as error:
-        if error.code != "in_use":
-            raise
-        return False
-    return True
-
-
-def _settled(daemon: DaemonProcess) -> dict[str, Any]:
-    """The status once no load is under way and nothing is quarantined, or as it is when patience ends."""
-    status: dict[str, Any] = {}
-
-    def is_settled() -> bool:
-        status.update(daemon.ask(admin.Status()))
-        tiers = [status["arena"], status.get("host_pool") or {}]
-        busy = sum(tier.get(f"{what}_bytes", 0) for tier in tiers for what in ("filling", "quarantined"))
-        return not busy and all(row["state"] == "idle" for row in status["loaders"])
-
-    try:
-        _poll(daemon, is_settled, "it has settled")
-    except TimeoutError as error:
-        say(f"  {error}: {status}")  # the figures will tell
-    return status
-
-
-def _poll(daemon: DaemonProcess, condition: Callable[[], Any], what: str) -> Any:
-    deadline_s = time.monotonic() + SETTLED_WITHIN_S
-    while time.monotonic() < deadline_s:
-        if found := condition():
-            return found
-        daemon.check()
-        time.sleep(_POLL_S)
-    raise TimeoutError(f"not within {SETTLED_WITHIN_S:g} s: {what}")

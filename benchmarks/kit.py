@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -26,10 +26,8 @@ __all__ = [
     "timed",
 ]
 
-Figure = float | int | str | None
 
-
-def json_line(document: Mapping[str, Figure | Mapping[str, Figure]], out: TextIO | None = None) -> None:
+def json_line(document: Mapping[str, Any], out: TextIO | None = None) -> None:
     """The last line of a benchmark: one JSON object, floats to four decimals."""
     print(json.dumps(rounded(document)), file=out, flush=True)
 

@@ -128,7 +128,7 @@ class Loaders:
                 self._loop,
                 count=count,
                 settings=settings,
-                record=lambda *span: None,
+                record=lambda span: None,
                 host_pool=host_pool,
                 gpu_uuid=gpu_uuid,
             )

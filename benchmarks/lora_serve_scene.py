@@ -30,17 +30,18 @@ TIMED = 7
 class LoraPlan(Plan):
     """`models` counts bases and the combinations of a base and an adapter, `resident` overlays.
 
-    `load_share` is the length of an adapter's load in times of an image. `widths` are a UNet's channels: wide
-    for so few pixels, so that a fold is a good part of an image, as it is on a GPU.
+    `load_share` is the length of an adapter's load in times of an image. With these `widths`, a UNet's
+    channels, and `steps` a fold takes some 3 % of an image. At real size it is less: 0.1 % for Stable
+    Diffusion 1.5 on two cores (40 ms of 40 s), under 1 % on a GPU if a fold takes 10 ms there.
     """
 
     models: int = 303
     bases: int = 3
     rank: int = 32
     size: int = 16
-    steps: tuple[int, ...] = (2, 3)
+    steps: tuple[int, ...] = (4, 6)
     rounds: int = 20
-    widths: tuple[int, int] = (32, 192)
+    widths: tuple[int, int] = (32, 128)
 
     @property
     def adapters(self) -> int:
@@ -199,7 +200,7 @@ def paint_references(requests: Sequence[Request], family: Family) -> tuple[dict[
         for model, wishes in by_model.items():
             pipeline.unet = copy.deepcopy(plain)
             _, adapters = parse_name(model) or ("", ())
-            _fuse(pipeline, adapters, family)
+            fuse(pipeline, adapters, family)
             for one, request in wishes.items():
                 image = baseline.paint(pipeline, request)
                 hashes[one] = sha256(image.convert("RGB").tobytes()).hexdigest()
@@ -207,7 +208,8 @@ def paint_references(requests: Sequence[Request], family: Family) -> tuple[dict[
     return hashes, statistics.mean(times_s)
 
 
-def _fuse(pipeline: Any, adapters: Sequence[Adapter], family: Family) -> None:
+def fuse(pipeline: Any, adapters: Sequence[Adapter], family: Family) -> None:
+    """Into the pipeline's UNet, by diffusers."""
     for adapter in adapters:
         pipeline.load_lora_weights(str(family.loras[adapter.name][1]), adapter_name=adapter.name)
     if adapters:

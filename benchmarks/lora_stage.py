@@ -26,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.kit import percentile
 from benchmarks.real_size import Architecture, RealSizeStore
+from understudy.trace import Span
 from understudyd.core.events import Event, FoldFinished, LeaseEnded, ModelPrepared, RunStarted, ViewsBuilt
 from understudyd.core.types import ErrorCode
 from understudyd.stage.run import RunParams
@@ -71,14 +72,14 @@ class LoraTheatre:
         self._seen: set[Event] = set()
         self._generations = itertools.count(2)
         self._requests = itertools.count()
-        self.spans: list[tuple[str, str, float, float]] = []
+        self.spans: list[Span] = []
         self.stage = Stage(
             self.arena,
             self._store,
             device=device,
             threads=threads,
             emit=self._emit,
-            record=lambda *span: self.spans.append(span),
+            record=self.spans.append,
         )
         self._offsets: dict[str, int] = {}
         self._fill(architecture.dtype, adapters)
@@ -147,7 +148,7 @@ class LoraTheatre:
             time.sleep(SETTLE_S)
 
         self._run(models, look_and_stop)
-        runs = [(start, end) for lane, _, start, end in self.spans if lane == "stage"]
+        runs = [(span.start_s, span.end_s) for span in self.spans if span.lane == "stage"]
         return [(after[0] - before[1]) * 1e3 for before, after in itertools.pairwise(runs)]
 
     def on_stage(self, act: Callable[[Any], None]) -> None:

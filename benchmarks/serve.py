@@ -39,9 +39,9 @@ from benchmarks.kit import (
 from benchmarks.serve_client import Answer, Ask, Asks
 from benchmarks.serve_scene import QUICK, Plan, Scene, Wish, set_scene, wish
 from understudy import admin
+from understudy.trace import Span, fetch, lane
 from understudy_demo.measure import Figures, Served, figures, gap_closed, turns
 from understudy_demo.serving import rate_for, short_runtime_dir
-from understudy_demo.spans import Span, lane, spans_from
 from understudy_demo.workload import Request
 from understudyd.shell.derived import parse_name
 from understudyd.shell.forecast_file import NAME as FORECAST
@@ -110,9 +110,9 @@ def perform(plan: Plan, scene: Scene, chosen: Mapping[str, DaemonSettings], work
         def shared(name: str) -> list[list[Answer]]:
             return rounds[name][::2] if name == OURS else rounds[name]
 
-        traces = {name: daemon.ask(admin.Trace(seconds=TRACE_S)) for name, daemon in daemons.items()}
+        traces = {name: fetch(daemon.ask, TRACE_S).spans for name, daemon in daemons.items()}
     return {
-        name: sum_up(asked[name], scene.references, rounds[name], shared(name), spans_from(traces[name]))
+        name: sum_up(asked[name], scene.references, rounds[name], shared(name), traces[name])
         for name in chosen
     }
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.real_size import Architecture, RandomWeights, RealSizeStore, checksums, sd15, sdxl
+from understudy.trace import Span
 from understudyd.core.events import Event, LeaseEnded, ModelPrepared, RunEnded, RunStarted, ViewsBuilt
 from understudyd.core.types import ErrorCode
 from understudyd.stage.run import RunParams
@@ -50,7 +51,7 @@ class Theatre:
 
     def __init__(self, architecture: Architecture, folder: Path) -> None:
         self.architecture = architecture
-        self.spans: list[tuple[str, str, float, float]] = []
+        self.spans: list[Span] = []
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._seen: set[Event] = set()
         self._rounds = 0
@@ -62,7 +63,7 @@ class Theatre:
             self.arena,
             self._store,
             emit=self._events.put,
-            record=lambda *span: self.spans.append(span),
+            record=self.spans.append,
         )
         self._fill()
         for name in MODELS:
@@ -149,8 +150,8 @@ def measure(architecture: Architecture, switches: int) -> dict[str, float | int]
         finally:
             theatre.stage.close()
             gc.unfreeze()
-    binds = [(end - start) * 1e3 for lane, _, start, end in theatre.spans if lane == "bind"][1:]
-    runs = [(start, end) for lane, _, start, end in theatre.spans if lane == "stage"]
+    binds = [(span.end_s - span.start_s) * 1e3 for span in theatre.spans if span.lane == "bind"][1:]
+    runs = [(span.start_s, span.end_s) for span in theatre.spans if span.lane == "stage"]
     visible = [(after[0] - before[1]) * 1e3 for before, after in itertools.pairwise(runs)]
     return {
         "tensors": architecture.tensor_count,

@@ -39,11 +39,31 @@ def check_no_idle_hands(ledger: Ledger, now_s: float) -> None:
         if BlobState.ABSENT in states:
             for blob in needed:
                 if blob.state is BlobState.ABSENT and blob.retry_at_s <= now_s:
-                    _cannot_be_begun(ledger, name, blob)
+                    if not (timely.is_early(models[name], now_s) and _needs_eviction(machine, name, blob)):
+                        _cannot_be_begun(ledger, name, blob)
+                    else:
+                        assert _is_behind_others(machine, name), f"{name} is put off for nobody"
                     break
             break
         if timely.stage_awaits_load and BlobState.LOADING in states:
             break
+
+
+def _needs_eviction(machine: Machine, name: str, absent: Blob) -> bool:
+    """It and what else the model lacks need more than the largest gap."""
+    beside = [b for b in machine.residency.models[name].blobs if b.state is BlobState.ABSENT]
+    arena = machine.residency.arena
+    sizes = [arena.rounded(blob.info.size_bytes) for blob in {absent, *beside}]
+    return sum(sizes) > arena.largest_gap_bytes
+
+
+def _is_behind_others(machine: Machine, name: str) -> bool:
+    """Somebody who can run is ahead of it in the fair order."""
+    own = machine.queue.head_of(name)
+    ready = [r for r in machine.queue.waiting() if machine.residency.models[r.model].is_ready]
+    return own is not None and any(
+        (-r.info.priority, r.tag, r.seq) < (-own.info.priority, own.tag, own.seq) for r in ready
+    )
 
 
 def _awaits_sources(blob: Blob) -> bool:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,14 +122,18 @@ def running_daemon(
     *,
     wait: bool = True,
     environ: dict[str, str] | None = None,
+    within: Sequence[str] = (),
     **sections: Any,
 ) -> Iterator[DaemonProcess]:
-    """A daemon that is ready, and gone afterwards however the test ends."""
+    """A daemon that is ready, and gone afterwards however the test ends.
+
+    `within` are words of a command that becomes the daemon's once it has prepared something for it.
+    """
     runtime_dir.mkdir(parents=True, exist_ok=True)
     config = runtime_dir / "understudyd.toml"
     config.write_text(configuration(store, runtime_dir, **sections))
     process = subprocess.Popen(
-        [sys.executable, "-m", "understudyd.main", "serve", "--config", str(config)],
+        [*within, sys.executable, "-m", "understudyd.main", "serve", "--config", str(config)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

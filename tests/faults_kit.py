@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,13 @@ _references: dict[Path, dict[str, list[bytes]]] = {}
 
 @contextlib.contextmanager
 def stricken_daemon(
-    family: Family, folder: Path, *, pool: str = "0", count: int = 2, **sections: Any
+    family: Family,
+    folder: Path,
+    *,
+    pool: str = "0",
+    count: int = 2,
+    environ: Mapping[str, str] | None = None,
+    **sections: Any,
 ) -> Iterator[Stricken]:
     """A daemon over a copy of the family's store, ready; its small chunks give many points to strike at."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,6 +210,6 @@ def stricken_daemon(
         "host": {"pool": pool},
     } | sections
     chosen["loader"] = {"count": count, "chunk": "256KiB"} | sections.get("loader", {})
-    environ = {ENVIRONMENT_VARIABLE: f"@{orders}"}
-    with running_daemon(store, folder / "run", environ=environ, **chosen) as daemon:
+    variables = {ENVIRONMENT_VARIABLE: f"@{orders}", **(environ or {})}
+    with running_daemon(store, folder / "run", environ=variables, **chosen) as daemon:
         yield Stricken(daemon, family, Store.open(store, writable=False), orders)

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import xxhash
 
+from understudy.trace import Span
 from understudyd.core.events import Event, LoaderReady
 from understudyd.loader import wire
 from understudyd.loader.proof import PROOF_BYTES, pattern
@@ -101,12 +102,12 @@ class PoolKit:
     ) -> None:
         self.arena = arena
         self.events: list[Event] = []
-        self.spans: list[tuple[str, str, float, float]] = []
+        self.spans: list[Span] = []
         self.pool = LoaderPool(
             asyncio.get_running_loop(),
             count=count,
             settings=settings,
-            record=lambda *span: self.spans.append(span),
+            record=self.spans.append,
             host_pool=host_pool,
         )
 

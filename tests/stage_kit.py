@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from understudy.trace import Span
 from understudy_demo import tiny
 from understudyd.core.events import Event, ImagesEncoded, LeaseEnded, ModelPrepared, RunEnded, ViewsBuilt
 from understudyd.core.types import ErrorCode
@@ -65,7 +66,7 @@ class Rig:
         self.arena = torch.empty(arena_bytes, dtype=torch.uint8)
         self.events: list[Event] = []
         self.progress: list[tuple[str, int, int]] = []
-        self.spans: list[tuple[str, str, float, float]] = []
+        self.spans: list[Span] = []
         self.on_progress: Callable[[str, int, int], None] = lambda request_id, step, steps: None
         self._changed = threading.Condition()
         self._free_at = 0
@@ -76,7 +77,7 @@ class Rig:
             store,
             emit=self._emit,
             on_progress=self._on_progress,
-            record=lambda *span: self.spans.append(span),
+            record=self.spans.append,
         )
 
     # -- what the core and the loaders would do ------------------------------------------------------

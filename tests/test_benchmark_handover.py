@@ -4,7 +4,7 @@ import json
 
 import pytest
 from benchmarks import handover
-from benchmarks.handover_faults import leaked
+from benchmarks.calm import leaked
 
 
 def test_its_last_line_is_the_result(capsys: pytest.CaptureFixture[str]) -> None:

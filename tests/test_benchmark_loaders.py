@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.handover import RawReader
 from benchmarks.loaders import LoadTrouble, noise_file, running_loaders
+from benchmarks.raw_reads import RawReader
 from benchmarks.real_size import sd15
 from benchmarks.real_store import random_blob
 
@@ -43,12 +43,13 @@ def test_busy_loaders_repeat_their_loads_until_the_block_ends(tmp_path: Path) ->
 
 def test_plain_reads_bring_the_same_bytes(tmp_path: Path) -> None:
     source = noise_file(tmp_path / "noise", 300 * KIB + 7)
-    reader = RawReader(source, chunk_bytes=64 * KIB, threads=2)
-    try:
-        assert reader.read() > 0
-        assert source.is_at(np.frombuffer(reader.content(), np.uint8))
-    finally:
-        reader.close()
+    with cpu_arena() as arena:
+        reader = RawReader(source, arena.fds()[0], chunk_bytes=64 * KIB, threads=2)
+        try:
+            assert reader.read() > 0
+            assert source.is_at(np.frombuffer(arena_bytes(arena, 0, source.size_bytes), np.uint8))
+        finally:
+            reader.close()
 
 
 def test_a_random_blob_is_one_of_the_store_s(tmp_path: Path) -> None:

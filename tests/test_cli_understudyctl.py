@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from understudy import admin
-from understudy.ctl import chrome_trace, main
+from understudy.ctl import main
 
 MIB = 1024 * 1024
 LOADERS = [
@@ -59,10 +59,6 @@ ANSWERS: dict[str, Any] = {
          "tier": "loading", "step": None, "steps": None},
     ],
     "loaders": LOADERS,
-    "trace": {"spans": [
-        {"lane": "stage", "name": "r9", "start_s": 10.0, "end_s": 12.5},
-        {"lane": "loader 0", "name": "sdxl", "start_s": 11.0, "end_s": 11.5},
-    ]},
 }  # fmt: skip
 
 
@@ -268,18 +264,6 @@ def test_a_rescan_tells_what_it_found(daemon: FakeDaemon) -> None:
         assert row.split() in rows
     assert json.loads(daemon.run("rescan", "-o", "json").stdout) == daemon.answers["rescan"]
     assert daemon.asked == [admin.Rescan()] * 3
-
-
-def test_trace_is_written_for_chrome(daemon: FakeDaemon, tmp_path: Path) -> None:
-    out = tmp_path / "trace.json"
-    assert "2 spans" in daemon.run("trace", "--seconds", "5", "-o", str(out)).stdout
-    events = json.loads(out.read_text())["traceEvents"]
-    assert [event["args"]["name"] for event in events if event["ph"] == "M"] == ["stage", "loader 0"]
-    spans = [(e["tid"], e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"]
-    assert spans == [(0, "r9", 0.0, 2.5e6), (1, "sdxl", 1e6, 0.5e6)]
-    assert daemon.asked == [admin.Trace(seconds=5.0)]
-    assert json.loads(daemon.run("trace", "-o", "-").stdout)["traceEvents"] == events
-    assert chrome_trace([])["traceEvents"] == [] and chrome_trace([{}])["traceEvents"]
 
 
 def test_a_refusal_is_one_line_and_exit_code_1(daemon: FakeDaemon) -> None:

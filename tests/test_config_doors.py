@@ -53,6 +53,22 @@ def test_bad_doors_are_mistakes(folder: Path, capsys: pytest.CaptureFixture[str]
     assert code == 1 and "cannot read" in said
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "more", "mistake"),
+    [
+        ("tcp://127.0.0.1:9464", "", ""),
+        ("tcp://0.0.0.0:9464", "allow_remote = true\n", ""),
+        ("tcp://0.0.0.0:9464", "", "allow_remote"),
+        ("9464", "", "is no TCP endpoint"),
+    ],
+)
+def test_where_metrics_may_be_served(
+    endpoint: str, more: str, mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = check(tmp_path / "u.toml", f'[metrics]\nendpoints = ["{endpoint}"]\n{more}', capsys)
+    assert code == bool(mistake) and mistake in said
+
+
 def test_modes_of_sockets(tmp_path: Path) -> None:
     path = tmp_path / "u.toml"
     path.write_text('[server]\nsocket_mode = "0600"\n[admin]\nsocket_mode = "660"\nsocket_group = "staff"\n')

@@ -156,24 +156,34 @@ def test_leased_blobs_stay_until_the_device_has_done_with_them() -> None:
 # -- prefetch -----------------------------------------------------------------------------------------
 
 
+def arrived(world: World) -> None:
+    """What is being loaded is resident."""
+    world.tell(ev.LoadFinished(min(world.ledger.loads)))
+    world.tell(ev.ViewsBuilt(*min(world.ledger.views)))
+
+
+def serve(world: World, name: str) -> None:
+    """A request for a model that is resident, from its receipt to its answer."""
+    world.make_resident(name)
+    request = world.ask(name)
+    for event in (
+        ev.RunStarted(request),
+        ev.RunEnded(request, Outcome.FINISHED),
+        ev.ImagesEncoded(request),
+        ev.LeaseEnded(request),
+    ):
+        world.tell(event)
+
+
 def test_prefetching_fills_free_memory_by_likelihood_and_evicts_nothing() -> None:
     world = by_hand(4, ("a", 2), ("b", 2), ("c", 2), policy=PolicySettings())
     for name in "abbc":
-        world.make_resident(name)
-        request = world.ask(name)
-        for event in (
-            ev.RunStarted(request),
-            ev.RunEnded(request, Outcome.FINISHED),
-            ev.ImagesEncoded(request),
-            ev.LeaseEnded(request),
-        ):
-            world.tell(event)
+        serve(world, name)
     evicted = list(world.ledger.evictions)
     world.tell(ev.EvictWanted("c"))
     assert world.ledger.evictions == [*evicted, "c.0"]
     assert loading(world) == ["a"]  # `c` was sent away by an operator, `b` is there
-    world.tell(ev.LoadFinished(min(world.ledger.loads)))
-    world.tell(ev.ViewsBuilt(*min(world.ledger.views)))
+    arrived(world)
     assert world.resident_models() == {"a", "b"} and not world.ledger.loads
 
 
@@ -181,6 +191,23 @@ def prefetching(world: World, name: str) -> None:
     """`name` is being prefetched: it was asked for once, and there is room and a loader."""
     world.tell(ev.RequestCancelled(world.ask(name)))
     assert loading(world)[-1] == name
+
+
+@pytest.mark.parametrize("is_used", [True, False])
+def test_a_guess_is_counted_once_when_it_is_used_or_leaves_in_vain(is_used: bool) -> None:
+    world = by_hand(4, ("a", 2), ("b", 2), ("c", 2), policy=PolicySettings())
+    residency = world.machine.residency
+    for name in "abbc":
+        serve(world, name)
+    assert (residency.guesses_used, residency.guesses_wasted) == (0, 0), "all were asked for"
+    world.tell(ev.EvictWanted("c"))
+    assert loading(world) == ["a"], "it is likely now"
+    arrived(world)
+    if is_used:
+        serve(world, "a")
+        serve(world, "a")
+    world.tell(ev.EvictWanted("a"))
+    assert (residency.guesses_used, residency.guesses_wasted) == (int(is_used), int(not is_used))
 
 
 def test_a_prefetch_is_cancelled_when_something_that_waits_finds_no_loader() -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 
-from core_kit import World, blob, model
+from core_kit import ScriptedLoaders, World, blob, busy_world, model
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core import snapshot
@@ -63,3 +63,63 @@ def test_accepted_says_when_and_the_queue_adds_up() -> None:
     views = snapshot.requests(world.machine, world.now_s)
     run_s = world.machine.outlook.estimates.run_s("first", 1.0)
     assert [b.starts_in_s - a.starts_in_s for a, b in itertools.pairwise(views)] == [run_s, run_s]
+
+
+def crowd(seconds_per_page: float) -> World:
+    """Four models lie in an arena for four; runs take 5 s, and a fifth takes two pages to load."""
+    models = [model(name, 2) for name in ("a", "b", "c", "popular", "new")]
+    world = busy_world(8, *models, policy=POLICY, loaders=ScriptedLoaders(seconds_per_page=seconds_per_page))
+    for name in ("new", "a", "b", "c", "popular"):  # runs and loads teach it how long they take
+        world.ask(name)
+        world.run()
+    assert world.resident_models() == {"a", "b", "c", "popular"}
+    world.log.clear()
+    return world
+
+
+def begun_s(world: World, kind: type[ac.Action], name: str) -> float:
+    return next(at_s for at_s, action in world.log if isinstance(action, kind) and name in str(action))
+
+
+def test_what_is_popular_stays_until_the_turn_of_another_is_near() -> None:
+    with crowd(seconds_per_page=0.5) as world:
+        asked_s = world.now_s
+        for name in ("a", "b", "c", "new"):
+            world.ask(name)
+        assert not world.loaded  # b and c are ready: 10 s of work, and 1 s is all it takes
+        again = world.ask("popular", client="late")
+        world.run()
+        assert world.loaded == ["new.0"]
+        assert asked_s + 5.0 <= begun_s(world, ac.StartLoad, "new") < asked_s + 15.0
+        assert begun_s(world, ac.PutOnDeck, "'new'") <= asked_s + 15.0  # the stage does not wait for it
+        assert world.answer(again) is None
+
+
+def test_what_takes_long_is_loaded_at_once() -> None:
+    with crowd(seconds_per_page=2.0) as world:
+        for name in ("a", "b", "c", "new"):
+            world.ask(name)
+        assert world.loaded == ["new.0"]
+
+
+def test_nothing_is_early_that_would_not_have_to_wait_anyway() -> None:
+    """It is more urgent, or it presses, or it fits into free memory."""
+    with crowd(seconds_per_page=0.5) as world:
+        for name in ("a", "b", "c"):
+            world.ask(name)
+        world.ask("new", priority=1)
+        assert world.loaded == ["new.0"]
+    with crowd(seconds_per_page=0.5) as world:
+        world.tell(ev.ModelRemoved("popular"))
+        world.run()
+        for name in ("a", "b", "c", "new"):
+            world.ask(name)
+        assert world.loaded == ["new.0"]
+
+
+def test_a_run_that_goes_on_and_on_holds_nothing_up() -> None:
+    """Only what waits behind it counts, since nothing happens while it runs."""
+    with crowd(seconds_per_page=0.5) as world:
+        world.ask("a", cost=1000.0)
+        world.ask("new")
+        assert world.loaded == ["new.0"]

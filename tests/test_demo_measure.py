@@ -6,6 +6,7 @@ import json
 import pytest
 from benchmarks.kit import json_line
 
+from understudy.trace import Span, fetch, lane
 from understudy_demo.measure import (
     Served,
     figures,
@@ -15,7 +16,6 @@ from understudy_demo.measure import (
     turns,
     visible_switches_s,
 )
-from understudy_demo.spans import Span, lane, spans_from
 
 
 def served(index: int, model: str, sent_s: float, ended_s: float, tier: str = "disk") -> Served:
@@ -89,13 +89,14 @@ def test_figures_of_a_run() -> None:
 
 def test_trace_becomes_spans_in_lanes() -> None:
     document = {
+        "now_s": 3.0,
         "spans": [
             {"lane": "stage", "name": "b", "start_s": 2, "end_s": 3},
             {"lane": "loader 0", "name": "b unet", "start_s": 1.0, "end_s": 2.0},
             {"lane": "stage", "name": "a", "start_s": 1, "end_s": 2},
-        ]
+        ],
     }
-    assert [span.name for span in lane(spans_from(document), "stage")] == ["a", "b"]
+    assert [span.name for span in lane(fetch(lambda _: document, 60.0).spans, "stage")] == ["a", "b"]
 
 
 def test_the_last_line_is_one_json_object() -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from understudy.trace import Span, lane
 from understudy_demo.measure import Served, turns
 from understudy_demo.pictures import Sheet, baseline_strip, contact_sheet, daemon_strip, timeline
-from understudy_demo.spans import Span, lane
 
 ALARM = (0xD1, 0x49, 0x5B)
 

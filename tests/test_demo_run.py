@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from understudy import admin
+from understudy.trace import fetch
 from understudy_demo.serving import DaemonFailed, DaemonSettings, rate_for, running_daemon, short_runtime_dir
-from understudy_demo.spans import spans_from
 from understudyd import config as configuration
 
 
@@ -130,7 +130,7 @@ def test_a_silent_daemon_ends_in_lost_requests_not_in_a_hang(tmp_path: Path) -> 
     scene = set_scene(plan, tmp_path)
     with started(daemon_settings(plan, scene, tmp_path)[OURS], tmp_path / "ours") as daemon:
         answers = send_from_processes(plan, scene.requests, daemon, tmp_path / "ours", limit_s=1.0)
-        trace = daemon.ask(admin.Trace())
+        spans = fetch(daemon.ask, 60.0).spans
     assert 0 < len(answers) < 400, "what had come back by then is kept"
-    run = sum_up(scene.requests, scene.references, [answers], [answers], spans_from(trace))
+    run = sum_up(scene.requests, scene.references, [answers], [answers], spans)
     assert run.lost == 400 - len(answers) and run.wrong == 0

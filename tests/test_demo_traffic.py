@@ -13,9 +13,9 @@ from PIL import Image
 
 from understudy.errors import CapacityError, TransportError
 from understudy.results import Result
+from understudy.trace import Span
 from understudy.wire import ImageInfo, Timings
 from understudy_demo import traffic
-from understudy_demo.spans import Span
 from understudy_demo.workload import Request
 
 RED = bytes([255, 0, 0]) * 64

@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 import understudy
-from family_kit import Family
-from faults_kit import Stricken, stricken_daemon, until
+from daemon_kit import running_daemon
+from family_kit import Family, pixels
+from faults_kit import PROMPT, Stricken, stricken_daemon, until
 from understudy import admin
 
 DRAIN_S = 1.0
@@ -122,3 +123,27 @@ def test_a_daemon_ends_in_mid_load(
 
     with stricken_daemon(family, tmp_path, pool=pool, server={"drain_s": DRAIN_S}) as stricken:
         asyncio.run(scenario(stricken))
+
+
+def test_a_second_sigterm_ends_it_at_once(family: Family, tmp_path: Path) -> None:
+    """Whatever is open; its client sees a pause, until the next daemon runs it."""
+    fields = {"steps": 40, "width": 64, "height": 64}
+
+    async def scenario(stricken: Stricken) -> understudy.Result:
+        async with stricken.visited():
+            handle = await stricken.client.submit("sd-c", PROMPT, seed=7, **fields)
+            while not isinstance(await handle.next_event(), understudy.Progress):
+                pass
+            stricken.daemon.signal(signal.SIGTERM)
+            await asyncio.to_thread(stricken.daemon.wait_for_log, "draining 1 requests")
+            status, took_s = await ended(stricken, partial(stricken.daemon.signal, signal.SIGTERM))
+            assert status == 128 + signal.SIGTERM and took_s <= ORPHANS_GONE_WITHIN_S
+            with running_daemon(stricken.store.path, stricken.daemon.runtime_dir, wait=False) as second:
+                result: understudy.Result = await handle.result()
+                await asyncio.to_thread(second.wait_for_log, "ready after")
+            return result
+
+    with stricken_daemon(family, tmp_path, server={"drain_s": 60.0}) as stricken:
+        result = asyncio.run(scenario(stricken))
+    expected = family.reference("sd-c", prompt=PROMPT, seed=7, num_inference_steps=40, width=64, height=64)
+    assert [pixels(image) for image in result.images] == expected

@@ -29,6 +29,13 @@ def become_a_folder(path: Path) -> None:
     path.mkdir()
 
 
+def become_a_link(path: Path) -> None:
+    """To the very bytes, but outside of the store."""
+    elsewhere = path.parents[2] / path.name
+    path.replace(elsewhere)
+    path.symlink_to(elsewhere)
+
+
 def become_another_file(path: Path) -> None:
     """Another file of the same size under the same name."""
     other = path.with_suffix(".other")
@@ -51,7 +58,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def restore(path: Path, saved: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         path.rmdir()
     path.unlink(missing_ok=True)
     shutil.copy2(saved, path)
@@ -70,6 +77,7 @@ def stricken(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         (vanish, "sd-a", "load_failed"),
         (become_a_fifo, "sd-a", "load_failed"),
         (become_a_folder, "xl", "load_failed"),
+        (become_a_link, "xl", "load_failed"),
         (become_another_file, "sd-half", "model_corrupt"),
         (shrink, "xl-b", "model_corrupt"),
         (flip_a_bit, "sd-b", "model_corrupt"),
@@ -98,7 +106,9 @@ def test_a_file_is_gone_or_wrong_before_its_load(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("mishap", [vanish, become_another_file, become_a_fifo, become_a_folder])
+@pytest.mark.parametrize(
+    "mishap", [vanish, become_another_file, become_a_fifo, become_a_folder, become_a_link]
+)
 def test_a_name_changes_hands_during_its_load(
     stricken: Stricken, tmp_path: Path, mishap: Callable[[Path], None]
 ) -> None:

@@ -72,21 +72,18 @@ def test_harmless_parts_cannot_carry_the_largest_numbers_away(dtype: torch.dtype
     base = torch.tensor([[largest, -largest], [largest, 1.0]], dtype=dtype)
     size = 0.99 * (largest * torch.finfo(dtype).eps / 8 / max(scaling, 1.0) / 2) ** 0.5
     part = FoldPart(torch.full((2, 2), size), torch.full((2, 2), size), scaling)
-    assert _is_harmless([part], base)
-    assert not _is_harmless([part] * 9, base)
+    assert _is_harmless([part], [size], dtype)
+    assert not _is_harmless([part] * 9, [size] * 9, dtype)
     out = torch.empty_like(base)
     fold(base, [part], out)
     assert is_finite(out)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-@pytest.mark.parametrize("side", ["up", "down"])
-def test_what_may_become_infinite_is_not_harmless(bad: float, side: str) -> None:
+def test_what_may_become_infinite_is_not_harmless(bad: float) -> None:
     base = torch.zeros(3, 3)
-    factors = {"up": torch.ones(3, 2), "down": torch.ones(2, 3)}
-    factors[side][1, 1] = bad
-    part = FoldPart(scaling=1e9, **factors)
-    assert not _is_harmless([part], base)
+    part = FoldPart(torch.ones(2, 3), torch.full((3, 2), bad), scaling=1e9)
+    assert not _is_harmless([part], [bad], base.dtype)
     with pytest.raises(NotFinite):
         fold(base, [part], torch.empty_like(base))
 

@@ -23,6 +23,7 @@ from loader_kit import (
     make_blob,
     running_pool,
 )
+from understudy.trace import lane
 from understudyd.core.events import LoadCancelled, LoaderLost, LoaderReady, LoadFailed, LoadFinished
 from understudyd.core.types import ErrorCode
 from understudyd.shell.loading import Transport
@@ -58,8 +59,9 @@ def test_a_load_from_order_to_event(transport: Transport, blob: Blob) -> None:
             assert (status.loader_id, status.state, status.load) == (loader_id, LoaderState.IDLE, None)
             assert (status.loads_done, status.bytes_total, status.restarts) == (1, len(blob.data), 0)
             assert status.rate_bytes_per_s > 0
-            ((lane, name, started_at_s, ended_at_s),) = kit.spans
-            assert (lane, name) == ("loader 0", "blob") and started_at_s < ended_at_s
+            (span,) = kit.spans
+            assert (span.lane, span.name) == ("loader 0", "blob") and span.start_s < span.end_s
+            assert (span.route, span.size_bytes) == ("disk > arena", len(blob.data))
 
     run(scenario())
 
@@ -87,11 +89,11 @@ def test_by_way_of_the_host_pool(transport: Transport, blob: Blob) -> None:
             for offset in (1, 2, 3):
                 assert arena_bytes(kit.arena, offset * MIB, len(blob.data)) == blob.data
             assert not any(arena_bytes(kit.arena, 0, MIB))
-            assert [span[1] for span in kit.spans] == [
-                "blob (disk > host > arena)",
-                "blob (disk > host)",
-                "blob (host > arena)",
-                "blob (host > arena)",
+            assert [span.route for span in kit.spans] == [
+                "disk > host > arena",
+                "disk > host",
+                "host > arena",
+                "host > arena",
             ]
 
     run(scenario())
@@ -132,11 +134,8 @@ def test_two_loaders_at_once(transport: Transport, tmp_path: Path) -> None:
             for n, blob in enumerate(blobs):
                 assert arena_bytes(kit.arena, n * MIB, len(blob.data)) == blob.data
                 assert not any(arena_bytes(kit.arena, n * MIB + len(blob.data), MIB - len(blob.data)))
-            lanes = {
-                lane: [span for span in kit.spans if span[0] == lane] for lane in ("loader 0", "loader 1")
-            }
-            (_, _, start_0, end_0), (_, _, start_1, end_1) = lanes["loader 0"][0], lanes["loader 1"][0]
-            assert max(start_0, start_1) < min(end_0, end_1), "they did not work side by side"
+            one, other = (lane(kit.spans, name)[0] for name in ("loader 0", "loader 1"))
+            assert max(one.start_s, other.start_s) < min(one.end_s, other.end_s), "not side by side"
 
     run(scenario())
 
@@ -186,7 +185,7 @@ def test_faults_of_files_have_codes(transport: Transport, blob: Blob, tmp_path: 
                 (5, failed),
             ]
             assert kit.of(LoaderLost) == []
-            assert [span[1] for span in kit.spans] == ["blob"]
+            assert [span.outcome for span in kit.spans] == [*["failed"] * 5, ""]
 
     run(scenario())
 

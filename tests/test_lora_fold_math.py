@@ -1,9 +1,11 @@
 """One weight folded equals one layer merged by PEFT, whatever its shape; what cannot be folded is told."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -194,3 +196,31 @@ def test_a_scale_that_overflows_is_told_with_weight_and_adapter(board: Board) ->
     assert "lora-1" not in str(caught.value)
     assert caught.value.code == "bad_request"
     assert torch.equal(memory[:overlay_offset], before)
+
+
+def test_the_largest_factor_is_known_without_looking_at_each(board: Board) -> None:
+    record, blob = board.records[0], board.blobs[1]
+    arena = WeightArena(blob)
+    memory = ArenaFoldMemory(arena, 0, [0], 0)
+    factors = [arena.tensor(factor, 0) for t in record.targets for factor in (t.down, t.up)]
+    assert memory.largest(0, record) == max(float(factor.abs().max()) for factor in factors)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_one_bad_factor_among_many_is_seen(board: Board, bad: float) -> None:
+    steps, memory, overlay_offset = board.set_up(0.5, 0.8)
+    before = memory[:overlay_offset].clone()
+    target = board.records[1].targets[-1]
+    start = sum(blob.numel() for blob in board.blobs[:2])
+    WeightArena(memory).tensor(target.up, start).view(-1)[-1] = bad
+    with pytest.raises(NotFinite, match=rf"{target.path} .*'lora-2' at 0\.8"):
+        list(steps)
+    assert not torch.equal(memory[:overlay_offset], before)  # that was this test's doing
+
+
+def test_factors_of_several_dtypes_are_looked_at_one_by_one(board: Board) -> None:
+    record = board.records[0]
+    first = record.targets[0]
+    other = msgspec.structs.replace(first, down=msgspec.structs.replace(first.down, dtype="F16"))
+    mixed = msgspec.structs.replace(record, targets=(other, *record.targets[1:]))
+    assert ArenaFoldMemory(WeightArena(board.blobs[1]), 0, [0], 0).largest(0, mixed) == math.inf

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,6 @@ from understudyd.shell.lock import AlreadyRunning, DaemonLock
 from understudyd.shell.notify import notify
 from understudyd.shell.parts import Parts
 from understudyd.shell.tally import RECENT, Tally, percentile
-from understudyd.shell.timeline import Timeline
 from understudyd.store.records import BlobRecord, ComponentRecord, ModelRecord
 
 
@@ -36,14 +36,6 @@ def test_notify_reaches_the_service_manager(tmp_path: Path) -> None:
         assert manager.recv(1000) == b"READY=1\nSTATUS=serving"
     assert not notify("READY=1", address="")
     assert not notify("READY=1", address=str(tmp_path / "nobody"))
-
-
-def test_the_timeline_keeps_the_latest_spans_by_start() -> None:
-    timeline = Timeline(capacity=3, clock=lambda: 10.0)
-    for start_s in (1.0, 9.5, 8.0, 9.0):
-        timeline.record("stage", f"at {start_s}", start_s, start_s + 0.4)
-    assert [span.start_s for span in timeline.last(60)] == [8.0, 9.0, 9.5]
-    assert [span.start_s for span in timeline.last(1.0)] == [9.0, 9.5]
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.sampled_from([0.01, 0.5, 0.99, 1.0]))
@@ -81,6 +73,24 @@ def _model(name: str, pipeline: str, signature: str) -> ModelRecord:
 def test_one_representative_for_each_architecture() -> None:
     models = [_model("a", "P", "1"), _model("b", "P", "1"), _model("c", "P", "2"), _model("d", "Q", "1")]
     assert [m.name for m in representatives(models)] == ["a", "c", "d"]
+
+
+@given(st.floats(0, 1e7), st.lists(st.floats(0, 1e5), min_size=5, max_size=5), st.booleans())
+def test_timings_add_up_to_the_last_bit(received_at_s: float, apart_s: list[float], is_first: bool) -> None:
+    _, _, free, first_op, ended, encoded = accumulate(apart_s, initial=received_at_s)
+    moments = SimpleNamespace(
+        free_at_s=free,
+        first_op_at_s=first_op,
+        run_ended_at_s=ended,
+        encoded_at_s=encoded,
+        bind_s=0.0,
+        previous_ended_at_s=None if is_first else free,
+    )
+    timings = timings_since(received_at_s, moments)
+    parts = (timings.queued_s, timings.switch_s, timings.run_s, timings.encode_s)
+    assert sum(parts) == timings.total_s == pytest.approx(encoded - received_at_s, abs=1e-6)
+    assert min(parts) >= 0 and timings.gap_s is not None
+    assert timings.switch_s <= timings.gap_s <= timings.queued_s + timings.switch_s or is_first
 
 
 def test_timings_add_up() -> None:

@@ -25,7 +25,6 @@ from understudyd.core.events import (
 )
 from understudyd.core.types import ErrorCode, Outcome
 from understudyd.stage import fold_job
-from understudyd.stage import stage as stage_module
 from understudyd.stage.device import CpuDevice
 from understudyd.stage.fold_crew import FoldCrew
 from understudyd.stage.fold_job import FoldJob
@@ -208,8 +207,7 @@ def test_a_fold_is_cancelled_while_it_runs_and_while_it_waits(
         has_begun.set()
         assert may_go_on.wait(60)
 
-    monkeypatch.setattr(stage_module, "_SLICE_S", 0)
-    monkeypatch.setattr(rig.stage, "_breathe", breathe)
+    monkeypatch.setattr(rig.stage._slices, "take", breathe)
     running, waiting = unet_overlay(rig, STYLE), unet_overlay(rig, TWO)
     first = rig.start_fold(running)
     second = rig.start_fold(waiting)
@@ -235,8 +233,7 @@ def test_closing_ends_a_fold(monkeypatch: pytest.MonkeyPatch, family: AdaptedFam
     rig = OverlayRig(family)
     rig.serve("sd")
     has_begun = threading.Event()
-    monkeypatch.setattr(stage_module, "_SLICE_S", 0)
-    monkeypatch.setattr(rig.stage, "_breathe", has_begun.set)
+    monkeypatch.setattr(rig.stage._slices, "take", has_begun.set)
     overlay = unet_overlay(rig, TWO)
     generation = rig.start_fold(overlay)
     assert has_begun.wait(60)

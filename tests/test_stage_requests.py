@@ -128,10 +128,12 @@ def test_an_idle_stage_leaves_no_gap(rig: Rig) -> None:
 
 def test_spans_of_a_run(rig: Rig) -> None:
     rig.run("a")
-    lanes = {lane: (name, start, end) for lane, name, start, end in rig.spans}
-    assert set(lanes) == {"stage", "bind", "encode"}
-    assert all(name == "a" and start <= end for name, start, end in lanes.values())
-    assert lanes["bind"][2] <= lanes["stage"][1] <= lanes["stage"][2] <= lanes["encode"][1]
+    lanes = {span.lane: span for span in rig.spans}
+    assert set(lanes) == {"prepare", "views", "stage", "bind", "encode"}
+    bind, stage, encode = lanes["bind"], lanes["stage"], lanes["encode"]
+    assert {bind.name, stage.name, encode.name} == {"a"} and stage.request == encode.request == "r1"
+    assert all(span.start_s <= span.end_s for span in rig.spans)
+    assert bind.end_s <= stage.start_s <= stage.steps_s[0] <= stage.end_s <= encode.start_s
 
 
 def test_a_result_is_taken_once(rig: Rig) -> None:

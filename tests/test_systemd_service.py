@@ -172,8 +172,8 @@ def killed_it_comes_back_warm_without_a_readable_file(service: Service) -> None:
             service.right(handle.result(), model)
     service.until_ready(restarts=1)
     spans = manager.ask(admin.Trace(seconds=600))["spans"]
-    routes = {span["name"].rpartition("(")[2] for span in spans if span["lane"].startswith("loader")}
-    assert routes == {"host > arena)"}
+    routes = {span["route"] for span in spans if span["lane"].startswith("loader")}
+    assert routes == {"host > arena"}
     assert service.said("the host pool of the last daemon is taken over")
     manager.run("bash", "-c", "chmod 640 /var/lib/understudy/store/blobs/*")
 

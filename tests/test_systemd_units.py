@@ -74,3 +74,12 @@ def test_the_drop_in_is_for_those_who_have_it() -> None:
     for name in SERVICES:
         service = sections(UNITS / name)["Service"]
         assert service["Type"] == "notify" and "FileDescriptorStorePreserve" not in service
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_metrics_can_be_scraped_over_loopback_and_their_socket(name: str) -> None:
+    """And probed from elsewhere, where the configuration allows that: who may is a firewall's business."""
+    service = sections(UNITS / name)["Service"]
+    assert {"AF_UNIX", "AF_INET", "AF_INET6"} <= set(service["RestrictAddressFamilies"].split())
+    assert not {"PrivateNetwork", "IPAddressDeny", "SocketBindDeny"} & set(service)
+    assert "RuntimeDirectory" in service and service["ProtectProc"] == "invisible", "/proc/self stays visible"

@@ -52,7 +52,7 @@ class Scene:
     def routes(self) -> set[str]:
         """Where the loads of this life came from."""
         spans = admin.call(self.manager.admin_socket, admin.Trace(seconds=600))["spans"]
-        return {span["name"].rpartition("(")[2] for span in spans if span["lane"].startswith("loader")}
+        return {span["route"] for span in spans if span["lane"].startswith("loader")}
 
     def spoil_files(self) -> None:
         """Every blob's file keeps its length and none of its bytes, and most people may not read it."""
@@ -97,7 +97,7 @@ def test_killed_and_upgraded(scene: Scene) -> None:
     assert [result.model for result in results] == MODELS * 2
     for result in results:
         scene.check(result)
-    assert scene.routes() == {"host > arena)"}, "no file was left to read"
+    assert scene.routes() == {"host > arena"}, "no file was left to read"
     assert "the host pool of the last daemon is taken over" in scene.manager.log.read_text()
 
     assert scene.manager.kill(signal.SIGTERM) == 0

@@ -78,18 +78,19 @@ def check_all(bench: "Bench", results: "Results", options: argparse.Namespace) -
     from benchmarks.gpu.measured import write_profiles
     from benchmarks.gpu.report import show
     from benchmarks.gpu.runner import run_all
-    from benchmarks.gpu.sections import SECTIONS
+    from benchmarks.gpu.sections import ON_DEMAND, SECTIONS
     from understudy_demo import baseline
 
     baseline.quiet()
     warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about what its users call
-    names = {section.name for section in SECTIONS}
+    names = {section.name for section in (*SECTIONS, *ON_DEMAND)}
     if unknown := set(options.only or ()) - names:
         print(
             f"no section {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}", file=sys.stderr
         )
         return 2
-    chosen = [section for section in SECTIONS if section.name in (options.only or names)]
+    chosen = [section for section in (*SECTIONS, *ON_DEMAND) if section.name in (options.only or ())]
+    chosen = chosen or list(SECTIONS)
     run_all(bench, chosen, results, options.limit_s)
     document = results.head | {"sections": results.sections}
     show(document)

@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks.gpu.bench import GIB, Bench
 from benchmarks.loaders import Source
+from understudy.trace import Span
 from understudyd.core.events import (
     Event,
     ImagesEncoded,
@@ -39,7 +40,7 @@ class Theatre:
     def __init__(self, arena: Arena, store: Store, kind: str, device: str) -> None:
         self.arena = arena
         self.models = (f"{kind}-a", f"{kind}-b")
-        self.spans: list[tuple[str, str, float, float]] = []
+        self.spans: list[Span] = []
         self._ids = (f"run-{number}" for number in itertools.count())
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._seen: set[Event] = set()
@@ -48,7 +49,7 @@ class Theatre:
             store,
             device=device,
             emit=self._events.put,
-            record=lambda *span: self.spans.append(span),
+            record=self.spans.append,
         )
 
     def open(self, places: dict[str, int]) -> None:

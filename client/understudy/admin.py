@@ -179,9 +179,13 @@ class Loaders(AdminRequest, frozen=True, kw_only=True, tag="loaders"):
 
 
 class Trace(AdminRequest, frozen=True, kw_only=True, tag="trace"):
-    """What start-up, stage and loaders did in the last `seconds`, as spans."""
+    """What the daemon did in the last `seconds`: a page of spans, see `understudy.trace`.
 
-    seconds: float = 60.0
+    `start` is the `next` of the page before.
+    """
+
+    seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    start: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Drain(AdminRequest, frozen=True, kw_only=True, tag="drain"):

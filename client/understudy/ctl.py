@@ -28,6 +28,7 @@ from understudy.ctl_kit import (
 from understudy.ctl_kit import show as show_document
 from understudy.ctl_lora import add_lora, loras, remove_lora
 from understudy.ctl_service import service_commands
+from understudy.ctl_trace import trace
 from understudy.paths import admin_socket
 
 model_argument = click.argument("name", shell_complete=complete_known_model)
@@ -126,24 +127,7 @@ def loaders(socket_path: Path, output: str) -> None:
     show_document(ask(socket_path, Loaders()), output, "loaders_table")
 
 
-@main.command()
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), default=Path("trace.json"))
-@click.pass_obj
-def trace(socket_path: Path, seconds: float, output: Path) -> None:
-    """Write what stage, loaders and start-up did as a Chrome trace (for ui.perfetto.dev); "-" is stdout."""
-    from understudy.admin import Trace
-
-    spans = ask(socket_path, Trace(seconds=seconds)).get("spans", [])
-    text = json.dumps(chrome_trace(spans))
-    if str(output) == "-":
-        click.echo(text)
-        return
-    try:
-        output.write_text(text)
-    except OSError as error:
-        leave(f"cannot write {output}: {error.strerror}", EXIT_REFUSED)
-    click.echo(f"{output}: {len(spans)} spans; open it in ui.perfetto.dev")
+main.add_command(trace)
 
 
 # -- changing --------------------------------------------------------------------------------------------
@@ -322,29 +306,6 @@ def _view(document: dict[str, Any]) -> tuple[str, str]:
     if "adapters" in document:
         return "combination", "render_lora"
     return ("adapter", "render_lora") if "fits" in document else ("model", "render")
-
-
-def chrome_trace(spans: list[dict[str, Any]]) -> dict[str, Any]:
-    """Spans as Chrome trace events: one thread a lane, microseconds from the first span."""
-    lanes = list(dict.fromkeys(span.get("lane", "?") for span in spans))
-    begin_s = min((span.get("start_s", 0.0) for span in spans), default=0.0)
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": lane}}
-        for tid, lane in enumerate(lanes)
-    ]
-    for span in spans:
-        start_s = span.get("start_s", begin_s)
-        events.append(
-            {
-                "ph": "X",
-                "pid": 1,
-                "tid": lanes.index(span.get("lane", "?")),
-                "name": span.get("name", "?"),
-                "ts": (start_s - begin_s) * 1e6,
-                "dur": max(0.0, span.get("end_s", start_s) - start_s) * 1e6,
-            }
-        )
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 if __name__ == "__main__":

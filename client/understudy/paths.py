@@ -10,6 +10,7 @@ from pathlib import Path
 SYSTEM_RUNTIME_DIR = Path("/run/understudy")
 CLIENT_SOCKET = "understudy.sock"
 ADMIN_SOCKET = "admin.sock"
+METRICS_SOCKET = "metrics.sock"
 
 
 def runtime_dir() -> Path:

@@ -145,7 +145,7 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of a finished request; the first four add up to `total_s`.
+    """Seconds of a finished request; the first four, added in this order, are `total_s`, to the last bit.
 
     `queued_s` from receipt until the stage was free for it, `switch_s` from then to its first stage
     operation (the visible switch when work was waiting), `run_s` on stage, `encode_s` after it.

@@ -245,6 +245,21 @@ class LogConfig(_Section, frozen=True, kw_only=True):
     requests_size: Size = Size(64 * 1024**2)
 
 
+class MetricsConfig(_Section, frozen=True, kw_only=True):
+    """Metrics for Prometheus and health checks, over HTTP on `metrics.sock` in the runtime directory.
+
+    `endpoints` are added to it, such as "tcp://127.0.0.1:9464"; one that other machines can reach is refused
+    without `allow_remote`, as all may read there. The `most_models` most asked for have series of their own.
+    """
+
+    enabled: bool = True
+    endpoints: tuple[str, ...] = ()
+    allow_remote: bool = False
+    most_models: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 50
+    socket_mode: Mode = Mode(0o660)
+    socket_group: str | None = None
+
+
 class Config(_Section, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -260,6 +275,7 @@ class Config(_Section, frozen=True, kw_only=True):
     policy: PolicyConfig = PolicyConfig()
     queue: QueueConfig = QueueConfig()
     log: LogConfig = LogConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
 
 def parse_size(text: str) -> int:

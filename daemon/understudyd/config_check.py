@@ -79,7 +79,7 @@ def warnings(config: "Config") -> list[str]:
 def door_mistakes(config: "Config") -> list[str]:
     """Endpoints that cannot be, and files of keys that cannot be used; what we may not read is left out."""
     from understudy.keys import KeyFileError, read_public_keys, read_secret_key
-    from understudyd.shell.endpoints import EndpointError, check_endpoint
+    from understudyd.shell.endpoints import EndpointError, check_endpoint, tcp_address
 
     lines: list[str] = []
     for endpoint in config.server.endpoints:
@@ -87,6 +87,11 @@ def door_mistakes(config: "Config") -> list[str]:
             check_endpoint(endpoint, has_keys=True)
         except EndpointError as error:
             lines.append(f"server.endpoints: {error}")
+    for endpoint in config.metrics.endpoints:
+        try:
+            tcp_address(endpoint, allow_remote=config.metrics.allow_remote)
+        except EndpointError as error:
+            lines.append(f"metrics.endpoints: {error}")
     readers = (
         ("secret_key", config.curve.secret_key, read_secret_key),
         ("client_keys", config.curve.client_keys, read_public_keys),

@@ -17,8 +17,8 @@ from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image
 from transformers.utils import logging as transformers_logging
 
+from understudy.trace import Span
 from understudy_demo.measure import Served
-from understudy_demo.spans import Span
 from understudy_demo.workload import Request
 
 OnServed = Callable[[Served], None]
@@ -41,9 +41,9 @@ def quiet() -> None:
     diffusers_logging.set_verbosity_error()
 
 
-def load(folder: Path) -> Any:
-    """A pipeline as diffusers makes it."""
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+def load(folder: Path, **options: Any) -> Any:
+    """A pipeline as diffusers makes it; `options` are those of `from_pretrained`."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from understudy_demo.spans import Span
+from understudy.trace import Span
 
 
 def percentile(values: Iterable[float], percent: float) -> float | None:

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from understudy import admin
+from understudy.trace import Span, fetch, lane
 from understudy_demo import baseline, pictures, show, traffic
 from understudy_demo.baseline import Baseline, BaselineRun
 from understudy_demo.family import family_key, make_family
@@ -28,7 +28,6 @@ from understudy_demo.measure import Turn, figures, turns
 from understudy_demo.members import Member
 from understudy_demo.quality import GUIDANCE
 from understudy_demo.serving import DaemonProcess, DaemonSettings, rate_for, running_daemon, short_runtime_dir
-from understudy_demo.spans import Span, lane, spans_from
 from understudy_demo.stocking import own_bytes, room_for, stock
 from understudy_demo.verdicts import Judge, Verdict
 from understudy_demo.workload import PROMPTS, Request, Shape, make_workload
@@ -149,7 +148,7 @@ class Demo:
                 daemon = stack.enter_context(running_daemon(settings, self.plan.out))
                 tick(daemon)
             workload = self._send(daemon, "serving with Understudy", requests)
-            spans = spans_from(daemon.ask(admin.Trace(seconds=3600.0)))
+            spans = fetch(daemon.ask, 3600.0).spans
             shown = self._send(daemon, "painting the contact sheet", gallery)
         return Performance(workload, shown, spans)
 

@@ -66,8 +66,8 @@ class MarkedDevice(CudaDevice):
 
 
 def _figures(stage: Theatre, kind: str, device: MarkedDevice | None) -> dict[str, Any]:
-    binds_ms = [(end_s - start_s) * 1e3 for lane, _, start_s, end_s in stage.spans if lane == "bind"][1:]
-    runs = [(start_s, end_s) for lane, _, start_s, end_s in stage.spans if lane == "stage"]
+    binds_ms = [(span.end_s - span.start_s) * 1e3 for span in stage.spans if span.lane == "bind"][1:]
+    runs = [(span.start_s, span.end_s) for span in stage.spans if span.lane == "stage"]
     visible_ms = [(after[0] - before[1]) * 1e3 for before, after in itertools.pairwise(runs)]
     figures: dict[str, Any] = {
         "switches": len(visible_ms),

@@ -13,7 +13,8 @@ class Blob:
     """Weights of one component: in the arena (`extent`), in the host pool (`copy`), in both or in neither.
 
     `failures` counts loads in a row that did not end well, `corrupt_reads` those of them that read wrong
-    bytes, `give_ups` how often that was too many. It is not loaded before `retry_at_s`.
+    bytes, `give_ups` how often that was too many. It is not loaded before `retry_at_s`. One that `is_guess`
+    was loaded or folded because it was likely, and nothing has used it since.
 
     An overlay has `sources`, out of which it is folded: the base component's blob, then those of adapters. An
     adapter has the `overlays` that it is needed for; it is none of any model's own blobs.
@@ -31,6 +32,7 @@ class Blob:
     corrupt_reads: int = 0
     give_ups: int = 0
     retry_at_s: float = 0.0
+    is_guess: bool = False
 
     @property
     def key(self) -> str:

@@ -32,7 +32,7 @@ class _Lacks(Enum):
     NOTHING = "nothing"
     LOADER = "loader"
     ROOM = "room"
-    TURN = "turn"  # another overlay is being folded, or room has been looked for at this event
+    TURN = "turn"  # it is early, another overlay is being folded, or room was looked for at this event
 
 
 class Lookahead:
@@ -58,11 +58,13 @@ class Lookahead:
         self._fetching = Fetching(policy, queue, residency, transit, demand, pace)
         self._no_room: dict[tuple[str, str], object] = {}
         self._settled: object = None
+        self._put_off: Model | None = None
         self._guessed_at: int | None = None
 
     def start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         """Use idle loaders and room as well as can be."""
-        if self._settled == self._state(on_stage, stage_is_busy):
+        is_early = self._put_off is None or self._timely.is_early(self._put_off, now_s)
+        if is_early and self._settled == self._state(on_stage, stage_is_busy):
             if self._guessed_at not in (None, self._queue.arrivals):
                 self._prefetch(now_s)
             return
@@ -121,7 +123,7 @@ class Lookahead:
     def _start_loads(self, on_stage: str | None, stage_is_busy: bool, now_s: float) -> None:
         residency, settings = self._residency, self._policy.settings
         models = residency.models
-        self._guessed_at = None
+        self._guessed_at = self._put_off = None
         for name in [name for name in self._wanted if name in residency.ready]:
             del self._wanted[name]
         self._timely.stage_awaits_load = False
@@ -177,7 +179,7 @@ class Lookahead:
     def _begin(self, model: Model, blob: Blob, loader: Loader, on_stage: str | None, now_s: float) -> _Lacks:
         """Start one load, if there is room for it."""
         beside = [b.info.size_bytes for b in model.blobs if b.state is BlobState.ABSENT and b is not blob]
-        if (lacks := self._look_for_room(model, blob, on_stage, beside)) is not _Lacks.NOTHING:
+        if (lacks := self._look_for_room(model, blob, on_stage, beside, now_s)) is not _Lacks.NOTHING:
             return lacks
         if self._transit.begin_load(blob, loader, self._candidates(model, on_stage), now_s, beside):
             return _Lacks.NOTHING
@@ -191,7 +193,7 @@ class Lookahead:
         if (fold := self._residency.folds.under_way) is not None:
             self._cancel_if_needless(fold)
             return _Lacks.TURN
-        if (lacks := self._look_for_room(model, overlay, on_stage, ())) is not _Lacks.NOTHING:
+        if (lacks := self._look_for_room(model, overlay, on_stage, (), now_s)) is not _Lacks.NOTHING:
             return lacks
         if self._transit.begin_fold(overlay, self._candidates(model, on_stage), now_s):
             return _Lacks.NOTHING
@@ -202,11 +204,16 @@ class Lookahead:
         if not self._is_needed(fold.overlay):
             self._residency.folds.cancel(fold)
 
-    def _look_for_room(self, model: Model, blob: Blob, on_stage: str | None, beside: Sequence[int]) -> _Lacks:
+    def _look_for_room(
+        self, model: Model, blob: Blob, on_stage: str | None, beside: Sequence[int], now_s: float
+    ) -> _Lacks:
         """Whether that is worth it, and may be done at this event. Into a gap a blob goes without."""
         arena = self._residency.arena
         if sum(map(arena.rounded, (blob.info.size_bytes, *beside))) <= arena.largest_gap_bytes:
             return _Lacks.NOTHING
+        if self._timely.is_early(model, now_s):
+            self._put_off = model
+            return _Lacks.TURN
         if self._finds_no_room(model, blob, on_stage):
             return _Lacks.ROOM
         if not self._pace.may_go_on():
@@ -259,17 +266,17 @@ class Lookahead:
                 return
             for blob in (blob for blob in needed if not blob.is_overlay):
                 if blob.state is BlobState.ABSENT and blob.retry_at_s <= now_s:
-                    self._make_way_for(model, blob, on_stage)
+                    self._make_way_for(model, blob, on_stage, now_s)
                     return
 
-    def _make_way_for(self, model: Model, blob: Blob, on_stage: str | None) -> None:
+    def _make_way_for(self, model: Model, blob: Blob, on_stage: str | None, now_s: float) -> None:
         """Stop a load that nobody waits for; one to the host pool only if that is all that is wanting."""
         if self._is_stopping():
             return
         fetch = self._fetch_but_for(model.needed())
         if (needless := self._needless_load()) is not None:
             self._residency.book.cancel(needless)
-        elif fetch is not None and self._has_room(model, blob, on_stage):
+        elif fetch is not None and self._has_room(model, blob, on_stage, now_s):
             self._residency.book.cancel(fetch)
 
     def _make_way(self) -> None:
@@ -292,12 +299,15 @@ class Lookahead:
         loads = self._residency.loads.values()
         return next((x for x in loads if x.extent is None and x.blob not in blobs), None)
 
-    def _has_room(self, model: Model, blob: Blob, on_stage: str | None) -> bool:
+    def _has_room(self, model: Model, blob: Blob, on_stage: str | None, now_s: float) -> bool:
         if self._finds_no_room(model, blob, on_stage):
             return False
         arena, size_bytes = self._residency.arena, blob.info.size_bytes
         if arena.largest_gap_bytes >= arena.rounded(size_bytes):
             return True
+        if self._timely.is_early(model, now_s):
+            self._put_off = model
+            return False
         self._pace.went_over(arena.extent_count)
         if cheapest_window(arena, size_bytes, self._candidates(model, on_stage)) is not None:
             return True

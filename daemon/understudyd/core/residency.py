@@ -42,7 +42,8 @@ class Residency:
     `book` has the loads under way and the loaders, `folds` the overlay that is being made. `ready` are the
     models that can go on deck, as `Model.is_ready` says; it is asked of very many at every event. `changes`
     counts what may make room: while it stands, what found no room finds none. `replacements` counts models
-    that stand for other blobs now, `losses` evicted blobs of which nothing is left but the file.
+    that stand for other blobs now, `losses` evicted blobs of which nothing is left but the file. Of the blobs
+    that came because they were likely, `guesses_used` were used and `guesses_wasted` evicted before.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Residency:
         self.idle_loaders = self.book.idle_loaders
         self.folds = Folds(actions, decisions)
         self.evictions = self.losses = 0
+        self.guesses_used = self.guesses_wasted = 0
         self.arrivals = 0
         self.readiness = 0
         self.retries = Retries()
@@ -189,6 +191,9 @@ class Residency:
             extent.life.to(ExtentState.LEASED, now_s, why)
             self.evictables.mark([blob])
         extent.leases += 1
+        if blob.is_guess:
+            blob.is_guess = False
+            self.guesses_used += 1
 
     def release(self, blob: Blob, now_s: float, why: str) -> None:
         """One use of the blob is over."""
@@ -219,6 +224,7 @@ class Residency:
         self.evictables.mark(blob.sources)
         self._no_longer_ready(blob)
         self.evictions += 1
+        self.guesses_wasted += blob.is_guess
         self.losses += not (blob.has_copy or blob.is_overlay)
         self.changes += 1
 

@@ -6,16 +6,26 @@ first, be it because it lies in the host pool or because it is nearly there (sho
 keeps his place, which bounds what that costs the others). And whoever the stage waits for has disk and bus
 to himself: two loads at a time each take twice as long, and only the first one's end is awaited.
 
-Nothing is put off but while such a load is under way, and its end is an event: no clock has to wake anybody.
+The other way round, nothing is thrown out for a model long before its turn: what is popular would make way
+for what lies there and waits. While enough that is ready runs before it, only memory that nobody uses is
+filled.
+
+What is put off waits for a load's end or a run's, which are events: no clock has to wake anybody.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 from understudyd.core.entities import Model
 from understudyd.core.outlook import Outlook
 from understudyd.core.queueing import RequestQueue
 from understudyd.core.residency import Residency
 from understudyd.core.states import BlobState
+
+_MARGIN = 4.0
+"""Early is what could be ready so many times over: loads keep each other waiting, and estimates err."""
+
+_LOOKED_AT = 16
 
 
 class Timely:
@@ -60,6 +70,24 @@ class Timely:
         is_coming = any(blob.state is BlobState.LOADING for blob in model.needed())
         self.stage_awaits_load = is_coming and self._is_late(model.name, now_s)
         return self.stage_awaits_load
+
+    def is_early(self, model: Model, now_s: float) -> bool:
+        """What is ready, and runs before it, keeps the stage busy far longer than it takes to be ready.
+
+        What runs already does not count: it may run for minutes, in which nothing happens.
+        """
+        own = self._queue.head_of(model.name)
+        if own is None or self._presses(model.name):
+            return False
+        left_s = _MARGIN * self._outlook.ready_in_s(model, now_s)
+        for request in islice(self._queue.heads(), _LOOKED_AT):
+            if request is own:
+                return False
+            if self._models[request.model].is_ready:
+                left_s -= self._outlook.run_s(request)
+                if left_s < 0.0:
+                    return True
+        return False
 
     def _is_late(self, name: str, now_s: float) -> bool:
         """It cannot be ready when the stage is free."""

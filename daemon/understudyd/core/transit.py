@@ -50,7 +50,7 @@ class Transit:
             copy = self._copies.make(blob, self._copies.worth(blob), now_s)
         load = self._book.start(blob, loader, extent, copy, from_pool, now_s)
         self._tell(load, is_likely=candidates is None)
-        blob.extent = extent
+        blob.extent, blob.is_guess = extent, candidates is None
         blob.life.to(BlobState.LOADING, now_s, f"load {load.id}")
         self._residency.evictables.mark([blob])
         return True
@@ -81,7 +81,7 @@ class Transit:
         if self._decisions is not None:
             is_pinned = residency.is_pinned(overlay)
             self._decisions.folding(overlay, is_pinned=is_pinned, is_likely=candidates is None)
-        overlay.extent = extent
+        overlay.extent, overlay.is_guess = extent, candidates is None
         overlay.life.to(BlobState.FOLDING, now_s, f"generation {extent.generation}")
         return True
 

@@ -135,18 +135,25 @@ def run_params(request: Generate, payload: Sequence[bytes]) -> "RunParams":
 
 
 def timings_since(received_at_s: float, moments: "RunTimings") -> Timings:
-    """Moments on the clock as the durations that a client sees; the first four add up to the total.
+    """Moments on the clock as the durations that a client sees; the first four add up to the total, exactly.
+
+    Whatever happened between two moments is in the one duration between them: waiting behind others and for
+    loads in `queued_s`, second tries and the other requests of a shared run in `run_s`.
 
     The gap counts from when the stage was free *and* this request was there: a load that was waited for is
     part of it, which the stage alone could not tell.
     """
     waiting_since_s = max(received_at_s, moments.previous_ended_at_s or received_at_s)
+    queued_s = moments.free_at_s - received_at_s
+    switch_s = moments.first_op_at_s - moments.free_at_s
+    run_s = moments.run_ended_at_s - moments.first_op_at_s
+    encode_s = moments.encoded_at_s - moments.run_ended_at_s
     return Timings(
-        queued_s=moments.free_at_s - received_at_s,
-        switch_s=moments.first_op_at_s - moments.free_at_s,
-        run_s=moments.run_ended_at_s - moments.first_op_at_s,
-        encode_s=moments.encoded_at_s - moments.run_ended_at_s,
-        total_s=moments.encoded_at_s - received_at_s,
+        queued_s=queued_s,
+        switch_s=switch_s,
+        run_s=run_s,
+        encode_s=encode_s,
+        total_s=queued_s + switch_s + run_s + encode_s,  # not a difference, which rounds in another way
         bind_s=moments.bind_s,
         gap_s=moments.first_op_at_s - waiting_since_s,
     )

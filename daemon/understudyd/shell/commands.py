@@ -90,8 +90,8 @@ class Commands:
                 return self._decisions(last)
             case proto.Loaders():
                 return self._loaders()
-            case proto.Trace(seconds=seconds):
-                return {"spans": [dataclasses.asdict(s) for s in self._timeline.last(seconds)]}
+            case proto.Trace(seconds=seconds, start=start):
+                return self._timeline.page(seconds, start)
             case proto.Add():
                 return await self._add(command, notify)
             case proto.Scan():

@@ -19,6 +19,7 @@ from typing import Any
 
 from understudy.keys import KeyFileError
 from understudy.paths import ADMIN_SOCKET
+from understudy.trace import START_UP, Span
 from understudyd import logs
 from understudyd.config import Config, ConfigError
 from understudyd.core import events as ev
@@ -36,7 +37,6 @@ from understudyd.shell.model_settings import ModelSettings
 from understudyd.shell.notify import ServiceManager
 from understudyd.shell.parts import Parts, limits_of, policy_of
 from understudyd.shell.pulse import Pulse
-from understudyd.shell.read_through import ReadThrough
 from understudyd.shell.reload import Reload, Reloaded
 from understudyd.shell.runtime import Runtime
 from understudyd.shell.start_up import StartUp
@@ -45,9 +45,6 @@ from understudyd.shell.threads import in_daemon_thread
 from understudyd.shell.timeline import Timeline
 
 log = logging.getLogger(__name__)
-
-START_UP = "start-up"
-"""The timeline's lane for what came before ready."""
 
 EXIT_DEFECT = 70
 _CANCEL_S, _LEAVING_S = 5.0, 15.0
@@ -122,7 +119,7 @@ class Daemon:
         importing.add_done_callback(lambda done: done.cancelled() or done.exception())  # or nobody looks
         pool = await self._attach_loaders(loop, leaving)
         arena = await self._make_arena(loop)
-        cache = await self._open_cache(loop, leaving)
+        cache = await self._parts.open_cache(leaving)
         request_log = self._parts.request_log()
         if request_log is not None:
             leaving.push_async_callback(request_log.close)
@@ -135,6 +132,8 @@ class Daemon:
             cache=cache,
             request_log=request_log,
             settings=settings,
+            record=self._timeline.record,
+            meter=self._parts.meter(),
             on_defect=self._defect,
             on_change=self._kept.note,
         )
@@ -199,16 +198,11 @@ class Daemon:
         await admin.start()
         self._frontend = frontend = self._parts.frontend(loop, runtime, self.daemon_id)
         leaving.callback(frontend.close, linger_s=1.0)
+        observatory = self._parts.observatory(runtime, pool, frontend, self)
+        if observatory is not None:
+            leaving.push_async_callback(observatory.stop)
+            await observatory.start()
         return frontend
-
-    async def _open_cache(
-        self, loop: asyncio.AbstractEventLoop, leaving: AsyncExitStack
-    ) -> ReadThrough | None:
-        cache = self._parts.cache()
-        if cache is not None:
-            await loop.run_in_executor(None, cache.open)
-            leaving.push_async_callback(cache.close)
-        return cache
 
     async def _look_at_stores(self, runtime: Runtime) -> None:
         """Serve what they hold. A read-only store that cannot be reached may come later."""
@@ -271,7 +265,7 @@ class Daemon:
         """A span of the timeline, if it is gone through to its end."""
         started_at_s = time.monotonic()
         yield
-        self._timeline.record(START_UP, name, started_at_s, time.monotonic())
+        self._timeline.record(Span(START_UP, name, started_at_s, time.monotonic()))
 
     def _say(self, status: str) -> None:
         log.info("%s", status)

@@ -31,6 +31,20 @@ def check_endpoint(endpoint: str, *, has_keys: bool = False) -> None:
         raise EndpointError(f"{endpoint!r} is longer than a Unix socket's path may be; choose a shorter one")
 
 
+def tcp_address(endpoint: str, *, allow_remote: bool = False) -> tuple[str, int]:
+    """Host and port of a "tcp://HOST:PORT" that is served without keys. Raises `EndpointError`."""
+    scheme, _, address = endpoint.partition("://")
+    host, _, port = address.rpartition(":")
+    if scheme != "tcp" or not host or not port.isdecimal() or int(port) > 65535:
+        raise EndpointError(f"{endpoint!r} is no TCP endpoint; write it like tcp://127.0.0.1:9464")
+    if not allow_remote and not is_loopback(host):
+        raise EndpointError(
+            f"{endpoint} can be reached from other machines, and all may read there: set allow_remote = true "
+            "if that is wanted, or listen on tcp://127.0.0.1:PORT"
+        )
+    return host, int(port)
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address is this machine's alone; interfaces and wildcards are not."""
     try:

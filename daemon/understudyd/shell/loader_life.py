@@ -14,7 +14,7 @@ class Loader:
     """One process or thread. Moments are None while what they name is not so.
 
     `asked_at_s`: since when it owes an answer of its start. `progressed_at_s`: when its load was last seen
-    to get on, or did not have to.
+    to get on, or did not have to. One that `is_on_notice` is given up unless something changes at once.
     """
 
     loader_id: int
@@ -28,6 +28,7 @@ class Loader:
     is_attached: bool = False
     is_ready: bool = False
     is_lost: bool = False
+    is_on_notice: bool = False
     bytes_done: int = 0
     tasks: dict[int, LoadTask] = field(default_factory=dict)
     watch: asyncio.TimerHandle | None = None

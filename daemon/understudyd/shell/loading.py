@@ -8,7 +8,6 @@ from typing import Literal
 from understudyd.loader import wire
 
 LOADER_COMMAND = (sys.executable, "-P", "-m", "understudyd.loader")
-PLAIN_ROUTE = "disk > arena"
 
 Transport = Literal["auto", "process", "thread"]
 

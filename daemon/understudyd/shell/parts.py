@@ -3,9 +3,13 @@
 import asyncio
 import logging
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Protocol
 
-from understudy.paths import CLIENT_SOCKET
+from prometheus_client import CollectorRegistry, ProcessCollector
+
+from understudy.paths import CLIENT_SOCKET, METRICS_SOCKET
 from understudy.wire import MAX_FRAME_BYTES, MAX_HEADER_BYTES
 from understudyd.config import AUTO, Config, PolicyConfig, ServerConfig
 from understudyd.core.machine import Machine
@@ -13,11 +17,16 @@ from understudyd.core.policy import PolicySettings
 from understudyd.shell.adapters import StageAdapter
 from understudyd.shell.curve import ServerKeys, load_keys
 from understudyd.shell.frontend import Frontend
+from understudyd.shell.gpu_metrics import GpuCollector, open_nvml
+from understudyd.shell.health import Health
 from understudyd.shell.host_pool import HostPool
 from understudyd.shell.input_limits import InputLimits
 from understudyd.shell.kept_pool import KeptPool
 from understudyd.shell.limits import Limits
 from understudyd.shell.memory import Arena, ArenaError, CpuArena, memory_available_bytes
+from understudyd.shell.meter import Meter
+from understudyd.shell.metrics import DaemonReader, Metrics
+from understudyd.shell.observatory import Observatory
 from understudyd.shell.read_through import ReadThrough
 from understudyd.shell.request_log import RequestLog
 from understudyd.shell.runtime import Runtime
@@ -37,6 +46,16 @@ FLOOD_BYTES = {"cuda": 512 * 1024 * 1024, "cpu": 4 * 1024 * 1024 * 1024}
 SWITCH_INTERVAL_S = 0.001
 _GRAIN_BYTES = 2 * 1024 * 1024
 _log = logging.getLogger(__name__)
+
+
+class Observed(Protocol):
+    """The daemon, as far as others watch it."""
+
+    state: str
+
+    @property
+    def config(self) -> Config:
+        """What is in force."""
 
 
 class Parts:
@@ -59,12 +78,18 @@ class Parts:
         own = Store.open(chosen.path, writable=True)
         return StoreUnion(own, [Store(path) for path in chosen.read_only if path != chosen.path])
 
-    def cache(self) -> ReadThrough | None:
-        """Local copies of what read-only stores hold, in the writable store's folder; None without."""
+    async def open_cache(self, leaving: AsyncExitStack) -> ReadThrough | None:
+        """Local copies of what read-only stores hold, in the writable store's folder; None without.
+
+        They are closed when `leaving` is.
+        """
         chosen = self.config.store
         if not (chosen.cache and chosen.read_only):
             return None
-        return ReadThrough(chosen.path / "cache", int(chosen.cache), float(chosen.cache_rate))
+        cache = ReadThrough(chosen.path / "cache", int(chosen.cache), float(chosen.cache_rate))
+        await asyncio.get_running_loop().run_in_executor(None, cache.open)
+        leaving.push_async_callback(cache.close)
+        return cache
 
     def host_pool(self, kept: KeptPool | None = None) -> HostPool | None:
         """The one that the last life left, else a new one; None without bytes. Raises `ArenaError`."""
@@ -163,6 +188,33 @@ class Parts:
             access=SocketAccess(int(chosen.socket_mode), chosen.socket_group),
             keys=self.keys(),
             flood_bytes=FLOOD_BYTES[self.device],
+        )
+
+    def meter(self) -> Meter:
+        """What counts requests for the metrics."""
+        return Meter(self.config.metrics.most_models)
+
+    def observatory(
+        self, runtime: Runtime, pool: LoaderPool, frontend: Frontend, daemon: Observed
+    ) -> Observatory | None:
+        """The door for metrics and probes, still shut; None where none is wanted. Raises `EndpointError`."""
+        chosen = self.config.metrics
+        if not chosen.enabled:
+            return None
+        registry = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=registry)
+        if self.device == "cuda" and (nvml := open_nvml()) is not None:
+            registry.register(GpuCollector(nvml, self._gpu_uuid()))
+        reader = DaemonReader(
+            runtime.machine, runtime.meter, pool, frontend, lambda: daemon.state, self.device
+        )
+        return Observatory(
+            Metrics(registry, reader.read),
+            Health(runtime, lambda: daemon.state, lambda: daemon.config.stage.stalled_after_s),
+            self.config.server.runtime_dir / METRICS_SOCKET,
+            chosen.endpoints,
+            SocketAccess(int(chosen.socket_mode), chosen.socket_group),
+            allow_remote=chosen.allow_remote,
         )
 
     def keys(self) -> ServerKeys | None:

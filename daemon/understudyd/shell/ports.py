@@ -17,9 +17,6 @@ from understudyd.store.records import BlobRecord
 Emit = Callable[[Event], None]
 """Give the core an event; callable from any thread."""
 
-RecordSpan = Callable[[str, str, float, float], None]
-"""`record(lane, name, started_at_s, ended_at_s)` for the timeline; callable from any thread."""
-
 
 class RequestSink(Protocol):
     """What the front end hands requests to. The front end has checked sizes, limits and duplicates."""

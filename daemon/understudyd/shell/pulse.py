@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from understudyd.shell.health import stage_stalled_for_s
 from understudyd.shell.kept_pool import KeptPool
 from understudyd.shell.notify import ServiceManager
 from understudyd.shell.runtime import Runtime
@@ -69,10 +70,9 @@ class Pulse:
             await asyncio.sleep(period_s)
 
     def _is_stage_alive(self) -> bool:
-        machine = self._runtime.machine
-        idle_s = self._clock() - self._runtime.stage_moved_at_s
+        idle_s = stage_stalled_for_s(self._runtime, self._clock())
         was_stalled = self._is_stalled
-        self._is_stalled = bool(machine.running or machine.on_deck) and idle_s > self.stalled_after_s
+        self._is_stalled = idle_s > self.stalled_after_s
         if self._is_stalled and not was_stalled:
             log.critical("the stage has made no progress for %.0f s; the watchdog is fed no more", idle_s)
         return not self._is_stalled

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from understudy.trace import Record
 from understudy.wire import Accepted, Failed, Finished, Generate, ModelEntry, Progress, Timings
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
@@ -23,8 +24,10 @@ from understudyd.recorded import work_of
 from understudyd.shell.adapter_book import AdapterRefused
 from understudyd.shell.batch_key import batch_key
 from understudyd.shell.blob_files import BlobFiles
+from understudyd.shell.chronicle import Chronicle
 from understudyd.shell.keeper import Keeper
 from understudyd.shell.lora_views import lora_entries
+from understudyd.shell.meter import FoldEnding, Meter
 from understudyd.shell.model_settings import ModelSettings
 from understudyd.shell.pending import RETRYABLE, Pending, RunFailed
 from understudyd.shell.ports import LoadRunner, ReplySink, RunResult, StageDoor
@@ -54,6 +57,8 @@ class Runtime:
         cache: ReadThrough | None = None,
         request_log: RequestLog | None = None,
         settings: ModelSettings | None = None,
+        record: Record = lambda span: None,
+        meter: Meter | None = None,
         on_defect: Callable[[BaseException], None],
         on_change: Callable[[Machine], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -62,6 +67,8 @@ class Runtime:
         self.keeper = Keeper(machine, stores, loop, self.handle, settings)
         self.files = BlobFiles(stores.own, cache)
         self.tally = Tally()
+        self.meter = meter or Meter()
+        self._chronicle = Chronicle(record)
         self.stage_moved_at_s = clock()
         self._request_log = request_log
         self.pending: dict[str, Pending] = {}
@@ -128,6 +135,8 @@ class Runtime:
 
     def _handle_one(self, event: ev.Event) -> None:
         self.files.follow(event)
+        if isinstance(event, FoldEnding) and (fold := self.machine.residency.folds.under_way) is not None:
+            self.meter.folded(event, self._clock() - fold.started_at_s)
         if isinstance(event, ev.RunStarted | ev.RunEnded):
             self.stage_moved_at_s = self._clock()
         try:
@@ -138,6 +147,7 @@ class Runtime:
         except BaseException as error:
             self._on_defect(error)
             raise
+        self._chronicle.follow(self.machine, self._clock())
         if self._on_change is not None:
             self._on_change(self.machine)
         for action in actions:
@@ -188,13 +198,18 @@ class Runtime:
                 assert self._pool is not None
                 self._pool.pause_loads(is_paused)
             case ac.RetireModel() | ac.AdoptEdition() | ac.RejectEdition() | ac.RetireEdition():
-                if isinstance(action, ac.RetireModel) and action.name in self.keeper.adapters.derived:
-                    self.tally.forget(action.name)
+                if isinstance(action, ac.RetireModel):
+                    self._forget(action.name)
                 self.keeper.perform(action)
             case _:
                 if isinstance(action, ac.PutOnDeck):
                     self.stage_moved_at_s = self._clock()
                 self._hands.perform(action)
+
+    def _forget(self, name: str) -> None:
+        self.meter.forget(name)
+        if name in self.keeper.adapters.derived:
+            self.tally.forget(name)
 
     def _asked(self, request_id: str) -> Asked:
         pending = self.pending[request_id]
@@ -203,15 +218,19 @@ class Runtime:
     def _answer(self, request_id: str, code: ErrorCode | None, message: str) -> None:
         pending = self.pending.pop(request_id)
         request = pending.request
+        self._chronicle.answered(request_id, pending, "" if code is None else code.value, self._clock())
         if code is None:
             assert self._hands.stage is not None
             result = self._hands.stage.take_result(request_id, pending.received_at_s)
             timings = result.timings
             visible_s = timings.gap_s if result.switched else None
+            if result.switched:
+                self._chronicle.switched(request_id, pending, timings)
             if pending.done is None:
                 wish = pending.wish
                 used = {wish.base, wish.model, *(adapter.name for adapter in wish.adapters)}
                 self.tally.finished(used, self._clock(), visible_s)
+                self.meter.finished(wish.base, pending.tier.value, timings, switched=result.switched)
                 self._log_request(request_id, pending, timings)
                 self._send_images(pending, result, timings)
             elif not pending.done.done():
@@ -222,6 +241,7 @@ class Runtime:
                 pending.done.set_exception(RunFailed(code, message))
             return
         self._log_request(request_id, pending, None)
+        self.meter.failed(None if code is ErrorCode.UNKNOWN_MODEL else pending.wish.base, code.value)
         if code is ErrorCode.UNKNOWN_MODEL:
             names = [*self.keeper.names(), *self.keeper.adapters.book.found]
             message = unknown_model(pending.wish.base, names, how_to_list(names, "understudy models"))
@@ -265,6 +285,7 @@ class Runtime:
         try:
             wish = self.keeper.adapters.wish(request.model, request.adapters)
         except AdapterRefused as error:
+            self.meter.failed(None, error.code)
             self._send_failure(client, request, error.code, str(error))
             return
         if self._request_log is not None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
+from understudy.trace import Record
 from understudyd.core.events import LoaderLost, LoaderReady, LoaderReaped, LoadFailed
 from understudyd.loader import wire
 from understudyd.loader.proof import PROOF_BYTES, holds, pattern
@@ -21,13 +22,15 @@ from understudyd.shell.load_book import LoadBook
 from understudyd.shell.loader_life import Loader, Slot
 from understudyd.shell.loading import LoaderSettings, LoaderState, LoaderStatus, LoadTask
 from understudyd.shell.memory import Arena, ArenaError
-from understudyd.shell.ports import Emit, RecordSpan
+from understudyd.shell.meter import LoadMeter
+from understudyd.shell.ports import Emit
 
 __all__ = ["LoaderPool", "LoaderSettings", "LoaderState", "LoaderStatus", "LoadTask"]
 
 _log = logging.getLogger(__name__)
 
 _KILLED_WITHIN_S = 10.0
+_LAST_CALL_S = 0.2  # the whole machine may have stood still, and the loader a moment longer
 
 
 class LoaderPool:
@@ -42,7 +45,7 @@ class LoaderPool:
         *,
         count: int,
         settings: LoaderSettings,
-        record: RecordSpan,
+        record: Record,
         host_pool: HostPool | None = None,
         gpu_uuid: str = "",
         clock: Callable[[], float] = time.monotonic,
@@ -55,7 +58,7 @@ class LoaderPool:
         self._settings = settings
         self._emit: Emit = _to_nobody
         self._attached = asyncio.Event()
-        self._book = LoadBook(record)
+        self._book = LoadBook(record, clock)
         self._clock = clock
         self._slots = [Slot(number) for number in range(count)]
         self._loaders: dict[int, Loader] = {}
@@ -118,6 +121,11 @@ class LoaderPool:
         for loader in self._loaders.values():
             if load_id in loader.tasks and not loader.is_lost:
                 self._send(loader, wire.Cancel(load_id=load_id))
+
+    @property
+    def meter(self) -> LoadMeter:
+        """What was loaded so far, for the metrics."""
+        return self._book.meter
 
     def status(self) -> list[LoaderStatus]:
         """One entry a slot."""
@@ -247,6 +255,10 @@ class LoaderPool:
         nap_s = min(ends_at_s - now_s, settings.dead_after_s)
         if nap_s <= 0 and loader.end.is_thread and now_s > due_at_s + settings.heartbeat_s:
             nap_s = 2 * settings.heartbeat_s  # what held up this thread may have held up that one
+        elif nap_s <= 0 and not loader.is_on_notice:
+            nap_s, loader.is_on_notice = _LAST_CALL_S, True
+        elif nap_s > 0:
+            loader.is_on_notice = False
         if nap_s <= 0:
             self._lose(loader, reason)
         else:
@@ -257,6 +269,8 @@ class LoaderPool:
         if loader.is_lost:
             return
         loader.is_lost = True
+        for task in loader.tasks.values():
+            self._book.lost(loader.slot, task)
         loader.tasks.clear()
         self._loop.remove_reader(loader.end.fileno())
         loader.end.kill()

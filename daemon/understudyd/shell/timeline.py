@@ -1,33 +1,63 @@
-"""What the stage and the loaders did lately: a ring of spans, cheap enough to be always on."""
+"""What the daemon did lately: a ring of spans, cheap enough to be always on.
+
+Nothing is locked: a thread that was put to sleep with a lock in its hands would hold up the stage.
+"""
 
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import count
 
+from understudy.trace import Span, TracePage
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One piece of work in a lane ("stage", "loader 0", ...); monotonic seconds."""
+CAPACITY = 65_536
+"""Of images of a tenth of a second, with all that belongs to them, about ten minutes."""
 
-    lane: str
-    name: str
-    start_s: float
-    end_s: float
+_PAGE_SPANS = 8192
+_LOOKED_AT = 32_768
 
 
 class Timeline:
-    """The last `capacity` spans. `record` may be called from any thread (deque.append is atomic)."""
+    """The last `capacity` spans, in a ring that is made at once. `record` may be called from any thread."""
 
-    def __init__(self, capacity: int = 50_000, clock: Callable[[], float] = time.monotonic) -> None:
-        self._spans: deque[Span] = deque(maxlen=capacity)
+    def __init__(self, capacity: int = CAPACITY, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ring: list[tuple[int, Span] | None] = [None] * capacity
+        self._numbers = count()  # its `next` is atomic, and so is an assignment to a list's item
+        self._last = -1
         self._clock = clock
 
-    def record(self, lane: str, name: str, started_at_s: float, ended_at_s: float) -> None:
-        """Remember a finished piece of work."""
-        self._spans.append(Span(lane, name, started_at_s, ended_at_s))
+    def record(self, span: Span) -> None:
+        """Remember it, in place of the oldest."""
+        number = next(self._numbers)
+        self._ring[number % len(self._ring)] = (number, span)
+        self._last = number
 
-    def last(self, seconds: float) -> list[Span]:
-        """Spans that ended within the last `seconds`, by their start."""
-        since_s = self._clock() - seconds
-        return sorted((s for s in tuple(self._spans) if s.end_s >= since_s), key=lambda s: s.start_s)
+    def page(self, seconds: float, start: int = 0, most: int = _PAGE_SPANS) -> TracePage:
+        """Spans that ended within the last `seconds`, from the one of number `start` on.
+
+        At most about `most` of them, steps of runs counted with them: a page is made between two events of
+        the loop. There may be none on a page that is not the last.
+        """
+        now_s, end = self._clock(), self._last + 1
+        since_s = now_s - seconds
+        first = max(start, end - len(self._ring))
+        oldest = self._at(first) if first else None
+        is_cut = start == 0 and oldest is not None and oldest.end_s > since_s
+        found: list[Span] = []
+        for number in range(first, min(end, first + _LOOKED_AT)):
+            span = self._at(number)
+            if span is None or span.end_s < since_s:
+                continue
+            found.append(span)
+            most -= 1 + len(span.steps_s)
+            if most <= 0:
+                break
+        else:
+            number = min(end, first + _LOOKED_AT) - 1
+        return TracePage(
+            spans=found, next=number + 1 if number + 1 < end else None, is_cut=is_cut, now_s=now_s
+        )
+
+    def _at(self, number: int) -> Span | None:
+        """The span of that number; None if another is in its place by now, or it is not there yet."""
+        entry = self._ring[number % len(self._ring)]
+        return entry[1] if entry is not None and entry[0] == number else None

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 _CONVOLVE = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 
-_PIECE_ELEMENTS = 1 << 20
+_PIECE_ELEMENTS = 1 << 19
 """A product this large stays in the cache until it is added, and in the allocator's heap."""
 
 
@@ -29,15 +29,16 @@ class FoldProducts:
         self._threads = threads
         self._is_exact: dict[tuple[int, int, int], bool] = {}
 
-    def pieces(self, up: Tensor, down: Tensor, place: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    def pieces(self, up: Tensor, down: Tensor, place: Tensor | None) -> Iterator[tuple[slice | None, Tensor]]:
         """`up` [out, rank] @ `down` [rank, in] by runs of rows: which they are, and a tensor to write to.
 
-        With `place` [out, in] given, of the factors' dtype, it may be that tensor.
+        One that has all rows comes with None. With `place` [out, in] given, of the factors' dtype, it may be
+        that tensor.
         """
         if self._by_onednn(up, down):
             yield from _onednn_pieces(up, down)
         else:
-            yield slice(None), torch.mm(up, down, out=place)
+            yield None, torch.mm(up, down, out=place)
 
     def convolution(self, up: Tensor, down: Tensor) -> Tensor:
         """What a convolution larger than 1x1 is changed by: conv(A^T, B)^T."""
@@ -61,11 +62,17 @@ def _agree(wide_out: int, rank: int, wide_in: int) -> bool:
     random = torch.Generator().manual_seed(rank)
     up, down = (torch.randn(shape, generator=random) for shape in ((wide_out, rank), (rank, wide_in)))
     expected = torch.mm(up, down)
-    return all(bool(torch.equal(piece, expected[rows])) for rows, piece in _onednn_pieces(up, down))
+    return all(
+        torch.equal(piece, expected if rows is None else expected[rows])
+        for rows, piece in _onednn_pieces(up, down)
+    )
 
 
-def _onednn_pieces(up: Tensor, down: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _onednn_pieces(up: Tensor, down: Tensor) -> Iterator[tuple[slice | None, Tensor]]:
     rows = max(1, _PIECE_ELEMENTS // down.shape[1])
+    if rows >= len(up):
+        yield None, _onednn(up, down)
+        return
     for first in range(0, len(up), rows):
         piece = slice(first, first + rows)
         yield piece, _onednn(up[piece], down)

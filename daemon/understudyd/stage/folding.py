@@ -28,9 +28,9 @@ from torch import Tensor
 from understudyd.core.types import ErrorCode
 from understudyd.stage.errors import StageError
 from understudyd.stage.fold_products import FoldProducts
-from understudyd.stage.views import DTYPES, WeightArena
+from understudyd.stage.views import DTYPES, WeightArena, dtype_of
 from understudyd.store.adapters.overlays import FoldedWeight, OverlayPlan
-from understudyd.store.adapters.records import TargetRecord
+from understudyd.store.adapters.records import AdapterRecord, TargetRecord
 from understudyd.store.records import TensorRecord
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -73,21 +73,38 @@ def _steps(base: Tensor, parts: Sequence[FoldPart], out: Tensor, products: FoldP
 
 
 def _add(part: FoldPart, weight: Tensor, out: Tensor, products: FoldProducts) -> None:
-    """Write `weight` plus the part to `out`, which may be `weight`."""
+    """Write `weight` plus the part to `out`, which may be `weight`.
+
+    Every call of torch gives the interpreter away and has to win it back from whatever runs beside: no call
+    is made that changes nothing.
+    """
     dtype = weight.dtype
-    down, up = part.down.to(dtype), part.up.to(dtype)
-    if weight.device.type == "cpu" and dtype in _HALF_TYPES:
+    works_in_float = weight.device.type == "cpu" and dtype in _HALF_TYPES
+    down, up = _as(dtype, part.down), _as(dtype, part.up)
+    if works_in_float:
         down, up = down.float(), up.float()
     if weight.dim() == 2 or weight.shape[2:] == (1, 1):
-        is_free = out is not weight and down.dtype == dtype
-        weight, out = weight.flatten(1), out.flatten(1)
-        pieces = products.pieces(up.flatten(1), down.flatten(1), out if is_free else None)
+        place = None if out is weight or works_in_float else _flat(out)
+        weight, out = _flat(weight), _flat(out)
+        pieces = products.pieces(_flat(up), _flat(down), place)
     else:
-        pieces = iter([(slice(None), products.convolution(up, down))])
+        pieces = iter([(None, products.convolution(up, down))])
     for rows, product in pieces:
         if part.scaling != 1.0:
             product.mul_(part.scaling)
-        torch.add(weight[rows], product.to(dtype), out=out[rows])  # rounded twice, as PEFT does
+        product = _as(dtype, product)  # rounded twice, as PEFT does
+        if rows is None:
+            torch.add(weight, product, out=out)
+        else:
+            torch.add(weight[rows], product, out=out[rows])
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.flatten(1)
 
 
 def scaling_of(target: TargetRecord, scale: float) -> float:
@@ -110,22 +127,19 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def _is_harmless(parts: Sequence[FoldPart], base: Tensor) -> bool:
+def _is_harmless(parts: Sequence[FoldPart], largest: Sequence[float], dtype: torch.dtype) -> bool:
     """Whether parts are so small for sure that a finite weight stays finite; False where it takes a look.
 
-    What is less than half a step between the largest numbers of a type does not carry one past them. The
-    factors are a small part of the weight, and looking at them a small part of looking at it. On a GPU asking
-    takes longer than looking. Infinities that the base has itself are not the adapters' doing.
+    `largest` bounds the absolute values of each part's factors. What is less than half a step between the
+    largest numbers of a type does not carry one past them. Infinities that the base has itself are not the
+    adapters' doing.
     """
-    if base.device.type != "cpu":
-        return False
-    limit = torch.finfo(base.dtype).max * torch.finfo(base.dtype).eps / 8
+    limit = torch.finfo(dtype).max * torch.finfo(dtype).eps / 8
     total = 0.0
-    for part in parts:
-        up, down = float(part.up.abs().max()), float(part.down.abs().max())
-        if not (up <= limit and down <= limit):  # NaN is neither
+    for part, bound in zip(parts, largest, strict=True):
+        if not bound <= limit:  # NaN is not
             return False
-        total += max(1.0, abs(part.scaling)) * part.down.shape[0] * up * down
+        total += max(1.0, abs(part.scaling)) * part.down.shape[0] * bound * bound
     return bool(total <= limit)
 
 
@@ -144,6 +158,9 @@ class FoldMemory(Protocol):
     def folded(self, record: TensorRecord) -> Tensor:
         """Where a folded weight goes."""
 
+    def largest(self, adapter: int, record: AdapterRecord) -> float:
+        """No factor of that adapter has a larger absolute value. Infinite or NaN: nobody knows."""
+
 
 class ArenaFoldMemory:
     """Everything in extents of the arena; the offsets are theirs, in bytes."""
@@ -155,6 +172,7 @@ class ArenaFoldMemory:
         self._base_offset = base_offset
         self._adapter_offsets = adapter_offsets
         self._overlay_offset = overlay_offset
+        self._largest: dict[int, float] = {}
 
     def base(self, record: TensorRecord) -> Tensor:
         """A view."""
@@ -167,6 +185,21 @@ class ArenaFoldMemory:
     def folded(self, record: TensorRecord) -> Tensor:
         """A view."""
         return self._arena.tensor(record, self._overlay_offset)
+
+    def largest(self, adapter: int, record: AdapterRecord) -> float:
+        """Found in one pass over the adapter, once; not on a GPU, where waiting for it takes longer."""
+        found = self._largest.get(adapter)
+        if found is None:
+            found = self._largest[adapter] = self._look(adapter, record)
+        return found
+
+    def _look(self, adapter: int, record: AdapterRecord) -> float:
+        factors = [tensor for target in record.targets for tensor in (target.down, target.up)]
+        if self._arena.device.type != "cpu" or len({factor.dtype for factor in factors}) != 1:
+            return math.inf
+        end = max(factor.offset + factor.size_bytes for factor in factors)
+        low, high = self._arena.run(dtype_of(factors[0]), self._adapter_offsets[adapter], end).aminmax()
+        return max(-float(low), float(high))
 
 
 def fold_steps(
@@ -183,15 +216,28 @@ def fold_steps(
     """
     done = 0
     products = products or FoldProducts()
+    sums: list[tuple[FoldedWeight, Tensor]] = []
     for weight in plan.weights if weights is None else weights:
         base, out = memory.base(weight.base), memory.folded(weight.folded)
         parts = _parts(plan, weight, memory)
         for _ in _steps(base, parts, out, products):
             yield done
-        if not (_is_harmless(parts, base) or is_finite(out)):
-            raise NotFinite(_blame(plan, weight, memory, products))
+        largest = [memory.largest(t.adapter, plan.adapters[t.adapter].record) for t in weight.terms]
+        if not _is_harmless(parts, largest, base.dtype):
+            sums.append((weight, out.sum()))
         done += weight.folded.size_bytes
         yield done
+    for weight in _suspects(sums):
+        if not is_finite(memory.folded(weight.folded)):
+            raise NotFinite(_blame(plan, weight, memory, products))
+
+
+def _suspects(sums: Sequence[tuple[FoldedWeight, Tensor]]) -> list[FoldedWeight]:
+    """Those whose sum is not finite: one question for all, since a GPU is waited for at each."""
+    if not sums:
+        return []
+    is_finite_sum = torch.stack([total for _, total in sums]).isfinite().tolist()
+    return [weight for (weight, _), is_fine in zip(sums, is_finite_sum, strict=True) if not is_fine]
 
 
 def _parts(plan: OverlayPlan, weight: FoldedWeight, memory: FoldMemory) -> list[FoldPart]:

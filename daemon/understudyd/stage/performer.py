@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from understudy.trace import BIND, ENCODE, FAILED, Record, Span
 from understudyd.core.events import EncodingFailed, Event, ImagesEncoded, LeaseEnded, RunStarted
 from understudyd.core.types import ErrorCode
 from understudyd.stage.batching import shared_arguments, split
@@ -72,15 +73,18 @@ class Performer:
         device: Device,
         announcer: Announcer,
         on_progress: Callable[[str, int, int], None],
-        record: Callable[[str, str, float, float], None],
+        record: Record,
         clock: Callable[[], float],
+        give_way: Callable[[], None] = lambda: None,
     ) -> None:
+        """`give_way` is called between two operations of a run."""
         self._resident = resident
         self._device = device
         self._announcer = announcer
         self._on_progress = on_progress
         self._record = record
         self._clock = clock
+        self._give_way = give_way
         self._local = threading.local()
         self._last_ended_at_s: float | None = None  # written by the holder of the baton
 
@@ -114,7 +118,9 @@ class Performer:
             return
         run, model = current
         self._checkpoint(run)
-        if not run.is_on_stage:
+        if run.is_on_stage:
+            self._give_way()
+        else:
             self._step_on(run, model)
 
     def _checkpoint(self, run: Run) -> None:
@@ -231,6 +237,7 @@ class Performer:
 
     def _told(self, run: Run, done: int, steps: int) -> None:
         run.steps_done = done
+        run.note_step(self._clock())
         for member in run.playing:
             if not member.has_ended:
                 self._on_progress(member.request_id, done, steps)
@@ -280,8 +287,8 @@ class Performer:
             self._announcer.announce(LeaseEnded(member.request_id))
 
     def _record_spans(self, run: Run) -> None:
-        self._record("bind", run.model, run.first_op_at_s - run.bind_s, run.first_op_at_s)
-        self._record("stage", run.model, run.first_op_at_s, run.ended_at_s)
+        self._record(Span(BIND, run.model, run.first_op_at_s - run.bind_s, run.first_op_at_s))
+        self._record(run.span())
 
     def _log_error(self, run: Run, member: Member) -> None:
         """Its traceback holds the frames it went through, and all the pipeline's tensors: let go of it."""
@@ -298,10 +305,11 @@ class Performer:
             encoded, infos = encode_images(made, member.params.format, member.params.quality)
         except Exception as error:  # noqa: BLE001  a task's boundary
             _log.exception("encoding the images of request %s failed", member.request_id)
+            self._record(Span(ENCODE, run.model, started_at_s, self._clock(), outcome=FAILED))
             self._announcer.announce(EncodingFailed(member.request_id, _short(error)))
             return
         encoded_at_s = self._clock()
-        self._record("encode", run.model, started_at_s, encoded_at_s)
+        self._record(Span(ENCODE, run.model, started_at_s, encoded_at_s, request=member.request_id))
         result = RunResult(
             images=tuple(encoded),
             infos=tuple(infos),

@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from understudy.trace import CANCELLED, FAILED, STAGE, Span
 from understudy.wire import ImageInfo, InputInfo
 from understudyd.core.events import RunEnded
 from understudyd.core.types import ErrorCode, Outcome
 from understudyd.stage.baton import Turn
 from understudyd.stage.errors import RunCancelled
 from understudyd.stage.pictures import Made
+
+_STEPS_SHOWN = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +123,7 @@ class Run:
         self.first_op_at_s = 0.0
         self.ended_at_s = 0.0
         self.bind_s = 0.0
+        self._steps_s: list[float] = []
 
     @property
     def params(self) -> RunParams:
@@ -142,6 +146,27 @@ class Run:
         """A checkpoint. Raises `RunCancelled` when nobody wants any more what is being played."""
         if all(member.cancel_code is not None for member in self.playing):
             raise RunCancelled
+
+    def note_step(self, now_s: float) -> None:
+        """A step has ended, for the timeline; of very many the first ones are enough."""
+        if len(self._steps_s) < _STEPS_SHOWN:
+            self._steps_s.append(now_s)
+
+    def span(self) -> Span:
+        """A run that has ended, for the timeline: one entry for all its steps and requests."""
+        names = ", ".join(member.request_id for member in self.members)
+        outcome = ""
+        if not any(member.made is not None for member in self.members):
+            outcome = FAILED if any(member.failed is not None for member in self.members) else CANCELLED
+        return Span(
+            STAGE,
+            self.model,
+            self.first_op_at_s,
+            self.ended_at_s,
+            outcome=outcome,
+            request=names,
+            steps_s=tuple(self._steps_s),
+        )
 
     def timings(self, encoded_at_s: float) -> RunTimings:
         """The moments of a finished run."""

@@ -15,9 +15,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from understudy.trace import CANCELLED, FAILED, FOLD, MOVE, PREPARE, VIEWS, Record, Span
 from understudyd.core.events import (
     Event,
     ExtentMoved,
+    FoldCancelled,
+    FoldFailed,
+    FoldFinished,
     ModelPreparationFailed,
     ModelPrepared,
     MoveFailed,
@@ -33,6 +37,7 @@ from understudyd.stage.performer import Announcer, Performer
 from understudyd.stage.repertoire import ModelStore, Prepared, Repertoire
 from understudyd.stage.run import Member, Run, RunParams, RunResult
 from understudyd.stage.skeleton import Skeleton
+from understudyd.stage.slices import Slices
 from understudyd.stage.views import ResidentBlobs, WeightArena
 from understudyd.store.adapters.overlays import OverlaidComponent, OverlayPlan
 
@@ -44,14 +49,14 @@ WORKERS = 4
 _BREATH_S = 0.0005
 _SLICE_S = 0.001
 _JOIN_S = 30.0
+_SHOWN = 12  # characters of a blob's name
+
+_ENDINGS = {FoldFinished: "", FoldFailed: FAILED, FoldCancelled: CANCELLED}
 
 NOBODY: Mapping[str, RunParams] = MappingProxyType({})
 
 Emit = Callable[[Event], None]
 """Give the core an event; callable from any thread."""
-
-RecordSpan = Callable[[str, str, float, float], None]
-"""`record(lane, name, started_at_s, ended_at_s)`; callable from any thread."""
 
 OnProgress = Callable[[str, int, int], None]
 """`on_progress(request_id, step, steps)`; called from the computing thread, so it must be quick."""
@@ -69,7 +74,7 @@ class Stage:
         threads: int = 1,
         emit: Emit,
         on_progress: OnProgress = lambda request_id, step, steps: None,
-        record: RecordSpan = lambda lane, name, started_at_s, ended_at_s: None,
+        record: Record = lambda span: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`arena` is all of it, shape [bytes], uint8, on `device`; `threads` are torch's, on the CPU."""
@@ -80,7 +85,10 @@ class Stage:
         self._announcer = Announcer(emit)
         self._arena = WeightArena(arena)
         self._resident = ResidentBlobs(self._arena)
-        self._performer = Performer(self._resident, self._device, self._announcer, on_progress, record, clock)
+        self._slices = Slices(is_busy=lambda: bool(self._runs))
+        self._performer = Performer(
+            self._resident, self._device, self._announcer, on_progress, record, clock, self._slices.give
+        )
         self._repertoire = Repertoire(store, self._device.device, self._performer.touch)
         self._baton = Baton()
         self._runs: dict[str, Run] = {}
@@ -254,21 +262,33 @@ class Stage:
         self._results[request_id] = result
 
     def _prepare(self, name: str, build: Callable[[], Prepared]) -> None:
+        started_at_s = self._clock()
         try:
             prepared = build()
         except Exception as error:  # noqa: BLE001  a task's boundary: libraries raise anything about bad files
             _log.exception("preparing model %s failed", name)
+            self._note(PREPARE, name, started_at_s, FAILED)
             self._announcer.announce(ModelPreparationFailed(name, f"{type(error).__name__}: {error}"))
         else:
+            self._note(PREPARE, name, started_at_s)
             self._announcer.announce(ModelPrepared(name, prepared.can_batch))
 
+    def _note(
+        self, lane: str, name: str, started_at_s: float, outcome: str = "", size_bytes: int = 0
+    ) -> None:
+        """For the timeline: what ends now."""
+        self._record(Span(lane, name, started_at_s, self._clock(), size_bytes, outcome=outcome))
+
     def _build_views(self, blob: str, generation: int) -> None:
+        started_at_s = self._clock()
         try:
             self._resident.build(blob, generation, self._repertoire.layouts(blob), self._breathe)
         except Exception as error:  # noqa: BLE001  a task's boundary
             _log.exception("building the views of blob %s failed", blob)
+            self._note(VIEWS, blob[:_SHOWN], started_at_s, FAILED)
             self._announcer.announce(ViewsFailed(blob, generation, f"{type(error).__name__}: {error}"))
         else:
+            self._note(VIEWS, blob[:_SHOWN], started_at_s)
             self._announcer.announce(ViewsBuilt(blob, generation))
 
     def _work_on_folds(self) -> None:
@@ -279,19 +299,24 @@ class Stage:
     def _fold(self, job: FoldJob) -> None:
         self._repertoire.learn(job.overlay, job.plan)
         started_at_s = self._clock()
-        outcome = job.run(self._arena, self._device, self._breathing(), self._crew)
-        self._record("fold", job.label, started_at_s, self._clock())
+        breathe = self._slices.take if self._device.device.type == "cpu" else self._breathing()
+        outcome = job.run(self._arena, self._device, breathe, self._crew)
+        self._slices.end()
+        self._note(FOLD, job.label, started_at_s, _ENDINGS[type(outcome)], job.plan.size_bytes)
         del self._folds[job.overlay, job.generation]
         self._announcer.announce(outcome)
 
     def _move(self, blob: str, offset: int, to_offset: int, size_bytes: int, generation: int) -> None:
+        started_at_s = self._clock()
         try:
             self._arena.move_down(offset, to_offset, size_bytes)
             self._device.wait(self._device.mark_last_use())
         except Exception as error:  # noqa: BLE001  a task's boundary
             _log.exception("moving blob %s failed", blob)
+            self._note(MOVE, blob[:_SHOWN], started_at_s, FAILED, size_bytes)
             self._announcer.announce(MoveFailed(blob, generation, f"{type(error).__name__}: {error}"))
         else:
+            self._note(MOVE, blob[:_SHOWN], started_at_s, size_bytes=size_bytes)
             self._announcer.announce(ExtentMoved(blob, generation))
 
     def _breathe(self) -> None:

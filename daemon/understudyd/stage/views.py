@@ -98,11 +98,23 @@ class WeightArena:
     def tensor(self, record: TensorRecord, extent_offset: int) -> Tensor:
         """The record's tensor where its blob lies at `extent_offset` bytes. No copy."""
         dtype = dtype_of(record)
+        start = (extent_offset + record.offset) // dtype.itemsize
+        return self._flat(dtype).as_strided(record.shape, _contiguous_strides(record.shape), start)
+
+    def run(self, dtype: torch.dtype, offset: int, size_bytes: int) -> Tensor:
+        """Everything from `offset` on, as numbers of one dtype, shape [size_bytes / item size]. No copy."""
+        return self._flat(dtype)[offset // dtype.itemsize : (offset + size_bytes) // dtype.itemsize]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arena is."""
+        return self._memory.device
+
+    def _flat(self, dtype: torch.dtype) -> Tensor:
         flat = self._typed.get(dtype)
         if flat is None:
             flat = self._typed[dtype] = self._memory.view(dtype)
-        start = (extent_offset + record.offset) // dtype.itemsize
-        return flat.as_strided(record.shape, _contiguous_strides(record.shape), start)
+        return flat
 
 
 def _contiguous_strides(shape: Sequence[int]) -> list[int]:
