@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
-  bench-restart bench-ingest bench-lora bench-lora-serve bench-soak bench-observe bench-load bench-wire \
-  bench-compare fuzz gpu-check gpu-compare docs-models docs-policy docs-configuration docs-observability clean
+  bench-restart bench-ingest bench-lora bench-lora-serve bench-demo-quality bench-soak bench-observe bench-load bench-wire \
+  bench-compare fuzz gpu-check gpu-compare docs-models docs-demo docs-policy docs-configuration docs-observability clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
@@ -74,6 +74,9 @@ bench-soak: $(STAMP)  ## two minutes of everything at once, and much of it wrong
 fuzz: $(STAMP)  ## a million hostile frames beside a client that gets every answer
 	@$(BIN)/python -m benchmarks.fuzz --json
 
+bench-demo-quality: $(STAMP)  ## how many of the demo family's pictures show what was asked for
+	@$(BIN)/python -m benchmarks.demo_quality --json
+
 # Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
 gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so
 	@PYTHONPATH=client:daemon$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu --out gpu-check.json
@@ -84,6 +87,10 @@ gpu-compare:  ## twenty real-size models on a GPU: the daemon beside what people
 
 docs-models: $(STAMP)  ## docs/models.md, from the table of pipeline kinds that the tests serve
 	@PYTHONPATH=tests $(BIN)/python -m zoo.document docs/models.md
+
+docs-demo: $(STAMP)  ## the pictures in docs/images: what the demo drew
+	@$(BIN)/understudy-demo run --out demo-out
+	@cp demo-out/contact-sheet.png demo-out/timeline.png docs/images
 
 docs-policy: $(STAMP)  ## the pictures of docs/policy.md, from the shipped example trace
 	@$(BIN)/understudyd plan daemon/understudyd/simulate/example.csv.gz --gpu a100-80 --host-pool all \

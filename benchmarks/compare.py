@@ -31,7 +31,6 @@ from typing import Any
 from unittest import mock
 
 import msgspec
-from understudy_demo.spans import lane, spans_from
 
 from benchmarks.baselines import names
 from benchmarks.compare_scene import Plan, Scene, set_scene
@@ -47,6 +46,7 @@ from benchmarks.kit import (
     timed,
 )
 from understudy import AsyncClient, admin
+from understudy.trace import fetch, lane
 from understudy_demo.measure import Served, turns
 from understudy_demo.serving import short_runtime_dir
 from understudy_demo.workload import Request
@@ -98,7 +98,7 @@ def run_ours(work: Work, scene: Scene, folder: Path) -> Answers:
     environ = {"UNDERSTUDY__DEVICE__KIND": work.device, "OMP_NUM_THREADS": "1"}
     with mock.patch.dict(os.environ, environ), running_daemon(settings, folder / "daemon") as daemon:
         served, hashes = asyncio.run(_replay(daemon.endpoint, work.requests))
-        spans = spans_from(daemon.ask(admin.Trace(seconds=_TRACE_S)))
+        spans = fetch(daemon.ask, _TRACE_S).spans
         memory_bytes = _memory_bytes(daemon, work)
     taken = turns(served, lane(spans, "stage"))
     return Answers(

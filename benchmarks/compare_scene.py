@@ -73,7 +73,7 @@ def set_scene(plan: Plan, folder: Path) -> Scene:
 
 def _tiny(plan: Plan, folder: Path) -> tuple[Path, Mapping[str, Path], int]:
     from understudy_demo import stocking
-    from understudy_demo.family import make_family
+    from understudy_demo.painted import make_family
 
     members = make_family(folder / "family", plan.models, plan.seed)
     records = stocking.stock(folder / "store", members, lambda name: None)

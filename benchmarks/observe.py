@@ -35,7 +35,7 @@ from understudy.paths import METRICS_SOCKET
 from understudy.trace import STAGE, Recording, Span, fetch, lane
 from understudy_demo import traffic
 from understudy_demo.baseline import image_time_s
-from understudy_demo.family import make_family
+from understudy_demo.painted import make_family
 from understudy_demo.serving import rate_for, short_runtime_dir
 from understudy_demo.stocking import own_bytes, room_for, stock
 from understudy_demo.workload import PROMPTS, Request, Shape, make_workload

@@ -64,7 +64,7 @@ def set_scene(plan: Plan, work: Path) -> Scene:
     import torch
 
     from understudy_demo import baseline, stocking
-    from understudy_demo.family import family_key, make_family
+    from understudy_demo.painted import family_key, make_family
 
     torch.set_num_threads(1)
     baseline.quiet()

@@ -70,6 +70,15 @@ def test_a_contact_sheet_holds_every_picture(tmp_path: Path, rows: int, columns:
     assert red_pixels == pytest.approx(rows * columns * (1.08 * 120) ** 2, rel=0.05)
 
 
+def test_a_long_subtitle_is_not_cut_off(tmp_path: Path) -> None:
+    sheet = Sheet(["p"], ["m", "n"], [[None, None]])
+    long = "trained from scratch: a base, its fine-tunes, its LoRAs; " * 4
+    contact_sheet(sheet, tmp_path / "long.png", title="2 of 24 models, one daemon", subtitle=long)
+    with Image.open(tmp_path / "long.png") as image:
+        edge = image.convert("RGB").crop((image.width - 12, 0, image.width, image.height))
+        assert edge.getcolors() == [(12 * image.height, (255, 255, 255))]
+
+
 def test_a_missing_picture_leaves_its_place_empty(tmp_path: Path) -> None:
     contact_sheet(Sheet(["p"], ["m"], [[None]]), tmp_path / "gap.png", title="one is missing")
     with Image.open(tmp_path / "gap.png") as image:

@@ -125,7 +125,7 @@ def timeline(
 def headline(figure: Figure, title: str, subtitle: str, height: float) -> None:
     """Both at the top of a figure that is so many inches high."""
     figure.text(0.02, 1 - 0.40 / height, title, fontsize=16.5, fontweight="bold", va="center")
-    figure.text(0.02, 1 - 0.74 / height, subtitle, fontsize=10.5, color=FAINT, va="center")
+    figure.text(0.02, 1 - 0.66 / height, subtitle, fontsize=10.5, color=FAINT, va="top")
 
 
 def _summary(

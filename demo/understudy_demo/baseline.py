@@ -51,12 +51,14 @@ def load(folder: Path, **options: Any) -> Any:
 def paint(pipeline: Any, request: Request) -> Image:
     """The one image of a request, with every option that is not asked for at the pipeline's default."""
     generator = torch.Generator("cpu").manual_seed(request.seed)
+    guidance = {} if request.guidance is None else {"guidance_scale": request.guidance}
     image: Image = pipeline(
         prompt=request.prompt,
         num_inference_steps=request.steps,
         width=request.width,
         height=request.height,
         generator=generator,
+        **guidance,
     ).images[0]
     return image
 

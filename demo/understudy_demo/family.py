@@ -1,79 +1,33 @@
-"""A family of small complete Stable Diffusion pipelines on disk, as an operator's model folder would be.
+"""The demo's family: trained models that draw what they are asked for, each in a style of its own.
 
-Most are fine-tunes of one architecture that share a VAE; half have a text encoder of their own; every
-fourth is of a second, SDXL-style architecture with a VAE of its own. Files with the same bytes are
-hard links. Each model paints with a palette and a brush of its own (see `painting`).
+What was trained lies in `models/` in half precision: the base as a whole pipeline, the UNets of the
+fine-tunes, the LoRAs. A family folder holds complete diffusers pipelines in full precision. All share a text
+encoder and a VAE, as hard links; the UNets are made by `recipes`.
 """
 
-import colorsys
-import os
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
 import torch
-from diffusers import AutoencoderKL
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from understudy_demo import painting, tiny
+from understudy_demo.members import Member, OnMember, clear, finish, link_tree, made_before
+from understudy_demo.recipes import Recipe, recipes
+from understudy_demo.styles import BASE
+from understudy_demo.trained import FOLDER
 
-_FORMAT = 1
-_MARKER = "family.json"
-_FINE_TUNE = 0.05  # how far a fine-tune moves from its base, in standard deviations of each tensor
-
-_HUES = ("coral", "amber", "lemon", "lime", "fern", "jade", "teal", "azure", "cobalt", "violet", "orchid",
-         "rose")  # fmt: skip
-_GRAINS = {
-    "clouds": (3.0, 3.0),
-    "waves": (6.0, 1.0),
-    "reeds": (1.0, 6.0),
-    "pebbles": (1.4, 1.4),
-    "dunes": (5.0, 2.0),
-    "rain": (2.0, 4.0),
-    "moss": (2.0, 2.0),
-}
-
-
-class Member(msgspec.Struct, frozen=True, kw_only=True):
-    """One model: its folder loads with `DiffusionPipeline.from_pretrained`. `hue` is in turns."""
-
-    name: str
-    folder: str
-    architecture: str
-    own_text_encoder: bool
-    hue: float
-
-    @property
-    def path(self) -> Path:
-        """The folder."""
-        return Path(self.folder)
-
-    @property
-    def colour(self) -> tuple[float, float, float]:
-        """The hue as an RGB triple for captions and charts."""
-        return colorsys.hls_to_rgb(self.hue, 0.55, 0.5)
-
-
-class _Marker(msgspec.Struct, frozen=True, kw_only=True):
-    """What a finished family folder was made from, and its members."""
-
-    format: int
-    models: int
-    seed: int
-    members: tuple[Member, ...]
+_KIND = "trained-1"
+_BASE_FOLDER = ".base"
+_UNET_FILE = "diffusion_pytorch_model.safetensors"
+_LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def family_key(models: int, seed: int) -> str:
     """Names a family's folder: the same key, the same weights."""
-    return f"{models}-{seed}-v{_FORMAT}"
-
-
-OnMember = Callable[[Member], None]
+    return f"{models}-{seed}-{_KIND}"
 
 
 def make_family(
@@ -81,182 +35,92 @@ def make_family(
 ) -> tuple[Member, ...]:
     """Write `models` pipelines under `folder` and return them; a finished folder of the same kind is reused.
 
-    The same arguments give the same weights. A folder of another family is emptied first; a folder
-    that holds anything else is refused with `FileExistsError`.
+    The same `models` gives the same weights; `seed` only moves the hues of charts. A folder of another family
+    is emptied first; one that holds anything else is refused with `FileExistsError`. More models than there
+    are recipes: `ValueError`.
     """
-    made = _read_marker(folder)
-    if made is not None and (made.format, made.models, made.seed) == (_FORMAT, models, seed):
-        here = tuple(msgspec.structs.replace(m, folder=str(folder / m.name)) for m in made.members)
-        for member in here:  # the folder may have been moved since
+    chosen = recipes(models)
+    if made := made_before(folder, _KIND, models, seed):
+        for member in made:
             on_member(member)
-        return here
-    _empty(folder)
+        return made
+    clear(folder, _BASE_FOLDER)
     transformers_logging.disable_progress_bar()
-    sd, xl = _StableDiffusion(folder / ".base-sd", seed), _StableDiffusionXL(folder / ".base-xl", seed)
+    kitchen = Kitchen(FOLDER)
+    kitchen.base().save_pretrained(folder / _BASE_FOLDER)
     members = []
-    for index in range(models):
-        architecture: _Architecture = xl if index % 4 == 3 else sd
-        members.append(_write_member(folder, index, models, seed, architecture))
+    for index, recipe in enumerate(chosen):
+        name = f"{recipe.name}-{index:0{max(2, len(str(models - 1)))}d}"
+        members.append(_write(folder / name, recipe, (0.381966 * (index + seed)) % 1.0, kitchen))
         on_member(members[-1])
-    marker = _Marker(format=_FORMAT, models=models, seed=seed, members=tuple(members))
-    (folder / _MARKER).write_bytes(msgspec.json.encode(marker))
-    return marker.members
+    return finish(folder, _KIND, models, seed, tuple(members))
 
 
-def _read_marker(folder: Path) -> _Marker | None:
-    try:
-        return msgspec.json.decode((folder / _MARKER).read_bytes(), type=_Marker)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return None
-
-
-def _empty(folder: Path) -> None:
-    """Remove an older or half-made family, and nothing else."""
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / ".base-sd").exists():
-            raise FileExistsError(f"{folder} holds something that is not a family; name another folder")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-class _Architecture(Protocol):
-    """One architecture: its base pipeline on disk and in memory, and how its UNet is called."""
-
-    name: str
-    base: Path
-    pipeline: Any
-
-    def predict(self, noisy: Tensor, timesteps: Tensor) -> Any: ...
-
-
-class _StableDiffusion:
-    name = "sd"
-
-    def __init__(self, base: Path, seed: int) -> None:
-        self.base = base
-        self.pipeline = tiny.stable_diffusion(seed, shared_seed=seed)
-        _finish_base(self.pipeline, base, seed)
-        self._text = _embeddings(self.pipeline.text_encoder, self.pipeline.tokenizer)
-
-    def predict(self, noisy: Tensor, timesteps: Tensor) -> Any:
-        return self.pipeline.unet(noisy, timesteps, _cycle(self._text, len(noisy)))
-
-
-class _StableDiffusionXL:
-    name = "xl"
-
-    def __init__(self, base: Path, seed: int) -> None:
-        self.base = base
-        self.pipeline = tiny.stable_diffusion_xl(seed)
-        _finish_base(self.pipeline, base, seed + 1)
-        first = _embeddings(self.pipeline.text_encoder, self.pipeline.tokenizer)
-        second = _embeddings(self.pipeline.text_encoder_2, self.pipeline.tokenizer)
-        self._text = torch.cat([first, second], -1)
-
-    def predict(self, noisy: Tensor, timesteps: Tensor) -> Any:
-        added = {
-            "text_embeds": torch.zeros(len(noisy), 32),
-            "time_ids": torch.tensor([64.0, 64, 0, 0, 64, 64]).expand(len(noisy), 6),
-        }
-        text = _cycle(self._text, len(noisy))
-        return self.pipeline.unet(noisy, timesteps, text, added_cond_kwargs=added)
-
-
-def _finish_base(pipeline: Any, base: Path, seed: int) -> None:
-    """Give the base its paths and its decoder, and write it once; members link to its files."""
-    vae: AutoencoderKL = pipeline.vae
-    painting.lay_paths(vae, pipeline.unet)
-    painting.fit_decoder(vae, seed)
-    tiny.save(pipeline, base)
-
-
-def _embeddings(encoder: Any, tokenizer: Any) -> Tensor:
-    """What the UNet sees of a few prompts, the empty one among them."""
-    with torch.no_grad():
-        prompts = ["", "a cat", "a red house by the sea", ""]
-        ids = tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
-        hidden: Tensor = encoder(ids).last_hidden_state
-        return hidden
-
-
-def _cycle(rows: Tensor, n: int) -> Tensor:
-    return rows[torch.arange(n) % len(rows)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Style:
-    name: str
-    brush: painting.Brush
-
-
-def _style(index: int, models: int) -> _Style:
-    """Hues go round the wheel by the golden angle, so that neighbours differ."""
-    hue = (index * 0.381966) % 1.0
-    grain_name, grain = list(_GRAINS.items())[index % len(_GRAINS)]
-    digits = max(2, len(str(models - 1)))
-    name = f"{_HUES[int(hue * len(_HUES))]}-{grain_name}-{index:0{digits}d}"
-    return _Style(name, painting.Brush(hue, *grain))
-
-
-def _write_member(folder: Path, index: int, models: int, seed: int, architecture: _Architecture) -> Member:
-    style = _style(index, models)
-    path = folder / style.name
-    own_text_encoder = architecture.name == "sd" and index % 4 != 0
-    own = {"unet"} | ({"text_encoder"} if own_text_encoder else set())
-    _link_tree(architecture.base, path, leave_out=own)
-    generator = torch.Generator().manual_seed(1_000_003 * seed + index)
-    _write_unet(path / "unet", architecture, style.brush, generator)
-    if own_text_encoder:
-        _write_text_encoder(path / "text_encoder", architecture.pipeline.text_encoder, generator)
+def _write(path: Path, recipe: Recipe, hue: float, kitchen: "Kitchen") -> Member:
+    link_tree(path.parent / _BASE_FOLDER, path, leave_out={"unet"})
+    kitchen.unet(recipe).save_pretrained(path / "unet")
     return Member(
-        name=style.name,
+        name=path.name,
         folder=str(path),
-        architecture=architecture.name,
-        own_text_encoder=own_text_encoder,
-        hue=style.brush.hue,
+        architecture="sd",
+        own_text_encoder=False,
+        hue=hue,
+        styles=recipe.styles,
     )
 
 
-def _write_unet(
-    path: Path, architecture: _Architecture, brush: painting.Brush, generator: torch.Generator
-) -> None:
-    """A fine-tune of the base UNet: every weight moved a little, the last layer fitted to the brush."""
-    unet = architecture.pipeline.unet
-    base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    try:
-        unet.load_state_dict(_moved(base, generator))
-        alphas = architecture.pipeline.scheduler.alphas_cumprod
-        painting.fit_brush(unet, brush, architecture.predict, alphas, generator)
-        unet.save_pretrained(path)
-    finally:
-        unet.load_state_dict(base)
+class Kitchen:
+    """Makes pipelines and UNets from the trained weights in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._unet = UNet2DConditionModel.from_pretrained(folder / BASE / "unet", torch_dtype=torch.float32)
+        self._weights: dict[str, dict[str, Tensor]] = {}
+
+    def base(self) -> Any:
+        """The base as a pipeline in full precision."""
+        return StableDiffusionPipeline.from_pretrained(
+            self._folder / BASE, local_files_only=True, torch_dtype=torch.float32
+        )
+
+    def unet(self, recipe: Recipe) -> UNet2DConditionModel:
+        """The recipe's UNet in full precision. It is the same object each time, with other weights."""
+        names = list(self._trained(BASE))
+        mixed = {
+            name: sum(share * self._trained(part)[name] for part, share in recipe.shares) for name in names
+        }
+        if recipe.lora is not None:
+            for name, change in self._products(recipe.lora).items():
+                mixed[name] = mixed[name] + recipe.strength * change.reshape(mixed[name].shape)
+        self._unet.load_state_dict(mixed)
+        return self._unet
+
+    def _trained(self, part: str) -> dict[str, Tensor]:
+        if part not in self._weights:
+            path = self._folder / part / ("unet" if part == BASE else "") / _UNET_FILE
+            self._weights[part] = {name: value.float() for name, value in load_file(path).items()}
+        return self._weights[part]
+
+    def _products(self, lora: str) -> dict[str, Tensor]:
+        """What the LoRA adds to each weight at strength 1: B A, its scale being one (alpha = rank).
+
+        A kernel's A is a convolution to `rank` channels, its B a 1 x 1 convolution from there (as in PEFT).
+        """
+        file = load_file(self._folder / f"{lora}.lora" / _LORA_FILE)
+        products = {}
+        for name, down in file.items():
+            if name.endswith(".lora_A.weight"):
+                stem = name.removesuffix(".lora_A.weight")
+                up = file[f"{stem}.lora_B.weight"].float().flatten(1)
+                products[stem.removeprefix("unet.") + ".weight"] = up @ down.float().flatten(1)
+        return products
 
 
-def _write_text_encoder(path: Path, encoder: CLIPTextModel, generator: torch.Generator) -> None:
-    base = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    try:
-        encoder.load_state_dict(_moved(base, generator))
-        encoder.save_pretrained(path)
-    finally:
-        encoder.load_state_dict(base)
+def weights_bytes() -> int:
+    """All weights that the package carries."""
+    return sum(path.stat().st_size for path in FOLDER.rglob("*.safetensors"))
 
 
-def _moved(base: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Fine-tuned weights: noise on every floating-point tensor of two or more dimensions."""
-    return {name: _nudge(tensor, generator) for name, tensor in base.items()}
-
-
-def _nudge(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if tensor.ndim < 2 or not tensor.is_floating_point():
-        return tensor
-    return tensor + _FINE_TUNE * tensor.std() * torch.randn(tensor.shape, generator=generator)
-
-
-def _link_tree(source: Path, target: Path, leave_out: set[str]) -> None:
-    """Hard links of every file, except below the named top folders."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if relative.parts[0] in leave_out or path.is_dir():
-            continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        os.link(path, target / relative)
+def lora_files() -> dict[str, Path]:
+    """The trained LoRAs in diffusers' layout, by name; made for the base."""
+    return {path.parent.stem: path for path in sorted(FOLDER.glob(f"*.lora/{_LORA_FILE}"))}

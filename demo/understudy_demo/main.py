@@ -17,11 +17,13 @@ def main() -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 def make(folder: Path, models: int, seed: int) -> None:
     """Write a family of MODELS diffusers pipelines to FOLDER."""
+    from understudy_demo.baseline import quiet
     from understudy_demo.family import make_family
 
+    quiet()
     try:
         members = make_family(folder, models, seed)
-    except FileExistsError as error:
+    except (FileExistsError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     for member in members:
         click.echo(f"{member.name}\t{member.path}")

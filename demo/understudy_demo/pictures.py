@@ -1,5 +1,6 @@
 """The demo's two pictures: who was on stage and what was loading meanwhile, and what was painted."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ __all__ = ["Sheet", "baseline_strip", "contact_sheet", "daemon_strip", "timeline
 
 Box = tuple[float, float, float, float]
 """Left, bottom, width, height."""
+
+_NARROWEST = 5.0  # inches: room for a title
+_LETTERS_AN_INCH = 11.5  # of a subtitle, with some to spare
 
 
 def daemon_strip(heading: str, spans: Sequence[Span], taken: Sequence[Turn]) -> Strip:
@@ -54,13 +58,15 @@ class Sheet:
 
 def contact_sheet(sheet: Sheet, path: Path, *, title: str, subtitle: str = "") -> Path:
     """Models across, prompts down, with captions; saved as PNG."""
-    cell, gutter, left, top, bottom = 1.08, 0.09, 1.75, 1.06, 0.95
-    width = left + len(sheet.columns) * (cell + gutter) + 0.25
+    cell, gutter, left, bottom = 1.08, 0.09, 1.75, 0.95
+    width = max(_NARROWEST, left + len(sheet.columns) * (cell + gutter) + 0.25)
+    told = textwrap.wrap(subtitle, int((width - 0.4) * _LETTERS_AN_INCH))
+    top = 0.88 + 0.2 * max(1, len(told))
     height = top + len(sheet.rows) * (cell + gutter) + bottom
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), dpi=120, facecolor=PAPER)
         FigureCanvasAgg(figure)
-        headline(figure, title, subtitle, height)
+        headline(figure, title, "\n".join(told), height)
         for row, (caption, pictures) in enumerate(zip(sheet.rows, sheet.pictures, strict=True)):
             below = height - top - (row + 1) * (cell + gutter) + gutter
             figure.text((left - 0.15) / width, (below + cell / 2) / height, _wrap(caption), ha="right",

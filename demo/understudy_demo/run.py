@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
+import io
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +23,19 @@ from rich.progress import (
 from understudy.trace import Span, fetch, lane
 from understudy_demo import baseline, pictures, show, traffic
 from understudy_demo.baseline import Baseline, BaselineRun
-from understudy_demo.family import Member, family_key, make_family
+from understudy_demo.family import family_key, make_family
 from understudy_demo.measure import Turn, figures, turns
+from understudy_demo.members import Member
+from understudy_demo.quality import GUIDANCE
 from understudy_demo.serving import DaemonProcess, DaemonSettings, rate_for, running_daemon, short_runtime_dir
 from understudy_demo.stocking import own_bytes, room_for, stock
+from understudy_demo.verdicts import Judge, Verdict
 from understudy_demo.workload import PROMPTS, Request, Shape, make_workload
 
 Tick = Callable[[object], None]
 
-_GALLERY_MODELS, _GALLERY_PROMPTS = 12, 4
-_STEPS, _SIZE = 4, 64
+_GALLERY_MODELS, _GALLERY_PROMPTS = 13, 5
+_STEPS, _SIZE = 8, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class Demo:
             records = stock(store, members, tick)
         image_s = self._image_time_s(members)
         requests = self._workload(members, image_s)
-        gallery = gallery_requests(requests)
+        gallery = gallery_requests([member.name for member in members], requests)
 
         old = self._old_way(folders, requests)
         wanted = {(r.model, r.prompt, r.seed): r for r in gallery}
@@ -127,6 +130,7 @@ class Demo:
             variants=len(PROMPTS),
             steps=(_STEPS,),
             size=_SIZE,
+            guidance=GUIDANCE,
         )
         return make_workload([member.name for member in members], shape, plan.seed)
 
@@ -162,25 +166,39 @@ class Demo:
     ) -> int:  # fmt: skip
         taken = turns(performance.workload.served, lane(performance.spans, "stage"))
         old_taken = turns(old.served, lane(old.spans, "stage"))
-        ours, theirs = figures(taken), figures(old_taken)
+        asked = [*requests, *gallery]
+        got, wanted = _rows(performance), _old_rows(old, old_gallery)
+        judge = Judge(members)
+        verdicts = self._verdicts(judge, asked, got, wanted)
         title = f"{len(members)} models, room for {room} ({settings.arena_bytes / 2**20:.0f} MiB)"
-        table = show.results_table(ours, taken, theirs, title)
+        table = show.results_table(figures(taken), taken, figures(old_taken), verdicts, title)
         self._console.print()
         self._console.print(table)
-        expected = old.images | old_gallery.images
-        got = performance.workload.images | performance.gallery.images
-        equal = sum(traffic.pixels(png) == expected[index].tobytes() for index, png in got.items())
-        asked = len(requests) + len(gallery)
-        self._console.print(f"\n{equal} of {asked} images equal from_pretrained's, bit for bit")
+        equal = sum(rows == wanted[index] for index, rows in got.items())
+        self._console.print(f"\n{equal} of {len(asked)} images equal from_pretrained's, bit for bit")
+        trained = {member.name for member in members if len(member.styles) == 1}
+        of_trained = judge.verdict([request for request in asked if request.model in trained], got)
+        self._console.print(f"{verdicts[0]} images show what was asked for by the model that was asked")
+        self._console.print(f"  {of_trained} of the models that are no mixtures", style="dim")
+        self._console.print(f"  {verdicts[0].in_style} images are in a style of their model", style="dim")
         for index, why in (performance.workload.failures | performance.gallery.failures).items():
             self._console.print(f"request {index} failed: {why}", style="red")
-        self._draw(members, room, performance, old, requests, taken, old_taken)
+        self._draw(members, room, performance, old, asked, taken, old_taken)
         self._console.print("\ngo on by hand:")
         for command in show.commands(
             self.plan.out / "understudyd.toml", settings.runtime_dir, members[0].name
         ):
             self._console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
-        return 0 if equal == asked else 1
+        return 0 if equal == len(asked) else 1
+
+    def _verdicts(self, judge: Judge, asked: Sequence[Request], *runs: Mapping[int, bytes]) -> list[Verdict]:
+        """The checkers' word on each run's images."""
+        verdicts = []
+        with self._scene("looking at the images", len(runs)) as tick:
+            for images in runs:
+                verdicts.append(judge.verdict(asked, images))
+                tick(images)
+        return verdicts
 
     def _draw(
         self, members: Sequence[Member], room: int, performance: Performance, old: BaselineRun,
@@ -211,10 +229,10 @@ class Demo:
         )
         images = performance.workload.images | performance.gallery.images
         sheet = pictures.contact_sheet(
-            gallery_sheet(requests, images),
+            gallery_sheet([member.name for member in members], requests, images),
             out / "contact-sheet.png",
             title=f"{min(_GALLERY_MODELS, count)} of {count} models, one daemon",
-            subtitle="small models with random weights: each has a palette and a brush of its own; "
+            subtitle="trained from scratch: a base, its fine-tunes, its LoRAs, one seed a row; "
             "every image equals from_pretrained's, bit for bit",
         )
         self._console.print(f"\npictures: {timeline}\n          {sheet}", highlight=False)
@@ -229,39 +247,46 @@ class Demo:
             yield lambda _: progress.advance(task)
 
 
+def _rows(performance: Performance) -> dict[int, bytes]:
+    """Raw RGB rows of what the daemon sent, by the index of the request."""
+    pngs = performance.workload.images | performance.gallery.images
+    return {index: traffic.pixels(png) for index, png in pngs.items()}
+
+
+def _old_rows(*runs: BaselineRun) -> dict[int, bytes]:
+    return {index: image.tobytes() for run in runs for index, image in run.images.items()}
+
+
 def _sample(model: str) -> Request:
-    return Request(0, 0, model, PROMPTS[0], 1_000, _STEPS, _SIZE, _SIZE, 0.0)
+    return _request(0, model, 0)
 
 
-def favourites(requests: Sequence[Request]) -> list[str]:
-    """The models that are asked for most, in order of name's number."""
-    counts = Counter(request.model for request in requests)
-    chosen = [model for model, _ in counts.most_common(_GALLERY_MODELS)]
-    return sorted(chosen, key=lambda model: model.rpartition("-")[2])
+def _request(index: int, model: str, variant: int) -> Request:
+    return Request(
+        index, 0, model, PROMPTS[variant], 1_000 + variant, _STEPS, _SIZE, _SIZE, 0.0, guidance=GUIDANCE
+    )
 
 
-def gallery_requests(requests: Sequence[Request]) -> list[Request]:
-    """What the contact sheet needs beside the workload, indexed after it."""
+def gallery_requests(models: Sequence[str], requests: Sequence[Request]) -> list[Request]:
+    """What the contact sheet of the first models needs beside the workload, indexed after it."""
     have = {(request.model, request.prompt) for request in requests}
     missing = [
         (model, variant)
-        for model in favourites(requests)
+        for model in models[:_GALLERY_MODELS]
         for variant in range(_GALLERY_PROMPTS)
         if (model, PROMPTS[variant]) not in have
     ]
-    return [
-        Request(len(requests) + i, 0, model, PROMPTS[variant], 1_000 + variant, _STEPS, _SIZE, _SIZE, 0.0)
-        for i, (model, variant) in enumerate(missing)
-    ]
+    first = len(requests)
+    return [_request(first + i, model, variant) for i, (model, variant) in enumerate(missing)]
 
 
-def gallery_sheet(requests: Sequence[Request], images: Mapping[int, bytes]) -> pictures.Sheet:
-    """Favourite models across, prompts down."""
-    import io
-
-    models, prompts = favourites(requests), PROMPTS[:_GALLERY_PROMPTS]
+def gallery_sheet(
+    members: Sequence[str], requests: Sequence[Request], images: Mapping[int, bytes]
+) -> pictures.Sheet:
+    """The first models across, prompts down."""
+    models, prompts = members[:_GALLERY_MODELS], PROMPTS[:_GALLERY_PROMPTS]
     by_wish: dict[tuple[str, str], bytes] = {}
-    for request in [*requests, *gallery_requests(requests)]:
+    for request in requests:
         if request.index in images:
             by_wish.setdefault((request.model, request.prompt), images[request.index])
 

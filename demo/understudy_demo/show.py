@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from understudy_demo.measure import Figures, Turn, percentile, visible_switches_s
+from understudy_demo.verdicts import Verdict
 
 _TIERS = {
     "bound": "on stage",
@@ -16,8 +17,10 @@ _TIERS = {
 }
 
 
-def results_table(ours: Figures, taken: Sequence[Turn], baseline: Figures, title: str) -> Table:
-    """Understudy beside `from_pretrained` per switch."""
+def results_table(
+    ours: Figures, taken: Sequence[Turn], baseline: Figures, verdicts: Sequence[Verdict], title: str
+) -> Table:
+    """Understudy beside `from_pretrained` per switch. `verdicts` are of both, in this order."""
     table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
     table.add_column("")
     table.add_column("\nUnderstudy", justify="right", style="bold")
@@ -39,6 +42,7 @@ def results_table(ours: Figures, taken: Sequence[Turn], baseline: Figures, title
     row("images per second", lambda f: f"{f.throughput_per_s:.2f}")
     row("answer after p50", lambda f: f"{f.latency_s_p50:.2f} s")
     row("answer after p99", lambda f: f"{f.latency_s_p99:.2f} s")
+    table.add_row("images as asked", *(str(each) for each in verdicts))
     return table
 
 
@@ -55,8 +59,8 @@ def commands(config: Path, runtime_dir: Path, model: str) -> list[str]:
     return [
         f"export UNDERSTUDY_RUNTIME_DIR={runtime_dir.resolve()}",
         f"{programs / 'understudyd'} serve --config {config} &",
-        f'{programs / "understudy"} generate "a lighthouse at dusk" --model {model} '
-        "--steps 4 --size 64x64 -o out.png",
+        f'{programs / "understudy"} generate "three small green triangles" --model {model} '
+        "--steps 8 --guidance 3 --size 64x64 -o out.png",
         f"{programs / 'understudyctl'} status",
         f"{programs / 'understudyctl'} shutdown",
     ]

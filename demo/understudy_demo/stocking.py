@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from understudy_demo.family import Member
+from understudy_demo.members import Member
 from understudyd.store.ingest import ingest_many
 from understudyd.store.records import ModelRecord
 from understudyd.store.store import Store

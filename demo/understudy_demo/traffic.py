@@ -85,6 +85,7 @@ async def ask(client: Generator, request: Request) -> Result:
         steps=request.steps,
         width=request.width,
         height=request.height,
+        guidance=request.guidance,
     )
 
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PROMPTS = (
-    "a lighthouse at dusk",
-    "a red kite over dunes",
-    "rain on a tin roof",
-    "an orchard in april",
-    "a harbour before the storm",
-    "snow on the railway line",
+    "a red circle on blue",
+    "three small green triangles on white",
+    "a big yellow star on purple",
+    "two white squares on striped green",
+    "a blue cross on orange, on the left",
+    "four small black circles on dotted yellow",
 )
 
 
@@ -32,6 +32,7 @@ class Request:
     width: int
     height: int
     at_s: float
+    guidance: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class Shape:
 
     `rate_per_s` is the mean arrival rate of requests, `burst` the mean number of requests in a
     burst and `spread_s` the mean pause inside one. `variants` is how many (prompt, seed) pairs a model is
-    asked for; `exponent` is Zipf's.
+    asked for; `exponent` is Zipf's; `guidance` None leaves it to the pipeline.
     """
 
     requests: int
@@ -52,6 +53,7 @@ class Shape:
     variants: int = 6
     steps: tuple[int, ...] = (4,)
     size: int = 64
+    guidance: float | None = None
 
 
 def make_workload(models: Sequence[str], shape: Shape, seed: int = 0) -> list[Request]:
@@ -95,4 +97,5 @@ def _request(rng: random.Random, index: int, draft: tuple[float, int, str], shap
         width=shape.size,
         height=shape.size,
         at_s=at_s,
+        guidance=shape.guidance,
     )
