@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few requests, for tests")
     options = parser.parse_args(arguments)
     plan = Plan() if not options.quick else Plan(
-        rounds=2, count=40, images=3, interference_rounds=1, steps=12, loads=1
+        rounds=2, count=40, images=3, interference_rounds=1, steps=300, loads=1
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="understudy-") as folder:
         found = measure(Path(folder), plan)
