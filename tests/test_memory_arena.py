@@ -317,7 +317,7 @@ def test_cuda_auto_size_failure_at_every_call() -> None:
 
 def test_without_cuda_bindings_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
-    with pytest.raises(ArenaError, match="pip install"):
+    with pytest.raises(ArenaError, match="extra cuda"):
         CudaArena(MIB)
 
 
