@@ -1,10 +1,12 @@
 """A skeleton's slots: everything is bound, nothing is forgotten, and what a run moved is put back."""
 
+import functools
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from diffusers.utils.torch_utils import lru_cache_unless_export
 from torch import Tensor, nn
 
 from stage_kit import signature_of
@@ -38,6 +40,29 @@ class Odd(nn.Module):
         return (self.inner(x) + self.tied(x)) * self.scale + self.temporary.sum()
 
 
+class Remembers(nn.Module):
+    """Has methods whose results its class keeps, in both ways that libraries write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"kind": "remembers"}
+        self.table = torch.arange(4.0)
+        self.calls = 0
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Remembers":
+        return cls()
+
+    @functools.lru_cache(maxsize=7)  # noqa: B019  as libraries do
+    def rows(self, count: int) -> Tensor:
+        self.calls += 1
+        return self.table[:count]
+
+    @lru_cache_unless_export(maxsize=None)
+    def on(self, device: torch.device) -> Tensor:
+        return self.table.to(device)
+
+
 class Filled:
     """A module's weights laid out in an arena, as ingest and a loader would."""
 
@@ -62,6 +87,25 @@ def odd(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     monkeypatch.setattr(building, "resolve", lambda library, name: Odd)
     torch.manual_seed(0)
     return Odd().eval()
+
+
+def test_what_cached_methods_returned_is_forgotten_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "resolve", lambda library, name: Remembers)
+    filled = Filled(Remembers())
+    skeleton, views = Skeleton(filled.signature), filled.views()
+    module = skeleton.module
+    for run in (1, 2):
+        skeleton.bind(views)
+        for _ in range(2):
+            assert module.rows(count=2).data_ptr() == module.table.data_ptr()
+            assert module.on(torch.device("cpu")) is views.bound[0]
+        assert module.calls == run, "within a run they are kept"
+        skeleton.restore()
+        skeleton.unbind(views)
+        assert module.on(torch.device("cpu")).isnan().all(), "an unbound module shows no extent"
+        skeleton.restore()
+        views = filled.views()
+    assert Remembers.rows.cache_info().currsize == 0, "the class keeps no module alive"
 
 
 @torch.no_grad()

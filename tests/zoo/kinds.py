@@ -24,8 +24,6 @@ class Kind:
     `call` are the pipeline's keyword arguments, images as functions that make them; `many_steps` what makes a
     call long enough to be cancelled half-way. `saved_as` casts components before they are saved,
     `ingested_as` is ingest's dtype, and `reference_dtype` what plain diffusers is asked for instead.
-    `tolerance` is by how many of 255 a pixel may differ from plain diffusers; the daemon's own images never
-    differ.
     """
 
     name: str
@@ -37,7 +35,6 @@ class Kind:
     saved_as: Mapping[str, torch.dtype] = field(default_factory=dict)
     ingested_as: DType = "keep"
     reference_dtype: Any = torch.float32
-    tolerance: int = 0
 
     def save(self, seed: int, folder: Path) -> Path:
         """A diffusers folder of the pipeline with the weights of `seed`."""
@@ -96,8 +93,7 @@ KINDS = (
     Kind("lumina2", diffusion_transformers.lumina_2, "complex rotary tables in a list; Gemma 2", _SMALL),
     Kind("z-image", diffusion_transformers.z_image, "rotary tables made at the first step; Qwen 3", _SMALL),
     Kind("qwen-image", diffusion_transformers.qwen_image,
-         "complex rotary tables as plain attributes; Qwen 2.5 VL. Some pixels may differ by up to 8 of 255 "
-         "from plain diffusers', whose own result differs so between processes", _SMALL, tolerance=8),
+         "complex rotary tables as plain attributes, behind cached methods; Qwen 2.5 VL", _SMALL),
     Kind("sana", diffusion_transformers.sana, "linear attention; deep-compression autoencoder; Gemma 2",
          _SMALL | {"use_resolution_binning": False}),
     Kind("auraflow", diffusion_transformers.aura_flow, "learned positions; UMT5", _SMALL),

@@ -1,13 +1,14 @@
 """What a run leaves on a shared module besides moved and cast tensors, and how it is undone.
 
 Some components keep tensors on themselves while they compute: caches of causal convolutions, tables made
-at the first call. After a run, a cancelled one too, none of them may be left for the next one, whose
-weights are others.
+at the first call, and what a method decorated with a cache returned. After a run, a cancelled one too, none
+of them may be left for the next one, whose weights are others and lie elsewhere.
 """
 
 import dis
 import functools
-from collections.abc import Collection
+import inspect
+from collections.abc import Callable, Collection, Iterator
 from types import CodeType
 from typing import Any
 
@@ -38,6 +39,7 @@ class PlainState:
     def __init__(self, root: nn.Module, slots: Collection[tuple[Any, ...]]) -> None:
         """`slots` are (id of the dict, key) of the tensors that a bind sets: they are left alone."""
         modules = list(root.modules())
+        self._methods = [cache for module in modules for cache in _give_own_caches(module)]
         found = map(_assigned_names, map(type, modules))
         changing: list[tuple[dict[str, Any], frozenset[str]]] = [
             (vars(module), names) for module, names in zip(modules, found)
@@ -54,7 +56,9 @@ class PlainState:
         ]
 
     def restore(self) -> None:
-        """Put every module that kept a tensor back."""
+        """Put every module that kept a tensor back, and forget what methods returned."""
+        for cache_clear in self._methods:
+            cache_clear()
         is_as_it_was = all(attributes.get(name) is value for attributes, name, value in self._watched)
         if not is_as_it_was or any(len(attributes) != length for attributes, length in self._lengths):
             for module in self._modules:
@@ -62,6 +66,39 @@ class PlainState:
         if any(self._caches):
             for cache in filter(_holds_tensor, self._caches):
                 cache.clear()
+
+
+def _give_own_caches(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Give the module caches of its own in place of its class's around methods; yields how to clear them.
+
+    The class's are keyed by the module among others: they would return views of an extent that is
+    another blob's by now, and keep every module they ever saw alive.
+    """
+    for name, function, maxsize in _cached_methods(type(module)):
+        cached = functools.lru_cache(maxsize)(functools.partial(function, module))
+        vars(module)[name] = cached
+        yield cached.cache_clear
+
+
+@functools.cache
+def _cached_methods(cls: type) -> tuple[tuple[str, Callable[..., Any], int | None], ...]:
+    """Name, what is decorated, and the cache's size, of every method behind `functools.lru_cache`."""
+    names = {name for base in cls.__mro__ if base not in (nn.Module, object) for name in vars(base)}
+    found = ((name, inspect.getattr_static(cls, name)) for name in sorted(names))
+    caches = ((name, _cache_of(member)) for name, member in found)
+    return tuple(
+        (name, cache.__wrapped__, cache.cache_parameters()["maxsize"]) for name, cache in caches if cache
+    )
+
+
+def _cache_of(member: Any) -> Any:
+    """The cache that the member is, or that the library's own decorator around one calls."""
+    if isinstance(member, functools._lru_cache_wrapper):
+        return member
+    if not hasattr(member, "__wrapped__"):
+        return None
+    inside = (cell.cell_contents for cell in getattr(member, "__closure__", None) or ())
+    return next((value for value in inside if isinstance(value, functools._lru_cache_wrapper)), None)
 
 
 class _Attributes:
