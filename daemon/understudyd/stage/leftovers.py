@@ -81,7 +81,7 @@ def _give_own_caches(module: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 @functools.cache
-def _cached_methods(cls: type) -> tuple[tuple[str, Callable[..., Any], int | None], ...]:
+def _cached_methods(cls: Any) -> tuple[tuple[str, Callable[..., Any], int | None], ...]:
     """Name, what is decorated, and the cache's size, of every method behind `functools.lru_cache`."""
     names = {name for base in cls.__mro__ if base not in (nn.Module, object) for name in vars(base)}
     found = ((name, inspect.getattr_static(cls, name)) for name in sorted(names))
