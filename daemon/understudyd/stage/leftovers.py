@@ -74,7 +74,8 @@ def _give_own_caches(module: nn.Module) -> Iterator[Callable[[], None]]:
     The class's are keyed by the module among others: they would return views of an extent that is
     another blob's by now, and keep every module they ever saw alive.
     """
-    for name, function, maxsize in _cached_methods(type(module)):
+    cls: Any = type(module)
+    for name, function, maxsize in _cached_methods(cls):
         cached = functools.lru_cache(maxsize)(functools.partial(function, module))
         vars(module)[name] = cached
         yield cached.cache_clear
