@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo plan-example install test lint format bench-switch bench-serve bench-handover bench-coldstart \
+.PHONY: help demo plan-example install test lint format bench bench-switch bench-serve bench-handover bench-coldstart \
   bench-restart bench-ingest bench-lora bench-lora-serve bench-demo-quality bench-soak bench-observe bench-load bench-wire \
-  bench-compare fuzz gpu-check gpu-compare docs-models docs-demo docs-policy docs-configuration docs-observability clean
+  bench-compare fuzz gpu-check gpu-compare docs-models docs-demo docs-policy docs-configuration docs-observability \
+  docs-benchmarks clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
@@ -31,6 +32,10 @@ lint: $(STAMP)  ## ruff and strict type checks
 format: $(STAMP)  ## rewrite the sources in the house style
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+# PEERS_PYTHON=/path/to/python names one that has the extra `peers`, if .venv has not.
+bench: $(STAMP)  ## the benchmarks in a quarter of an hour: benchmarks/results, docs/benchmarks.md
+	@$(BIN)/python -m benchmarks.report $(if $(PEERS_PYTHON),--peers-python $(PEERS_PYTHON))
 
 bench-switch: $(STAMP)  ## bind and visible switch at real size
 	@$(BIN)/python -m benchmarks.switch --json
@@ -103,6 +108,9 @@ docs-configuration: $(STAMP)  ## docs/configuration.md, from the configuration's
 
 docs-observability: $(STAMP)  ## the example scrape and the picture of docs/observability.md, from a short run
 	@$(BIN)/python -m benchmarks.observe --document docs/observability.md
+
+docs-benchmarks: $(STAMP)  ## docs/benchmarks.md, its pictures and the README's figures, from the results that there are
+	@$(BIN)/python -m benchmarks.report --render
 
 clean:  ## forget the virtual environment and what the demo made
 	rm -rf $(VENV) demo-out

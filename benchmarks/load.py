@@ -267,11 +267,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a narrow UNet and few rounds, for tests")
     parser.add_argument("--peers-python", default=sys.executable, help="a Python that has the peers")
     parser.add_argument("--peer", action="append", choices=list(PEERS), help="only this one (repeatable)")
+    parser.add_argument(
+        "--rounds", type=int, default=None, help="warm ones, half as many cold (4; 2 when quick)"
+    )
     parser.add_argument("--sdxl", action=argparse.BooleanOptionalAction, help="SDXL too; default: if it fits")
     options = parser.parse_args(arguments)
     plan = Plan(tuple(options.peer or PEERS), options.peers_python)
     if options.quick:
         plan = replace(plan, narrow=True, rounds=2, cold_rounds=1)
+    if options.rounds is not None:
+        plan = replace(plan, rounds=options.rounds, cold_rounds=max(1, options.rounds // 2))
     found = in_a_folder("sd15", plan)
     if options.sdxl or (options.sdxl is None and not options.quick and has_room_for(_SDXL_BYTES)):
         found["sdxl"] = in_a_folder("sdxl", plan)

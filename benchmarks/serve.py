@@ -1,4 +1,4 @@
-"""200 models, room for 20: `python -m benchmarks.serve [--json] [--quick] [--work DIR]`.
+"""200 models, room for 20: `python -m benchmarks.serve [--json] [--quick] [--models N] [--requests N]`.
 
 A closed-loop workload (several client processes, Zipf popularity, images of one or two steps) goes through
 the same daemon, set up in three ways, in alternating rounds; the two bounds get every second round:
@@ -273,6 +273,14 @@ def settings(plan: Plan, scene: Scene, work: Path) -> dict[str, DaemonSettings]:
     }
 
 
+def plan_of(*, quick: bool, models: int | None = None, requests: int | None = None) -> Plan:
+    """The plan that the command's options ask for."""
+    plan = QUICK if quick else Plan()
+    if models is not None:
+        plan = replace(plan, models=models, resident=max(1, models // 10))
+    return plan if requests is None else replace(plan, requests=requests)
+
+
 def benchmark(plan: Plan, work: Path) -> dict[str, Run]:
     """The three runs, by name."""
     work.mkdir(parents=True, exist_ok=True)
@@ -305,6 +313,7 @@ def summary(plan: Plan, runs: Mapping[str, Run]) -> dict[str, float | int | str 
         "visible_switch_ms_p50": ours.figures.switch_ms_p50,
         "visible_switch_ms_p99": ours.figures.switch_ms_p99,
         "idle_while_waiting_percent": ours.figures.idle_while_waiting_percent,
+        "idle_while_waiting_percent_on_demand": demand.figures.idle_while_waiting_percent,
         "throughput": ours.throughput_per_s,
         "throughput_all_resident": resident.throughput_per_s,
         "throughput_on_demand_lru": demand.throughput_per_s,
@@ -341,9 +350,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.serve", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON on stdout")
     parser.add_argument("--quick", action="store_true", help="20 models, 100 requests: does it work at all?")
+    parser.add_argument("--models", type=int, default=None, help="with room for a tenth of them (200)")
+    parser.add_argument("--requests", type=int, default=None, help="(2000)")
     parser.add_argument("--work", type=Path, default=Path(".work/serve"), help="models and logs go here")
     chosen = parser.parse_args(argv)
-    plan = QUICK if chosen.quick else Plan()
+    plan = plan_of(quick=chosen.quick, models=chosen.models, requests=chosen.requests)
     runs = benchmark(plan, chosen.work)
     show(plan, runs)
     document = summary(plan, runs)
