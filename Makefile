@@ -84,11 +84,12 @@ bench-demo-quality: $(STAMP)  ## how many of the demo family's pictures show wha
 
 # Not in .venv: a GPU machine has its own torch. Choose the Python that holds it: make gpu-check PYTHON=...
 gpu-check:  ## everything that needs a real GPU, in under ten minutes; without one it says so
-	@PYTHONPATH=client:daemon$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu --out gpu-check.json
+	@PYTHONPATH=client:daemon$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu --out gpu-check.json \
+	  --results benchmarks/results
 
 gpu-compare:  ## twenty real-size models on a GPU: the daemon beside what people run today, in half an hour
 	@PYTHONPATH=client:daemon$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu --only compare \
-	  --limit-s 1800 --out gpu-compare.json
+	  --limit-s 1800 --out gpu-compare.json --results benchmarks/results
 
 docs-models: $(STAMP)  ## docs/models.md, from the table of pipeline kinds that the tests serve
 	@PYTHONPATH=tests $(BIN)/python -m zoo.document docs/models.md

@@ -215,12 +215,12 @@ def summary(runs: Mapping[str, Answers]) -> dict[str, Any]:
 # -- the benchmark --------------------------------------------------------------------------------------
 
 
-def measure(plan: Plan, folder: Path) -> dict[str, Any]:
-    """Everybody, one after the other."""
+def measure(plan: Plan, folder: Path, programs: Sequence[str] | None = None) -> dict[str, Any]:
+    """Everybody, one after the other; of the `programs` only these, "per_switch" among them, and ours."""
     scene = set_scene(plan, folder)
     say(f"  {plan.models} models, room for {plan.resident}: {scene.work.budget_bytes / 1e6:.0f} MB")
     runs = {}
-    for name in names(plan.device):
+    for name in programs or names(plan.device):
         with timed(name):
             runs[name] = run_baseline(name, scene.work, folder)
     with timed(OURS):

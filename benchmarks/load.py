@@ -79,7 +79,7 @@ class PeerProcess:
         self.file = scene.file
         self.absent: str | None = None
         self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.load_peers", name, str(scene.folder)],
+            [python, "-m", "benchmarks.load_peers", name, str(scene.folder), scene.device],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -236,15 +236,18 @@ def measure(architecture: str, work: Path, plan: Plan) -> dict[str, Any]:
     return summary(warm) | {"cold": summary(cold), "absent": absent}
 
 
-def write_unet(architecture: str, work: Path, *, narrow: bool) -> tuple[Source, Scene]:
-    """A folder that `from_pretrained` reads, whose weights are a blob as the store's writer writes it."""
+def write_unet(architecture: str, work: Path, *, narrow: bool, device: str = "cpu") -> tuple[Source, Scene]:
+    """A folder that `from_pretrained` reads, whose weights are a blob as the store's writer writes it.
+
+    `device` is where peers shall load them to.
+    """
     import torch
 
     from benchmarks import real_size
     from benchmarks.real_store import random_blob
 
     model = {"sd15": real_size.sd15, "sdxl": real_size.sdxl}[architecture](narrow=narrow)
-    scene = Scene(work / architecture)
+    scene = Scene(work / architecture, device)
     scene.folder.mkdir()
     with torch.device("meta"):
         unet: Any = model.builders["unet"]()

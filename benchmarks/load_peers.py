@@ -1,8 +1,9 @@
-"""What others load the same weights with: `python -m benchmarks.load_peers NAME SCENE`, one process each.
+"""What others load the same weights with: `python -m benchmarks.load_peers NAME FOLDER DEVICE`.
 
-Every peer is used as its own documentation shows for a local file and the CPU, and ends with every tensor of
-the file in memory that stays when file and loader are gone. Import, and the writing of a format of its own,
-are no part of a load. The parent writes a line for each load it wants; the answers are lines of JSON.
+Every peer is a process of its own, used as its own documentation shows for a local file and the device, and
+ends with every tensor of the file in memory that stays when file and loader are gone. Import, and the writing
+of a format of its own, are no part of a load. The parent writes a line for each load it wants; the answers
+are lines of JSON.
 """
 
 import contextlib
@@ -28,9 +29,10 @@ PAGE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """`folder` is what `from_pretrained` reads; `file` the safetensors file in it."""
+    """`folder` is what `from_pretrained` reads, `file` the weights in it; `device` is "cpu" or "cuda"."""
 
     folder: Path
+    device: str = "cpu"
 
     @property
     def file(self) -> Path:
@@ -59,17 +61,18 @@ class Peer:
 
 
 def _safetensors(scene: Scene) -> Tensors:
-    """`load_file` gives views of a mapped file: what shall stay is copied, as `.to(device)` would."""
+    """`load_file`. On the CPU its tensors are views of a mapped file: what shall stay is copied."""
     from safetensors.torch import load_file
 
-    return {name: tensor.clone() for name, tensor in load_file(scene.file).items()}
+    loaded: Tensors = load_file(scene.file, device=scene.device)
+    return loaded if scene.device != "cpu" else {name: tensor.clone() for name, tensor in loaded.items()}
 
 
 def _safetensors_pread(scene: Scene) -> Tensors:
     """Its other backend reads into memory of its own."""
     from safetensors.torch import load_file
 
-    loaded: Tensors = load_file(scene.file, backend="pread")
+    loaded: Tensors = load_file(scene.file, device=scene.device, backend="pread")
     return loaded
 
 
@@ -85,12 +88,16 @@ def _fastsafetensors(scene: Scene) -> Tensors:
     """https://github.com/foundation-model-stack/fastsafetensors: the loader without GPU Direct Storage."""
     from fastsafetensors import SafeTensorsFileLoader, SingleGroup
 
-    loader = SafeTensorsFileLoader(SingleGroup(), "cpu", nogds=True)
+    device = "cuda:0" if scene.device == "cuda" else scene.device
+    loader = SafeTensorsFileLoader(SingleGroup(), device, nogds=True)
     loader.add_filenames({0: [str(scene.file)]})
     buffers = loader.copy_files_to_device()
     tensors = {name: buffers.get_tensor(name) for name in loader.get_keys()}
-    _touch(tensors)
-    buffers.close()  # the tensors own the memory by now
+    if scene.device == "cpu":
+        _touch(tensors)  # they own the memory by now
+    else:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the buffers own it
+    buffers.close()
     loader.close()
     return tensors
 
@@ -101,14 +108,14 @@ def _runai(scene: Scene) -> Tensors:
 
     with SafetensorsStreamer() as streamer:
         streamer.stream_file(str(scene.file))
-        return dict(streamer.get_tensors())
+        return {name: tensor.to(scene.device) for name, tensor in streamer.get_tensors()}
 
 
 def _tensorizer(scene: Scene) -> Tensors:
     """https://github.com/coreweave/tensorizer: its own format, and as many readers as it chooses."""
     from tensorizer import TensorDeserializer
 
-    with TensorDeserializer(str(scene.tensorized), device="cpu") as tensors:
+    with TensorDeserializer(str(scene.tensorized), device=scene.device) as tensors:
         return dict(tensors)
 
 
@@ -131,6 +138,9 @@ def _from_pretrained(scene: Scene) -> Tensors:
 
     (With `disable_mmap=True`, which has diffusers make the copies, it takes eight times as long.)
     """
+    if scene.device != "cpu":
+        moved: Tensors = _module(scene).to(scene.device).state_dict()
+        return moved
     return {name: tensor.clone() for name, tensor in _module(scene).state_dict().items()}
 
 
@@ -179,13 +189,22 @@ def digest(tensors: Tensors) -> str:
     for name in sorted(tensors):
         if not name.startswith(PAD_PREFIX):
             state.update(name.encode())
-            state.update(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            flat = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
+            state.update(flat.cpu().numpy().data)
     return state.hexdigest()
+
+
+def _arrive(scene: Scene) -> None:
+    """Copies to a GPU have ended."""
+    if scene.device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
 
 
 def main() -> None:
     """Say whether it is there, then load once for each line that comes."""
-    peer, scene = PEERS[sys.argv[1]], Scene(Path(sys.argv[2]))
+    peer, scene = PEERS[sys.argv[1]], Scene(Path(sys.argv[2]), sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print; the answers are ours alone
 
@@ -207,6 +226,7 @@ def main() -> None:
         for _ in sys.stdin:
             started_s = time.monotonic()
             tensors = peer.load(scene)
+            _arrive(scene)
             seconds = time.monotonic() - started_s
             answer({"seconds": seconds, "digest": digest(tensors)})
             del tensors

@@ -72,6 +72,15 @@ def diffusers_folder(store: Store, name: str, folder: Path) -> Path:
     return folder
 
 
+def random_component(
+    path: Path, build: Callable[[], nn.Module], dtype: torch.dtype, *, seed: int, device: str = "cpu"
+) -> tuple[SignatureRecord, BlobRecord]:
+    """Draw one component's weights on `device` and write its blob, outside of any store."""
+    torch.manual_seed(seed)
+    component = Component(path.stem, _random_module(build, dtype, device))
+    return component.signature, _write(path, component)
+
+
 def random_blob(path: Path, signature: SignatureRecord, seed: int = 0) -> BlobRecord:
     """Write a blob of this shape whose bytes are noise: enough for a load, not for a picture."""
     layout = plan_blob((record.path, record.dtype, record.shape) for record in signature.tensors)

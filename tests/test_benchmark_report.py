@@ -9,7 +9,8 @@ import msgspec
 import pytest
 from benchmarks.report import __main__ as report
 from benchmarks.report.cases import cases
-from benchmarks.report.machine import describe_machine, host_of, revision, without_places
+from benchmarks.report.machine import describe_machine, host_of, revision
+from benchmarks.report.publishing import without_places
 from benchmarks.report.results import Run, read_all, read_results, write_results
 from benchmarks.report.running import Case, Clock, run_all
 
@@ -126,7 +127,7 @@ def test_a_short_form_uses_options_that_there_are(one: Case) -> None:
     source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
     options = [argument for argument in one.arguments[2:] if argument.startswith("--")]
     assert [option for option in options if f'"{option.replace("--no-", "--")}"' not in source] == []
-    assert one.limit_s < 300
+    assert one.limit_s <= 300
 
 
 @pytest.mark.parametrize("path", sorted(KEPT.glob("*.json")), ids=lambda path: path.stem)

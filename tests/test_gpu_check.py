@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.sections import SECTIONS
+from benchmarks.gpu.sections.peers import FROM_POOL, compare_peers, peer_names, summary
+from benchmarks.load import OURS, RAW
 
 ROOT = Path(__file__).parent.parent
 FROM_THE_TREE = dict(os.environ) | {"PYTHONPATH": "client:daemon", "OMP_NUM_THREADS": "1"}
@@ -72,9 +76,17 @@ def test_without_a_driver_nothing_else_is_needed(tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == {"gpu": None, "why": "there is no NVIDIA driver here"}
 
 
+SLOW = {"peers", "serving"}  # many processes that import torch: of each below, or in another test
+
+
+def on_the_cpu(out: Path, *sections: str) -> "subprocess.CompletedProcess[str]":
+    place = ("--out", out, "--work", out.parent)
+    return run("-m", "benchmarks.gpu", "--device", "cpu", "--size", "tiny", *place, "--only", *sections)
+
+
 def test_every_section_runs_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "check.json"
-    done = run("-m", "benchmarks.gpu", "--device", "cpu", "--size", "tiny", "--out", out, "--work", tmp_path)
+    done = on_the_cpu(out, *(section.name for section in SECTIONS if section.name not in SLOW))
     document = json.loads(out.read_text())
     assert done.returncode == 0, f"{document['failed']}\n{done.stderr}"
     sections = document["sections"]
@@ -85,4 +97,34 @@ def test_every_section_runs_on_the_cpu(tmp_path: Path) -> None:
     assert sections["upcast"]["checks"]["was_upcast_every_time"]
     assert sections["steps"]["chunk_mib"]["4"]["copied_gbps"] > 0
     assert sections["killed_loader"]["kills"] == 5
+    assert sections["blocks_flux"]["checks"]["same_again_after_another"]
     assert [path.name for path in tmp_path.iterdir()] == ["check.json"], "the work folder is gone"
+
+
+@pytest.mark.timeout(600)
+def test_peers_are_told_to_load_to_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compare_peers.__globals__, "peer_names", lambda: ["safetensors", "from_pretrained"])
+    found = compare_peers(Bench("cpu", "tiny", tmp_path))
+    assert set(found["peers"]) == {"safetensors", "from_pretrained"} and found["absent"] == {}
+    assert min(*found["peers"].values(), found["understudy_gbps"], found["pinned_copy_gbps"]) > 0
+
+
+def test_what_stays_in_a_file_is_no_peer_on_a_device() -> None:
+    assert "from_pretrained" in peer_names() and not [name for name in peer_names() if "mapped" in name]
+
+
+def test_the_best_peer_counts_and_none_is_no_target() -> None:
+    rates = {OURS: 10.0, RAW: 50.0, FROM_POOL: 46.0, "safetensors": 4.0, "tensorizer": 6.0}
+    found = summary(rates)
+    assert found["ratio_best_peer"] == pytest.approx(10 / 6) and found["ratio_pinned"] == pytest.approx(0.92)
+    assert found["targets"] == {"pool_of_pinned_at_least_0.9": True, "times_best_peer_at_least_2": False}
+    alone = summary({name: rates[name] for name in (OURS, RAW, FROM_POOL)})
+    assert alone["ratio_best_peer"] is None and list(alone["targets"]) == ["pool_of_pinned_at_least_0.9"]
+
+
+def test_the_check_fits_ten_minutes_by_its_own_limit() -> None:
+    from benchmarks.gpu.__main__ import LIMIT_S
+
+    longest_s = max(section.budget_s for section in SECTIONS)
+    assert LIMIT_S + 60 <= 600, "what is begun ends with the limit; a minute for imports and the report"
+    assert longest_s < LIMIT_S and all(section.least_s <= section.budget_s for section in SECTIONS)

@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections")
     parser.add_argument("--work", type=Path, help="a folder with 20 GB of room (default: a temporary one)")
     parser.add_argument("--profiles", type=Path, metavar="DIR", help="write cost profiles to simulate with")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="keep it here too, for docs/benchmarks.md"
+    )
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="for all sections together")
     options = parser.parse_args(arguments)
     if missing := missing_packages(NEEDED):
@@ -75,6 +78,7 @@ def check(options: argparse.Namespace, work: Path) -> int:
 
 def check_all(bench: "Bench", results: "Results", options: argparse.Namespace) -> int:
     """Run the sections and report; the exit status. Imports what they need, once for all."""
+    from benchmarks.gpu.kept import keep
     from benchmarks.gpu.measured import write_profiles
     from benchmarks.gpu.report import show
     from benchmarks.gpu.runner import run_all
@@ -96,6 +100,8 @@ def check_all(bench: "Bench", results: "Results", options: argparse.Namespace) -
     show(document)
     for path in write_profiles(document, options.profiles) if options.profiles else []:
         print(f"cost profile: {path}", file=sys.stderr)
+    if options.results and (kept := keep(document | {"failed": results.failed()}, options.results)):
+        print(f"kept: {kept}; now make docs-benchmarks", file=sys.stderr)
     for name in results.failed():
         print(f"FAILED: {name}", file=sys.stderr)
     return 1 if results.failed() else 0

@@ -16,20 +16,20 @@ def cases(peers_python: Path | None = None) -> tuple[Case, ...]:
     """Those whose benchmark is there. `peers_python` has what `benchmarks.load` is compared with."""
     peers = () if peers_python is None else ("--peers-python", str(peers_python.absolute()))
     found = (
-        _case("load", 240, "--no-sdxl", "--rounds", "2", repeats=2, hidden=peers),
-        _case("compare", 150, repeats=2),
+        _case("load", 300, "--no-sdxl", "--rounds", "2", repeats=2, hidden=peers),
+        _case("compare", 200, repeats=2),
         _case("lora", 240, "--models", "sd15", "--rounds", "3", "--threads", "1"),
-        _case("switch", 120, "--switches", "100"),
-        _case("wire", 120),
-        _case("handover", 120),
+        _case("switch", 180, "--switches", "100"),
+        _case("wire", 180),
+        _case("handover", 180),
         _case("restart", 210, "--architecture", "sd15"),
-        _case("serve", 180, "--models", "100", "--requests", "400"),
+        _case("serve", 240, "--models", "100", "--requests", "400"),
         _case("compile", 150),
         Case(
             "simulate", ("-m", "understudyd.main", "simulate", _TRACE, "--utilisation", "85%", "--json"), 60
         ),
-        _case("observe", 60),
-        _case("coldstart", 90),
+        _case("observe", 90),
+        _case("coldstart", 150),
     )
     return tuple(case for case in found if _is_there(case))
 

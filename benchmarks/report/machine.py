@@ -1,4 +1,4 @@
-"""Which hardware and which sources, in words that may be published."""
+"""Which hardware and which sources, in words that tell no place."""
 
 import os
 import platform
@@ -34,7 +34,7 @@ def describe_machine() -> Machine:
 
 def host_of(machine: Machine) -> str:
     """A name for the hardware that makes a file name: "amd-epyc-9654-2-cores"."""
-    plain = re.sub(r"\((r|tm)\)|\b(cpu|processor|@ [\d.]+ghz)\b", " ", machine.cpu.lower())
+    plain = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b|@.*", " ", machine.cpu.lower())
     return f"{re.sub(r'[^a-z0-9]+', '-', plain).strip('-')}-{machine.cores}-cores"
 
 
@@ -47,11 +47,6 @@ def revision(root: Path = ROOT) -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}-dirty" if changed else commit
-
-
-def without_places(text: str) -> str:
-    """The text with every absolute path reduced to its last part: results are published."""
-    return re.sub(r"(?<![\w.:/])/(?:[^\s/'\":,;()]+/)+([^\s/'\":,;()]*)", r"\1", text)
 
 
 def _git(root: Path, *arguments: str) -> str:

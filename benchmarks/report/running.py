@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from benchmarks.kit import rounded, say
-from benchmarks.report.machine import ROOT, without_places
+from benchmarks.kit import say
+from benchmarks.report.machine import ROOT
+from benchmarks.report.publishing import publishable, without_places
 from benchmarks.report.results import Figures, Run
 
-_GRACE_S = 20.0  # a daemon that is interrupted stops its loaders first
+_GRACE_S = 5.0  # to remove temporary folders; daemons and loaders go with who started them
 _LEAST_S = 10.0
 _LONGEST_REASON = 160
 
@@ -142,19 +142,6 @@ def _figures(text: str) -> Figures | None:
             if isinstance(found, dict):
                 return {name: publishable(value) for name, value in found.items()}
     return None
-
-
-def publishable(value: Any) -> Any:
-    """Floats to four decimals, texts without paths."""
-    match value:
-        case str():
-            return without_places(value)
-        case dict():
-            return {key: publishable(item) for key, item in value.items()}
-        case list():
-            return [publishable(item) for item in value]
-        case _:
-            return rounded(value)
 
 
 def _last_line(text: str) -> str:

@@ -67,7 +67,8 @@ def section(found: Found, one: Section) -> str:
     dates = ", ".join(dict.fromkeys(run.began_at[:10] for run in runs))
     revisions = ", ".join(dict.fromkeys(run.revision for run in runs))
     facts = f"`{runs[-1].command}`, {dates} at {revisions}: {took} s; load average before {load}."
-    picture = [f"![{one.title}](images/{one.picture})"] if one.picture else []
+    is_drawn = one.picture and any(run.figures for run in runs)
+    picture = [f"![{one.title}](images/{one.picture})"] if is_drawn else []
     parts = [
         f"## {one.title}",
         prose(one.about),

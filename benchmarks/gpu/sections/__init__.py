@@ -4,11 +4,13 @@ from functools import partial
 
 from benchmarks.gpu.runner import Section
 from benchmarks.gpu.sections.adapters import measure_adapters
-from benchmarks.gpu.sections.compare import compare
+from benchmarks.gpu.sections.blocks import measure_blocks
+from benchmarks.gpu.sections.compare import compare, compare_in_short
 from benchmarks.gpu.sections.full_arena import open_full_arena
 from benchmarks.gpu.sections.images import compare_images
 from benchmarks.gpu.sections.killed_loader import kill_loaders
 from benchmarks.gpu.sections.killed_parent import kill_parent
+from benchmarks.gpu.sections.peers import compare_peers
 from benchmarks.gpu.sections.rates import measure_rates
 from benchmarks.gpu.sections.registering import register_memory
 from benchmarks.gpu.sections.round_trip import make_round_trip
@@ -32,6 +34,9 @@ SECTIONS = (
     Section("steps", measure_steps, 120.0),
     Section("adapters_sdxl", measure_adapters, 90.0),
     Section("upcast", look_for_strays, 90.0),
+    Section("peers", compare_peers, 90.0, least_s=45.0),
+    Section("blocks_flux", measure_blocks, 90.0, least_s=45.0),
+    Section("serving", compare_in_short, 240.0, least_s=150.0),
 )
 
 ON_DEMAND = (Section("compare", compare, 1500.0),)
