@@ -46,6 +46,7 @@ def main() -> None:
     sections = [Section(function.__name__, function, 20.0) for function in functions]
     run_all(bench, sections, results, 60.0)  # type: ignore[arg-type]
     run_all(bench, [Section("hang", hang, 0.5)], results, 60.0)  # type: ignore[arg-type]
+    run_all(bench, [Section("cut", hang, 20.0, least_s=0.1)], results, 0.5)  # type: ignore[arg-type]
     run_all(bench, [Section("late", work, 20.0)], results, 0.0)  # type: ignore[arg-type]
 
 

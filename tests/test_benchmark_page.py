@@ -138,10 +138,15 @@ def test_a_gpu_check_is_a_section_and_decides_its_goals() -> None:
         rates={"pool_of_pinned": 0.95, "one_loader": {"pool_gbps": 45.0}, "targets": {"at_least_0.9": True}},
         switch_sd15={"gpu_idle_ms": {"p50": 1.5}, "targets": {"gpu_idle_under_1_ms": False}},
         upcast={"skipped": "no time left"},
+        serving={"lru": {"images_per_s": 1.0}, "understudy": {"images_per_s": 4.0}},
+        peers={"understudy_gbps": 9.0, "peers": {"safetensors": 3.0}},
         steps={"error": "broken"},
     )
     text = page(Kept((results(),), (check,)))
     assert "## On NVIDIA Example" in text and "No GPU has run" not in text
+    on_gpu = text.partition("## On NVIDIA Example")[2]
+    assert rows(on_gpu, "images per second")[0][2:] == ["**4**", "1 /s", "4 /s"]
+    assert rows(on_gpu, "weights into memory, warm")[0][2] == "**3**"
     assert rows(text, "load, host pool to GPU")[0][2:4] == ["0.950", "met"]
     assert rows(text, "GPU idle between requests, SD 1.5")[0][3] == "**missed**"
     assert rows(text, "`rates` | `one_loader.pool_gbps`")[0][2] == "45"

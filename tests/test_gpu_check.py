@@ -54,6 +54,7 @@ def test_what_is_wrong_is_named(made_up: dict[str, Any]) -> None:
     assert made_up["failed"] == ["raise_an_error", "die", "hang", "look_back.bad"]
     assert made_up["sections"]["skip"]["skipped"] == "not here"
     assert "no time left" in made_up["sections"]["late"]["skipped"]
+    assert made_up["sections"]["cut"]["skipped"].startswith("cut off: no time left"), "not its own fault"
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

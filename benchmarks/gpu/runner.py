@@ -85,6 +85,8 @@ def run_all(bench: "Bench", sections: Sequence[Section], results: Results, limit
             continue
         say(f"{section.name} ...")
         found = run_apart(section.name, section.measure, bench, min(section.budget_s, left_s))
+        if "error" in found and left_s < section.budget_s and found["took_s"] > left_s:
+            found = {"skipped": f"cut off: no time left of {limit_s:g} s"}
         say(f"  {_summary(found)}")
         results.add(section.name, found)
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.report.markdown import table
-from benchmarks.report.picking import number
-from benchmarks.report.results import Figures, GpuCheck
+from benchmarks.report.markdown import prose, table
+from benchmarks.report.picking import Found, number
+from benchmarks.report.results import Figures, GpuCheck, Run
+from benchmarks.report.versus import versus_of_what_there_is
 
 _APART = ("targets", "checks", "error", "skipped", "traceback")
 
@@ -29,10 +30,27 @@ def gpu_section(check: GpuCheck) -> str:
         for name, found in check.sections.items()
         for path, text in _figures({key: value for key, value in found.items() if key not in _APART})
     ]
-    parts = [f"## On {check.gpu.get('name', 'a GPU')}", head, wrong]
+    parts = [f"## On {check.gpu.get('name', 'a GPU')}", prose(head), prose(wrong)]
+    parts += [text] if (text := versus_of_what_there_is(_as_benchmarks(check))) else []
     parts += [table(["section", "to hold", ""], verdicts)] if verdicts else []
     parts += [table(["section", "figure", ""], rows)] if rows else []
     return "\n\n".join(parts)
+
+
+def _as_benchmarks(check: GpuCheck) -> Found:
+    """The sections that say what `benchmarks.compare` and `benchmarks.load` say on the CPU."""
+    compared = check.sections.get("compare", check.sections.get("serving", {}))
+    return Found(
+        {"compare": [as_run(check, compared)], "load": [as_run(check, check.sections.get("peers", {}))]}
+    )
+
+
+def as_run(check: GpuCheck, figures: Figures) -> Run:
+    """Figures of a check as those of a benchmark."""
+    return Run(
+        command="make gpu-check", revision=check.revision, began_at=check.started_at, wall_s=0.0,
+        load_average=0.0, figures=figures,
+    )  # fmt: skip
 
 
 def _verdicts(found: Figures) -> Iterator[tuple[str, str]]:

@@ -1,9 +1,7 @@
 """docs/benchmarks.md from results alone: the same files give the same text."""
 
-from collections.abc import Mapping
-
 from benchmarks.report.goals import GPU, goals
-from benchmarks.report.gpu_section import gpu_section
+from benchmarks.report.gpu_section import as_run, gpu_section
 from benchmarks.report.markdown import prose, table
 from benchmarks.report.picking import Found
 from benchmarks.report.results import GpuCheck, Kept, Machine, Results, Run
@@ -24,7 +22,7 @@ def found_in(results: Results, gpus: tuple[GpuCheck, ...] = ()) -> Found:
     """The figures of one host, and the newest GPU check's."""
     runs: dict[str, tuple[Run, ...]] = dict(results.runs)
     if gpus:
-        runs[GPU] = (_as_run(gpus[0]),)
+        runs[GPU] = (as_run(gpus[0], gpus[0].sections),)
     return Found(runs)
 
 
@@ -70,11 +68,3 @@ def words(machine: Machine) -> str:
     """The hardware in a line."""
     virtual = ", virtual" if machine.is_virtual else ""
     return f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib} GiB{virtual}"
-
-
-def _as_run(check: GpuCheck) -> Run:
-    sections: Mapping[str, object] = check.sections
-    return Run(
-        command="make gpu-check", revision=check.revision, began_at=check.started_at, wall_s=0.0,
-        load_average=0.0, figures=dict(sections),
-    )  # fmt: skip

@@ -1,6 +1,6 @@
 """What a user would pick today, its figure, ours, in the same run: the table that the page begins with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.report.markdown import table
@@ -43,8 +43,13 @@ class Rival:
 
 def versus(found: Found) -> str:
     """The table. A row without figures says why; rivals that are not installed say so."""
-    headings = ["", "what a user would pick today", "times better", "today", "Understudy"]
-    return table(headings, [_row(found, rival) for rival in rivals(found)], texts=2)
+    return _table(found, list(rivals(found)))
+
+
+def versus_of_what_there_is(found: Found) -> str:
+    """The same without rows of benchmarks that were not run; nothing when none was."""
+    there = [rival for rival in rivals(found) if found.spread(rival.benchmark, rival.advantage) is not None]
+    return _table(found, there) if there else ""
 
 
 def rivals(found: Found) -> Iterator[Rival]:
@@ -124,6 +129,11 @@ def _loading(found: Found) -> Iterator[Rival]:
         "weights into memory, cold", "the best of these", "load", most("cold.peers"),
         at("cold.understudy_gbps"), " GB/s", False,
     )  # fmt: skip
+
+
+def _table(found: Found, chosen: Sequence[Rival]) -> str:
+    headings = ["", "what a user would pick today", "times better", "today", "Understudy"]
+    return table(headings, [_row(found, rival) for rival in chosen], texts=2)
 
 
 def _row(found: Found, rival: Rival) -> list[str]:
