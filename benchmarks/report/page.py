@@ -2,10 +2,11 @@
 
 from benchmarks.report.goals import GPU, goals
 from benchmarks.report.gpu_section import as_run, gpu_section
+from benchmarks.report.layout import section
 from benchmarks.report.markdown import prose, table
 from benchmarks.report.picking import Found
 from benchmarks.report.results import GpuCheck, Kept, Machine, Results, Run
-from benchmarks.report.sections import SECTIONS, section
+from benchmarks.report.sections import SECTIONS
 from benchmarks.report.versus import versus
 
 _TITLE = "# Benchmarks"
@@ -54,12 +55,14 @@ def _about(results: Results) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in results.machine.packages.items())
     failed = sum(bool(run.failure) for runs in results.runs.values() for run in runs)
     count = sum(map(len, results.runs.values()))
+    together_s = sum(run.wall_s for runs in results.runs.values() for run in runs)
     rows = [
         ["machine", words(results.machine)],
         ["software", f"Linux {results.machine.kernel}, Python {results.machine.python}, {packages}"],
         ["sources", ", ".join(sorted({run.revision for runs in results.runs.values() for run in runs}))],
         ["last begun", results.began_at],
-        ["took", f"{results.wall_s:.0f} s of {results.budget_s:.0f} s, {count} runs, {failed} failed"],
+        ["runs", f"{count}, {failed} failed; {together_s:.0f} s together"],
+        ["last call", f"{results.wall_s:.0f} s of {results.budget_s:.0f} s"],
     ]
     return table(["", ""], rows, texts=2)
 

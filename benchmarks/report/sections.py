@@ -1,10 +1,8 @@
-"""A section of the page for each benchmark: what it is, its figures, its picture."""
+"""What the page says of each benchmark: what it is, which figures, which picture."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-from benchmarks.report.markdown import prose, table
-from benchmarks.report.picking import NONE, Found, at
+from benchmarks.report.layout import Section, figures, grid
+from benchmarks.report.markdown import table
+from benchmarks.report.picking import Found, at
 
 _PROGRAMS = {
     "understudy": "**Understudy**",
@@ -15,78 +13,6 @@ _PROGRAMS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
-    """`tables` makes the tables' text; `picture` is a file in docs/images."""
-
-    benchmark: str
-    title: str
-    about: str
-    tables: Callable[[Found], str]
-    picture: str = ""
-
-
-def figures(benchmark: str, rows: Sequence[tuple[str, str, str]]) -> Callable[[Found], str]:
-    """One figure a row: path, what it is, unit."""
-
-    def tables(found: Found) -> str:
-        return table(
-            ["", "", "median", "least to most"],
-            [[what, f"`{path}`", *_cells(found, benchmark, path, unit)] for path, what, unit in rows],
-            texts=2,
-        )
-
-    return tables
-
-
-def grid(
-    benchmark: str, columns: Sequence[tuple[str, str]], rows: Callable[[Found], Sequence[tuple[str, str]]]
-) -> Callable[[Found], str]:
-    """Things by figures. A column is a heading and a path with `{row}` in it, a row its key and its name."""
-
-    def tables(found: Found) -> str:
-        return table(
-            ["", *(heading for heading, _ in columns)],
-            [
-                [name, *(found.text(benchmark, at(path.format(row=key))) for _, path in columns)]
-                for key, name in rows(found)
-            ],
-        )
-
-    return tables
-
-
-def section(found: Found, one: Section) -> str:
-    """Its markdown; nothing when it was never run."""
-    if one.benchmark not in found:
-        return ""
-    runs = found.runs(one.benchmark)
-    failed = [f"Failed: {run.failure}." for run in runs if run.failure]
-    took = ", ".join(f"{run.wall_s:.0f}" for run in runs)
-    load = ", ".join(f"{run.load_average:.1f}" for run in runs)
-    dates = ", ".join(dict.fromkeys(run.began_at[:10] for run in runs))
-    revisions = ", ".join(dict.fromkeys(run.revision for run in runs))
-    facts = f"`{runs[-1].command}`, {dates} at {revisions}: {took} s; load average before {load}."
-    is_drawn = one.picture and any(run.figures for run in runs)
-    picture = [f"![{one.title}](images/{one.picture})"] if is_drawn else []
-    parts = [
-        f"## {one.title}",
-        prose(one.about),
-        *map(prose, failed),
-        one.tables(found),
-        *picture,
-        prose(facts),
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _cells(found: Found, benchmark: str, path: str, unit: str) -> list[str]:
-    spread = found.spread(benchmark, at(path))
-    if spread is None:
-        return [NONE, ""]
-    return [spread.text(unit).partition(" (")[0], spread.range]
-
-
 def _loads(found: Found) -> list[tuple[str, str]]:
     keys = [("understudy_gbps", "**Understudy**"), ("raw_gbps", "raw reads, the limit")]
     for group, behind in (("peers", ""), ("mapped", " (stays in the file)")):
@@ -95,8 +21,8 @@ def _loads(found: Found) -> list[tuple[str, str]]:
 
 
 def _absent(found: Found) -> str:
-    names = found.names("load", "absent")
-    return f"Not installed: {', '.join(names)}." if names else ""
+    whys = {name: found.word("load", f"absent.{name}") for name in found.names("load", "absent")}
+    return prose(f"Absent: {', '.join(f'{name} ({why})' for name, why in whys.items())}.") if whys else ""
 
 
 def _load_tables(found: Found) -> str:
