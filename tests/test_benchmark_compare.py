@@ -1,7 +1,9 @@
 """The comparison, small: everybody's figures and equal images; keepers that hold what they should."""
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +61,30 @@ def test_a_thread_reads_the_next_one_that_is_wanted(disk: Disk) -> None:
     keeper.bring("b", ["c"])
     keeper.bring("c", [])
     assert "".join(disk.read) == "abc", "each once, though b and c came from the thread"
+
+
+def test_two_loads_never_overlap(disk: Disk) -> None:
+    """`from_pretrained` cannot bear it."""
+    loading, is_thread_loading, may_thread_end = [0], threading.Event(), threading.Event()
+
+    def load(model: str) -> Any:
+        loading[0] += 1
+        assert loading[0] == 1, "two at once"
+        if model == "b":
+            is_thread_loading.set()
+            assert may_thread_end.wait(60.0)
+        loading[0] -= 1
+        return disk.load(model)
+
+    keeper = BackgroundThread(replace(disk.means(3), load=load))
+    keeper.bring("a", ["b"])
+    assert is_thread_loading.wait(60.0)
+    with ThreadPoolExecutor(1) as stage:
+        bringing = stage.submit(keeper.bring, "c", [])
+        wait([bringing], timeout=0.2)  # were it let, it would load now
+        may_thread_end.set()
+        assert bringing.result(60.0).name == "c"
+    assert sorted(disk.read) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("make", [Lru, BackgroundThread])

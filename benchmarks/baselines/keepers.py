@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,11 +89,17 @@ class Lru:
 
 
 class BackgroundThread:
-    """The LRU, and a thread of the same process that reads the next model in the queue meanwhile."""
+    """The LRU, and a thread of the same process that reads the next model in the queue meanwhile.
+
+    One load at a time: `from_pretrained` in two threads at once leaves tensors on the meta device, since the
+    libraries patch `torch.nn.Module` of the whole process while they build one (seen with transformers 5).
+    """
 
     def __init__(self, means: Means) -> None:
-        self._means = means
-        self._lru = Lru(means)
+        self._loading = threading.Lock()
+        self._load = means.load
+        self._means = replace(means, load=self._load_alone)
+        self._lru = Lru(self._means)
         self._thread = ThreadPoolExecutor(1, "load")
         self._coming: dict[str, Future[None]] = {}
 
@@ -109,6 +115,10 @@ class BackgroundThread:
                 break
         self._lru.held(model)  # what is computed with goes last
         return pipeline
+
+    def _load_alone(self, model: str) -> Any:
+        with self._loading:
+            return self._load(model)
 
     def _fetch(self, model: str) -> None:
         self._lru.make_room()

@@ -1,7 +1,7 @@
 """What the page says of each benchmark: what it is, which figures, which picture."""
 
 from benchmarks.report.layout import Section, figures, grid
-from benchmarks.report.markdown import table
+from benchmarks.report.markdown import prose, table
 from benchmarks.report.picking import Found, at
 
 _PROGRAMS = {
