@@ -32,6 +32,12 @@ def test_the_page_is_what_the_results_give() -> None:
     assert page(KEPT) == PAGE, "written anew by `make docs-benchmarks`"
 
 
+def test_it_begins_with_what_a_user_would_pick_today() -> None:
+    first = next(line for line in PAGE.splitlines() if line.startswith("|"))
+    assert "what a user would pick today" in first and "Understudy" in first
+    assert PAGE.index(first) < PAGE.index("\n## ")
+
+
 def test_the_readme_says_the_same() -> None:
     readme = (ROOT / "README.md").read_text()
     assert with_figures(readme, readme_figures(KEPT)) == readme, "written anew by `make docs-benchmarks`"

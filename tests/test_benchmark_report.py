@@ -115,6 +115,13 @@ def test_paths_are_not_told() -> None:
     assert "/some/where/python" in load.hidden and load.command.endswith("--peers-python PYTHON")
 
 
+def test_a_benchmark_that_there_is_not_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--only", "wire", "nosuch", "--results", str(tmp_path), "--root", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("no nosuch; there are load,")
+    assert not list(tmp_path.iterdir())
+
+
 def test_sources_outside_a_repository_have_no_revision(tmp_path: Path) -> None:
     assert revision(tmp_path) == "unknown"
 
