@@ -13,7 +13,8 @@ _TITLE = "# Benchmarks"
 _HEAD = """What a user would pick today, its figure and ours, from the same run. `make bench` makes this page
     anew, tables and pictures: no figure in it is typed by hand. Ratios come first, since other programs on a
     shared machine slow both sides; where one is under 1, ours is worse. Figures are medians of the runs that
-    there are, least to most in brackets where there are several. How each is measured is in [benchmarks-methods.md](benchmarks-methods.md)."""
+    there are, least to most in brackets where there are several. How each is measured is in
+    [benchmarks-methods.md](benchmarks-methods.md)."""
 _NO_GPU = """No GPU has run this release yet; see
     [what is unproved](architecture.md#not-proved-on-a-gpu-yet). `make gpu-check` runs there what this page
     shows of the CPU, and its results join this page."""

@@ -221,6 +221,7 @@ SECTIONS = (
                 ("compile_s", "to compile, nothing cached", " s"),
                 ("compile_warm_cache_s", "to compile after a restart, with inductor's cache", " s"),
                 ("recompiles", "recompiles after the warm-up", ""),
+                ("max_relative_error", "largest difference from eager, relative", ""),
             ],
         ),
     ),
