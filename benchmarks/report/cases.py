@@ -22,7 +22,7 @@ def cases(peers_python: Path | None = None) -> tuple[Case, ...]:
         _case("switch", 180, "--switches", "100"),
         _case("wire", 180),
         _case("handover", 180),
-        _case("restart", 210, "--architecture", "sd15"),
+        _case("restart", 270, "--architecture", "sd15"),
         _case("serve", 240, "--models", "100", "--requests", "400"),
         _case("compile", 240),
         Case(
