@@ -17,7 +17,7 @@ def cases(peers_python: Path | None = None) -> tuple[Case, ...]:
     peers = () if peers_python is None else ("--peers-python", str(peers_python.absolute()))
     found = (
         _case("load", 300, "--no-sdxl", "--rounds", "2", repeats=2, hidden=peers),
-        _case("compare", 200, repeats=2),
+        _case("compare", 300, repeats=2),
         _case("lora", 240, "--models", "sd15", "--rounds", "3", "--threads", "1"),
         _case("switch", 180, "--switches", "100"),
         _case("wire", 180),
