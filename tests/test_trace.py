@@ -23,7 +23,7 @@ from understudy.admin import Trace
 from understudy.chrome_trace import chrome_trace, written
 from understudy.ctl import main
 from understudy.trace import Recording, Span, by_lane, fetch
-from understudy.trace_plot import STYLE, draw, fitting, short_names
+from understudy.trace_plot import FONT, draw, fitting, short_names
 from understudyd.shell.timeline import Timeline
 
 ALARM = (0xD1, 0x49, 0x5B)
@@ -233,7 +233,7 @@ def test_a_picture_marks_visible_switches(tmp_path: Path) -> None:
 def test_a_label_stays_on_its_span(text: str, room_inches: float) -> None:
     shown = fitting(text, room_inches)
     figure = Figure(dpi=100)
-    drawn = figure.text(0, 0, shown or " ", fontsize=8.5, fontweight="bold", family=STYLE["font.family"])
+    drawn = figure.text(0, 0, shown or " ", fontsize=8.5, fontweight="bold", family=FONT)
     width = drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / 100
     assert not shown or width <= room_inches
     if shown != text and shown:

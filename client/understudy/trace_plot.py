@@ -23,8 +23,9 @@ from understudy.trace import BIND, QUEUE, STAGE, START_UP, SWITCH, VIEWS, Record
 Rgb = tuple[float, float, float]
 
 INK, FAINT, PAPER, RAIL, ALARM = "#1f2430", "#727a88", "#ffffff", "#f1f2f5", "#d1495b"
+FONT = "DejaVu Sans"
 STYLE = {
-    "font.family": "DejaVu Sans",
+    "font.family": FONT,
     "font.size": 10.5,
     "text.color": INK,
     "axes.edgecolor": "#c9ced8",
@@ -287,7 +288,7 @@ def fitting(text: str, room_inches: float) -> str:
 @functools.cache
 def _width_inches(text: str) -> float:
     """How wide a label is, and a margin; a model's name may be of any letters."""
-    font = FontProperties(family=STYLE["font.family"], weight="bold")
+    font = FontProperties(family=FONT, weight="bold")
     points = TextPath((0, 0), text, size=_LABEL_POINTS, prop=font, usetex=False).get_extents().width
     return float(points) / 72 + _LABEL_MARGIN_INCHES if text.strip() else 0.0
 
