@@ -1,4 +1,4 @@
-"""Probes and the door for them without a daemon: who is alive, as little HTTP as it needs, where it listens."""
+"""Probes and the door for them without a daemon: who is alive, as little HTTP as needed, where it listens."""
 
 import asyncio
 import socket
