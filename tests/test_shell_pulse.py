@@ -114,6 +114,8 @@ def test_the_status_line_is_for_people() -> None:
     world.ask("b")
     runtime.pending[request] = SimpleNamespace(step=3, steps=20)
     runtime.tally.failure("out_of_memory", "too\nlarge")
+    for mistake in ("bad_request", "unknown_model", "unknown_adapter", "queue_full", "deadline_exceeded"):
+        runtime.tally.failure(mistake, "not the daemon's fault")
     world.tell(ev.AdmissionChanged(is_open=False))
     assert status_line(runtime) == (
         "taking no requests: 1 of 2 models resident; 1 requests wait; running a, step 3 of 20; "
