@@ -12,7 +12,27 @@ import pytest
 
 from family_kit import Family, make_family
 
+# Files of few but long tests, the longest first: begun early, none is what a worker waits for at the end.
+LONG = (
+    "test_systemd_service.py", "test_faults_endings.py", "test_kinds.py", "test_lora_folding.py",
+    "test_gpu_check.py", "test_faults_matrix.py", "test_faults_machine.py", "test_benchmark_wire.py",
+    "test_fuzz_frames.py", "test_benchmark_lora_serve.py", "test_benchmark_compare.py",
+    "test_daemon_faults.py", "test_benchmark_soak.py", "test_faults_hang.py", "test_daemon_updates.py",
+    "test_faults_loras.py", "test_daemon_start.py", "test_lora_kinds.py", "test_warm_restart.py",
+)  # fmt: skip
 KINDS = ("socket:", "pipe:", "/memfd:", "anon_inode:[pidfd]")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order that files are handed out in (with `--no-loadscope-reorder`); within a file nothing moves."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries keep for good need not be walked at every collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def _descriptors() -> Counter[str]:

@@ -286,7 +286,7 @@ QUIET = PolicySettings(prefetch=False)
 
 
 def by_hand(
-    pages: int, *names_and_pages: tuple[str, int], policy: PolicySettings = QUIET, loaders: int = 1
+    pages: int, *names_and_pages: tuple[str, BlobInfo | int], policy: PolicySettings = QUIET, loaders: int = 1
 ) -> World:
     """Nothing happens but what the test tells."""
     world = World(pages, models=[model(n, p) for n, p in names_and_pages], policy=policy)

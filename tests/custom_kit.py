@@ -4,12 +4,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from understudyd.pipelines import CustomPipeline, Refused, Request
+from understudyd.store.ingest import ingest
+from understudyd.store.store import Store
 
 PAGE = Path(__file__).parent.parent / "docs" / "custom-pipelines.md"
 
@@ -239,3 +242,28 @@ class Hiding(Painter):
 
 class NoPipeline:
     """Not derived from the base class."""
+
+
+CLASSES = (Painter, Reader, Grown, Careless, Hungry, Bad, Hiding, NoPipeline)
+
+
+def install_all(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every class of this file under its name in small letters; as if just imported."""
+    install(site, "kit", {cls.__name__.lower(): f"custom_kit:{cls.__name__}" for cls in CLASSES})
+    monkeypatch.syspath_prepend(site)
+    for cls in (Painter, Grown, Hungry, Bad):
+        monkeypatch.setattr(cls, "built", [])
+        monkeypatch.setattr(cls, "started", [])
+    monkeypatch.setattr(Hungry, "tries", 0)
+
+
+def grid_folder(folder: Path, seed: int, size: int = 8, **files: str) -> Path:
+    folder = save_model(folder, {}, **files)
+    save_file(untied_state(random_grid(seed, size)), folder / "grid.safetensors")
+    return folder
+
+
+def add_grid(
+    store: Store, tmp_path: Path, name: str, seed: int, pipeline: str = "painter", **files: str
+) -> None:
+    ingest(store, name, grid_folder(tmp_path / "sources" / name, seed, **files), pipeline=pipeline)

@@ -16,15 +16,8 @@ class Family:
     dtypes: dict[str, str]
 
     def reference(self, model: str, **arguments: Any) -> list[bytes]:
-        """Raw RGB bytes of the images that a fresh `from_pretrained` pipeline gives."""
-        import torch
-
-        seed = arguments.pop("seed")
-        images = arguments.pop("images", 1)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        pipeline = _pretrained(self.folders[model], self.dtypes[model])
-        result = pipeline(generator=generator, num_images_per_prompt=images, **arguments)
-        return [image.convert("RGB").tobytes() for image in result.images]
+        """Raw RGB bytes of the images that a `from_pretrained` pipeline gives; painted once for all tests."""
+        return list(_painted(self.folders[model], self.dtypes[model], **arguments))
 
 
 def pixels(png: bytes) -> bytes:
@@ -33,6 +26,15 @@ def pixels(png: bytes) -> bytes:
 
     with Image.open(io.BytesIO(png)) as image:
         return bytes(image.convert("RGB").tobytes())
+
+
+@functools.cache
+def _painted(folder: Path, dtype: str, *, seed: int, images: int = 1, **arguments: Any) -> tuple[bytes, ...]:
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    result = _pretrained(folder, dtype)(generator=generator, num_images_per_prompt=images, **arguments)
+    return tuple(image.convert("RGB").tobytes() for image in result.images)
 
 
 @functools.lru_cache(maxsize=8)

@@ -101,10 +101,7 @@ class Stricken:
 
     def expected(self, model: str) -> list[bytes]:
         """What plain diffusers makes of it."""
-        known = _references.setdefault(self.family.store, {})
-        if model not in known:
-            known[model] = self.family.reference(model, **REFERENCE)
-        return known[model]
+        return self.family.reference(model, **REFERENCE)
 
     async def refused(self, model: str, code: str) -> understudy.DaemonError:
         """Ask for a model whose request must fail with this code."""
@@ -185,9 +182,6 @@ class Stricken:
 
     def children(self) -> list[psutil.Process]:
         return list(psutil.Process(self.daemon.process.pid).children(recursive=True))
-
-
-_references: dict[Path, dict[str, list[bytes]]] = {}
 
 
 @contextlib.contextmanager

@@ -14,6 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLD_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
 
@@ -40,6 +43,17 @@ class FakeHub:
     def fetched(self) -> set[str]:
         """Paths of the files whose bytes were sent."""
         return {path for method, path in self.asked if method == "GET"}
+
+    def use(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        """Point `huggingface_hub` here, with an empty cache below `folder` and without a token."""
+        url = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
 @contextmanager

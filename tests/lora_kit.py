@@ -1,5 +1,6 @@
 """Models and adapters made by hand in a store, without torch: a few weights, and factors that change them."""
 
+from store_kit import plain_draft
 from understudyd.store.adapters.records import (
     AdapterRecord,
     BaseRecord,
@@ -8,10 +9,10 @@ from understudyd.store.adapters.records import (
     structure_id,
 )
 from understudyd.store.blob_writer import write_blob
-from understudyd.store.records import ComponentRecord, ModelRecord, PartRecord, SignatureRecord, TensorRecord
+from understudyd.store.records import ModelRecord, SignatureRecord, TensorRecord
 from understudyd.store.safetensors_file import plan_blob
 from understudyd.store.store import Store
-from understudyd.store.writer import AdapterDraft, Draft
+from understudyd.store.writer import AdapterDraft
 
 FAMILY = "StableDiffusionLoraLoaderMixin"
 RANK = 2
@@ -43,25 +44,7 @@ def add_model(
     shapes = {"text_encoder": (signature(8), b"t")} if text else {}
     shapes |= {"unet": (signature(width), content)}
     with store.writing() as writer:
-        workspace = writer.workspace()
-        components, blobs = [], {}
-        for part, (shape, fill) in shapes.items():
-            layout = plan_blob([(t.path, t.dtype, t.shape) for t in shape.tensors])
-            path = workspace / part
-            blob = write_blob(path, layout, lambda span, fill=fill: memoryview(fill * span.size_bytes))
-            components.append(ComponentRecord(name=part, signature=shape.id, blob=blob))
-            blobs[blob.sha256] = path
-        folder = workspace / "model"
-        (folder / "scheduler").mkdir(parents=True)
-        (folder / "scheduler" / "config.json").write_text("{}")
-        record = ModelRecord(
-            name=name,
-            pipeline_class="StableDiffusionPipeline",
-            components=tuple(components),
-            parts=(PartRecord(name="scheduler", library="diffusers", class_name="DDIM", content="c"),),
-        )
-        signatures = tuple(shape for shape, _ in shapes.values())
-        return writer.publish(Draft(record, signatures, blobs, folder), replace=replace)
+        return writer.publish(plain_draft(writer, name, shapes), replace=replace)
 
 
 def add_adapter(

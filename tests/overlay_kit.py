@@ -12,6 +12,7 @@ import adapter_kit as lora
 from adapter_kit import Making
 from fold_kit import fused
 from stage_kit import ALIGN_BYTES, Family, Rig
+from understudy_demo import tiny
 from understudyd.core.events import FoldFinished, ModelPrepared, ViewsBuilt
 from understudyd.store.adapters.files import AdapterFile
 from understudyd.store.adapters.ingest import AdapterOptions, add_adapter
@@ -68,6 +69,16 @@ class AdaptedFamily(Family):
         signatures = {c.name: self.store.signature(c.signature) for c in record.components}
         applied = [AppliedAdapter(self.shelf.adapter(name), scale) for name, scale in adapters]
         return plan_overlays(signatures, applied)
+
+
+def adapted_stable_diffusion(folder: Path) -> AdaptedFamily:
+    """The model "sd", and three adapters: "style", "shape" and, of the text encoder, too, "words"."""
+    family = AdaptedFamily(folder)
+    family.add("sd", tiny.stable_diffusion(1))
+    family.adapt("sd", "style", Making(UNET))
+    family.adapt("sd", "shape", Making(CONV, rank=5, alpha=3, seed=2))
+    family.adapt("sd", "words", Making(UNET | TEXT, alpha=3, seed=3))
+    return family
 
 
 def _aligned(pipeline: Any) -> Any:

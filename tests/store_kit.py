@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from understudyd.store.blob_writer import write_blob
+from understudyd.store.records import ComponentRecord, ModelRecord, PartRecord, SignatureRecord
 from understudyd.store.safetensors_file import plan_blob
+from understudyd.store.writer import Draft, Writer
 
 
 def listing(folder: Path) -> dict[str, str]:
@@ -24,6 +26,30 @@ def write_weights(path: Path, *, dtype: str = "F32", shape: tuple[int, ...] = (3
     path.parent.mkdir(parents=True, exist_ok=True)
     write_blob(path, layout, lambda span: memoryview(b"\1" * span.size_bytes))
     return path
+
+
+def plain_draft(writer: Writer, name: str, parts: Mapping[str, tuple[SignatureRecord, bytes]]) -> Draft:
+    """A model, each component of which has a shape and one byte that its weights are over and over."""
+    workspace = writer.workspace()
+    components, blobs = [], {}
+    for part, (shape, content) in parts.items():
+        layout = plan_blob([(t.path, t.dtype, t.shape) for t in shape.tensors])
+        path = workspace / f"{part}.safetensors"
+        blob = write_blob(path, layout, lambda span, content=content: memoryview(content * span.size_bytes))
+        components.append(ComponentRecord(name=part, signature=shape.id, blob=blob))
+        blobs[blob.sha256] = path
+    folder = workspace / "model"
+    (folder / "scheduler").mkdir(parents=True)
+    (folder / "scheduler" / "config.json").write_text("{}")
+    scheduler = PartRecord(name="scheduler", library="diffusers", class_name="DDIMScheduler", content="c")
+    record = ModelRecord(
+        name=name,
+        pipeline_class="StableDiffusionPipeline",
+        components=tuple(components),
+        parts=(scheduler,),
+    )
+    shapes = {shape.id: shape for shape, _ in parts.values()}
+    return Draft(record, tuple(shapes.values()), blobs, folder)
 
 
 def raw_file(path: Path, header: object, data: bytes = b"", *, length: int | None = None) -> Path:

@@ -11,7 +11,7 @@ from benchmarks.serve_client import Ask
 from understudy_demo.workload import Request
 
 PLAN = LoraPlan(
-    models=8, bases=2, resident=2, requests=24, clients=2, outstanding=2, rounds=2, rank=4, widths=(32, 64)
+    models=8, bases=2, resident=2, requests=12, clients=2, outstanding=2, rounds=2, rank=4, widths=(32, 64)
 )
 
 
@@ -31,13 +31,13 @@ def test_the_benchmark_from_end_to_end(tmp_path: Path) -> None:
     found = lora_serve.summary(PLAN, runs)
     assert json.dumps(found)
     assert len(runs[serve.OURS].round_throughputs_per_s) == 1, "the second round is ours alone"
-    assert (found["completed"], found["lost"], found["wrong_image"]) == (24, 0, 0)
+    assert (found["completed"], found["lost"], found["wrong_image"]) == (12, 0, 0)
     assert (found["adapters"], found["bases"]) == (6, 2)
     ours, resident, demand = (runs[name] for name in (serve.OURS, serve.ALL_RESIDENT, serve.ON_DEMAND))
     assert resident.folds == 0, "all were folded beforehand"
     assert ours.folds > 0 and demand.folds > 0, "there is not room for all"
     assert ours.fold_ms is not None and ours.fold_ms > 0
-    assert ours.figures.requests == 24, "every image has its span on stage"
+    assert ours.figures.requests == 12, "every image has its span on stage"
 
 
 def test_a_disturbed_round_does_not_spoil_the_median() -> None:

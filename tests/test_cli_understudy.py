@@ -176,6 +176,7 @@ def test_exit_codes_by_fault(tmp_path: Path, code: str, exit_code: int) -> None:
         result = run(served, "generate", "x", "-m", "m", "-o", str(tmp_path / "x.png"))
         assert result.exit_code == exit_code
         assert result.stdout == "" and "do this" in result.stderr
+        assert f"understudy: error [{code}]: " in result.stderr
         assert len([line for line in result.stderr.splitlines() if line.strip()]) == 1
         assert not list(tmp_path.glob("*.png"))
 
@@ -185,7 +186,7 @@ def test_no_daemon(tmp_path: Path) -> None:
         arguments = [*command, "--endpoint", ipc(tmp_path), "--wait", "0.1"]
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 5
-        assert "is understudyd running" in result.stderr
+        assert "is understudyd running" in result.stderr and "error [unreachable]: " in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_what_the_daemon_suggests_is_shown_as_it_is(tmp_path: Path) -> None:
 
     with serving(ipc(tmp_path), FakeSink(unknown)) as served:
         result = run(served, "generate", "x", "-m", "foo", "-q")
-        assert (result.exit_code, result.stderr) == (2, f"understudy: {message}\n")
+        assert (result.exit_code, result.stderr) == (2, f"understudy: error [unknown_model]: {message}\n")
 
 
 def test_the_environment_names_the_endpoint(served: Served, monkeypatch: Any) -> None:

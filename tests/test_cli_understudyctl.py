@@ -270,7 +270,7 @@ def test_a_refusal_is_one_line_and_exit_code_1(daemon: FakeDaemon) -> None:
     daemon.error = admin.Error(code="unknown_model", message="no model 'm'; see `understudyctl models`")
     result = daemon.run("evict", "m")
     assert result.exit_code == 1 and result.stdout == ""
-    assert result.stderr == "understudyctl: no model 'm'; see `understudyctl models`\n"
+    assert result.stderr == "understudyctl: error [unknown_model]: no model 'm'; see `understudyctl models`\n"
 
 
 def test_no_daemon_is_exit_code_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +278,7 @@ def test_no_daemon_is_exit_code_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = CliRunner().invoke(main, ["status"])
     assert result.exit_code == 5
     assert f"{tmp_path}/admin.sock" in result.stderr and "is it running?" in result.stderr
+    assert result.stderr.startswith("understudyctl: error [unreachable]: ")
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_config_check_asks_the_daemons_package(
     assert asked == [[sys.executable, "-m", "understudyd.config", "check", "/etc/u.toml"]]
     monkeypatch.setattr("understudy.ctl.find_spec", lambda name: None)
     missing = CliRunner().invoke(main, ["config", "check"])
-    assert missing.exit_code == 1 and "pip install" in missing.stderr
+    assert missing.exit_code == 1 and "error [missing_package]: " in missing.stderr
 
 
 def test_help_answers_at_once_and_loads_nothing_heavy() -> None:

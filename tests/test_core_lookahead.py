@@ -119,6 +119,20 @@ def test_nobody_evicts_what_an_earlier_request_needs() -> None:
     assert not world.ledger.evictions
 
 
+def test_who_presses_looks_for_room_again_when_another_becomes_ready() -> None:
+    shared = blob("shared", 2)
+    policy = PolicySettings(order="fcfs", prefetch=False)
+    world = by_hand(3, ("on", 1), ("late", shared), ("first", 2), ("a", shared), policy=policy)
+    on_stage(world, "on")
+    world.make_resident("late")
+    world.ask("a")
+    world.ask("late")
+    world.ask("first", priority=1)
+    assert not world.ledger.evictions  # `late` would lose it, but `a`, who has parts to prepare, is sooner
+    world.tell(ev.ModelPrepared("a"))
+    assert world.ledger.evictions == ["shared"] and loading(world) == ["first"]
+
+
 def test_without_a_queue_history_says_what_is_worth_least() -> None:
     stage = ScriptedStage(run_s=0.1)
     with busy_world(6, *(model(n, 2) for n in "abcd"), stage=stage) as world:

@@ -47,9 +47,12 @@ def client(endpoint: str, keys: Keys | None, reconnect_s: float = 10.0) -> under
     return understudy.Client(endpoint, keys=keys, reconnect_s=reconnect_s)
 
 
-def test_a_known_key_gets_in_and_the_ipc_socket_stays_plain(served: Served) -> None:
-    with client(served.endpoint, keys_of(ALICE)) as alice:
+def test_a_known_key_gets_in_and_the_ipc_socket_stays_plain(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "understudyd.shell.zap"), client(served.endpoint, keys_of(ALICE)) as alice:
         assert alice.generate("sd15-red", "x").images
+    assert "client key alice connects from 127.0.0.1" in caplog.messages
     with client(served.endpoints[1], None) as local:
         assert local.generate("sd15-red", "x").images
 

@@ -1,6 +1,5 @@
 """A user's own class: found by its entry point, its weights through the store and the arena, its requests."""
 
-import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +18,11 @@ from custom_kit import (
     Grown,
     Hungry,
     Painter,
-    install,
+    add_grid,
+    grid_folder,
+    install_all,
     plainly,
     random_grid,
-    save_model,
     untied_state,
 )
 from stage_kit import Rig, pixels
@@ -30,23 +30,13 @@ from understudy.wire import InputInfo
 from understudyd.core.events import ModelPreparationFailed
 from understudyd.core.types import ErrorCode, Outcome
 from understudyd.pipelines import Request
-from understudyd.pipelines.installed import PipelineUnavailable, find_installed
-from understudyd.store.errors import StoreError, StoreErrorCode
 from understudyd.store.ingest import ingest
 from understudyd.store.store import Store
-
-CLASSES = ("Painter", "Reader", "Grown", "Careless", "Hungry", "Bad", "Hiding", "NoPipeline")
 
 
 @pytest.fixture(autouse=True)
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every class of the kit under its name in small letters; as if just imported."""
-    install(tmp_path / "site", "kit", {name.lower(): f"custom_kit:{name}" for name in CLASSES})
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    for cls in (Painter, Grown, Hungry, Bad):
-        monkeypatch.setattr(cls, "built", [])
-        monkeypatch.setattr(cls, "started", [])
-    monkeypatch.setattr(Hungry, "tries", 0)
+    install_all(tmp_path / "site", monkeypatch)
 
 
 @pytest.fixture
@@ -61,16 +51,6 @@ def rig(store: Store) -> Iterator[Rig]:
     rig.close()
 
 
-def grid_folder(folder: Path, seed: int, size: int = 8, **files: str) -> Path:
-    folder = save_model(folder, {}, **files)
-    save_file(untied_state(random_grid(seed, size)), folder / "grid.safetensors")
-    return folder
-
-
-def add(store: Store, tmp_path: Path, name: str, seed: int, pipeline: str = "painter", **files: str) -> None:
-    ingest(store, name, grid_folder(tmp_path / "sources" / name, seed, **files), pipeline=pipeline)
-
-
 def preparation_error(rig: Rig, name: str) -> str:
     rig.stage.prepare_model(name)
     rig.wait_until(lambda: any(isinstance(e, ModelPreparationFailed) for e in rig.events))
@@ -81,8 +61,8 @@ def preparation_error(rig: Rig, name: str) -> str:
 
 
 def test_there_and_back_equals_the_modules_alone(store: Store, rig: Rig, tmp_path: Path) -> None:
-    add(store, tmp_path, "a", 1)
-    add(store, tmp_path, "b", 2, offset__txt="0.5")
+    add_grid(store, tmp_path, "a", 1)
+    add_grid(store, tmp_path, "b", 2, offset__txt="0.5")
     rig.serve("a", "b")
     expected = {"a": plainly(random_grid(1)), "b": plainly(random_grid(2), offset=0.5)}
     assert expected["a"] != expected["b"]
@@ -92,9 +72,9 @@ def test_there_and_back_equals_the_modules_alone(store: Store, rig: Rig, tmp_pat
 
 
 def test_fine_tunes_share_a_skeleton_and_equal_weights_a_blob(store: Store, rig: Rig, tmp_path: Path) -> None:
-    add(store, tmp_path, "a", 1)
-    add(store, tmp_path, "same", 1, offset__txt="0.5")
-    add(store, tmp_path, "b", 2)
+    add_grid(store, tmp_path, "a", 1)
+    add_grid(store, tmp_path, "same", 1, offset__txt="0.5")
+    add_grid(store, tmp_path, "b", 2)
     Painter.built.clear()
     rig.serve("a", "same", "b")
     assert Painter.built == ["grid"] and len(rig.stage.skeletons()) == 1
@@ -104,7 +84,7 @@ def test_fine_tunes_share_a_skeleton_and_equal_weights_a_blob(store: Store, rig:
 
 
 def test_another_config_is_another_signature(store: Store, rig: Rig, tmp_path: Path) -> None:
-    add(store, tmp_path, "a", 1)
+    add_grid(store, tmp_path, "a", 1)
     source = grid_folder(tmp_path / "wide", 3, 8, config__json='{"size": 8, "note": "same size"}')
     record = ingest(store, "wide", source, pipeline="painter")
     assert record.init_kwargs == {"size": 8, "note": "same size"}
@@ -114,7 +94,7 @@ def test_another_config_is_another_signature(store: Store, rig: Rig, tmp_path: P
 
 
 def test_every_tensor_is_recorded_and_bound(store: Store, rig: Rig, tmp_path: Path) -> None:
-    add(store, tmp_path, "a", 1)
+    add_grid(store, tmp_path, "a", 1)
     record = store.model("a")
     signature = store.signature(record.components[0].signature)
     assert (record.pipeline_library, record.pipeline_class) == ("understudy.pipelines", "painter")
@@ -128,7 +108,7 @@ def test_every_tensor_is_recorded_and_bound(store: Store, rig: Rig, tmp_path: Pa
 
 
 def test_weights_may_be_read_without_a_call(store: Store, rig: Rig, tmp_path: Path) -> None:
-    add(store, tmp_path, "a", 1, "reader")
+    add_grid(store, tmp_path, "a", 1, "reader")
     rig.serve("a")
     level = int(random_grid(1).first.weight.abs().sum().item() * 10) % 256
     assert pixels(rig.run("a")) == [bytes([level, 0, 0] * 64)]
@@ -147,7 +127,7 @@ def test_a_dtype_casts_the_module(store: Store, rig: Rig, tmp_path: Path) -> Non
 
 
 def test_options_and_inputs_reach_the_class(store: Store, rig: Rig, tmp_path: Path) -> None:
-    add(store, tmp_path, "a", 1)
+    add_grid(store, tmp_path, "a", 1)
     rig.serve("a")
     assert pixels(rig.run("a", options={"gain": 2})) == [plainly(random_grid(1), gain=2.0)]
     info = InputInfo(name="image", format="raw", width=8, height=8)
@@ -185,7 +165,7 @@ def test_options_and_inputs_reach_the_class(store: Store, rig: Rig, tmp_path: Pa
 def test_what_the_caller_got_wrong(
     store: Store, rig: Rig, tmp_path: Path, asked: dict[str, Any], says: str
 ) -> None:
-    add(store, tmp_path, "a", 1)
+    add_grid(store, tmp_path, "a", 1)
     rig.serve("a")
     ended = rig.fail("a", **asked)
     assert ended.code is ErrorCode.BAD_REQUEST and says in ended.message
@@ -204,7 +184,7 @@ def test_what_the_caller_got_wrong(
 def test_what_the_class_got_wrong_fails_one_request(
     store: Store, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, says: str
 ) -> None:
-    add(store, tmp_path, "a", 1, "bad")
+    add_grid(store, tmp_path, "a", 1, "bad")
     rig.serve("a")
     monkeypatch.setattr(Bad, "where", where)
     ended = rig.fail("a")
@@ -216,14 +196,14 @@ def test_what_the_class_got_wrong_fails_one_request(
 def test_an_error_in_prepare_that_is_no_refusal_is_the_classs_own(
     store: Store, rig: Rig, tmp_path: Path
 ) -> None:
-    add(store, tmp_path, "a", 1)
+    add_grid(store, tmp_path, "a", 1)
     rig.serve("a")
     assert rig.fail("a", prompt="bug before").code is ErrorCode.INTERNAL
 
 
 def test_cancelled_half_way(store: Store, rig: Rig, tmp_path: Path) -> None:
-    add(store, tmp_path, "a", 1)
-    add(store, tmp_path, "b", 2)
+    add_grid(store, tmp_path, "a", 1)
+    add_grid(store, tmp_path, "b", 2)
     rig.serve("a", "b")
     rig.cancel_at_step("r1", 3)
     ended = rig.ended(rig.submit("a", steps=100))
@@ -235,14 +215,14 @@ def test_cancelled_half_way(store: Store, rig: Rig, tmp_path: Path) -> None:
 
 
 def test_a_swallowed_cancel_ends_the_request_all_the_same(store: Store, rig: Rig, tmp_path: Path) -> None:
-    add(store, tmp_path, "a", 1, "careless")
+    add_grid(store, tmp_path, "a", 1, "careless")
     rig.serve("a")
     rig.cancel_at_step("r1", 3)
     assert rig.ended(rig.submit("a")).outcome is Outcome.CANCELLED
 
 
 def test_no_memory_is_tried_once_more(store: Store, rig: Rig, tmp_path: Path) -> None:
-    add(store, tmp_path, "a", 1, "hungry")
+    add_grid(store, tmp_path, "a", 1, "hungry")
     rig.serve("a")
     assert pixels(rig.run("a")) == [plainly(random_grid(1))]
     assert Hungry.tries == 2
@@ -262,8 +242,8 @@ def test_no_memory_is_tried_once_more(store: Store, rig: Rig, tmp_path: Path) ->
 def test_a_class_that_cannot_be_prepared_fails_its_own_models(
     store: Store, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, says: str
 ) -> None:
-    add(store, tmp_path, "a", 1, "bad")
-    add(store, tmp_path, "b", 2)
+    add_grid(store, tmp_path, "a", 1, "bad")
+    add_grid(store, tmp_path, "b", 2)
     monkeypatch.setattr(Bad, "where", where)
     rig.stage.start_custom_classes()
     error = preparation_error(rig, "a")
@@ -273,7 +253,7 @@ def test_a_class_that_cannot_be_prepared_fails_its_own_models(
 
 
 def test_a_package_that_is_gone_fails_its_own_models(store: Store, rig: Rig, tmp_path: Path) -> None:
-    add(store, tmp_path, "a", 1)
+    add_grid(store, tmp_path, "a", 1)
     next((tmp_path / "site").glob("*.dist-info")).rename(tmp_path / "uninstalled")
     error = preparation_error(rig, "a")
     assert "no installed package provides the pipeline 'painter'" in error
@@ -287,7 +267,7 @@ def test_a_package_that_is_gone_fails_its_own_models(store: Store, rig: Rig, tmp
 def test_code_that_makes_other_tensors_asks_for_the_model_again(
     store: Store, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, says: str
 ) -> None:
-    add(store, tmp_path, "a", 1, "grown")
+    add_grid(store, tmp_path, "a", 1, "grown")
     monkeypatch.setattr(Grown, "version", version)
     error = preparation_error(rig, "a")
     assert (
@@ -297,165 +277,13 @@ def test_code_that_makes_other_tensors_asks_for_the_model_again(
 
 
 def test_classes_are_started_once_and_before_their_models(store: Store, rig: Rig, tmp_path: Path) -> None:
-    add(store, tmp_path, "a", 1)
-    add(store, tmp_path, "b", 2)
+    add_grid(store, tmp_path, "a", 1)
+    add_grid(store, tmp_path, "b", 2)
     assert Painter.started == []  # not when a model is added
     rig.stage.start_custom_classes()
     assert Painter.started == ["started"]
     rig.serve("a", "b")
     assert Painter.started == ["started"]
-
-
-# -- adding ------------------------------------------------------------------------------------------------
-
-
-def refusal(store: Store, source: Path, pipeline: str = "painter", **options: Any) -> StoreError:
-    """Why a source is refused; nothing of it may be left."""
-    with pytest.raises(StoreError) as caught:
-        ingest(store, "a", source, pipeline=pipeline, **options)
-    assert store.names() == [] and not list((store.path / "blobs").iterdir())
-    assert not list((store.path / "tmp").iterdir())
-    return caught.value
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"first.bias": None}, "Missing key"),
-        ({"extra": torch.zeros(1)}, "Unexpected key"),
-        ({"kept": torch.zeros(3)}, "size mismatch"),
-        ({"last.weight": torch.zeros(8, 8)}, "are tied, but their weights differ"),
-    ],
-)
-def test_state_dicts_are_loaded_strictly(
-    store: Store, tmp_path: Path, change: dict[str, Any], says: str
-) -> None:
-    state = untied_state(random_grid(1)) | change
-    source = save_model(tmp_path / "source", {})
-    save_file({name: t for name, t in state.items() if t is not None}, source / "grid.safetensors")
-    error = refusal(store, source)
-    assert error.code is StoreErrorCode.CORRUPT_SOURCE and says in error.message
-
-
-def test_both_of_a_tie_and_several_files_are_fine(store: Store, tmp_path: Path) -> None:
-    state = {name: t.clone() for name, t in random_grid(1).state_dict().items()}
-    folder = tmp_path / "source" / "grid"
-    folder.mkdir(parents=True)
-    save_file({"last.weight": state.pop("last.weight")}, folder / "1.safetensors")
-    save_file(state, folder / "2.safetensors")
-    split = ingest(store, "split", tmp_path / "source", pipeline="painter")
-    add(store, tmp_path, "whole", 1)
-    assert split.components == store.model("whole").components
-    save_file({"kept": state["kept"]}, folder / "3.safetensors")
-    with pytest.raises(StoreError, match="kept in more than one file"):
-        ingest(store, "twice", tmp_path / "source", pipeline="painter")
-
-
-@pytest.mark.parametrize(
-    ("name", "code", "says"),
-    [
-        ("code.py", StoreErrorCode.UNSAFE_FILE, "is code"),
-        ("grid.bin", StoreErrorCode.UNSAFE_FILE, "may run code"),
-        ("words.npy", StoreErrorCode.UNSUPPORTED_SOURCE, "no kind that is kept"),
-        ("manifest.json", StoreErrorCode.UNSUPPORTED_SOURCE, "rename it"),
-        ("config.json", StoreErrorCode.CORRUPT_SOURCE, "is no JSON object"),
-    ],
-)
-def test_the_folder_is_not_trusted(
-    store: Store, tmp_path: Path, name: str, code: StoreErrorCode, says: str
-) -> None:
-    source = grid_folder(tmp_path / "source", 1)
-    (source / name).write_text("[]")
-    error = refusal(store, source)
-    assert error.code is code and says in error.message
-
-
-def test_a_link_out_of_the_folder_is_refused(store: Store, tmp_path: Path) -> None:
-    source = grid_folder(tmp_path / "source", 1)
-    (tmp_path / "secret.txt").write_text("x")
-    os.symlink(tmp_path / "secret.txt", source / "words.txt")
-    assert refusal(store, source).code is StoreErrorCode.UNSAFE_FILE
-
-
-def test_weights_must_be_of_the_classs_components(store: Store, tmp_path: Path) -> None:
-    source = grid_folder(tmp_path / "source", 1)
-    (source / "grid.safetensors").rename(source / "gird.safetensors")
-    assert (
-        "weights of gird, but the components of painter (of kit 1.0) are grid"
-        in refusal(store, source).message
-    )
-    save_file({"x": torch.zeros(1)}, source / "deep.safetensors")
-    (source / "a" / "b").mkdir(parents=True)
-    (source / "deep.safetensors").rename(source / "a" / "b" / "deep.safetensors")
-    assert "lies too deep" in refusal(store, source).message
-
-
-def test_small_files_are_kept_and_documents_are_not(store: Store, tmp_path: Path) -> None:
-    source = grid_folder(tmp_path / "source", 1, offset__txt="1", README__md="# hello", LICENSE="mine")
-    (source / "words").mkdir()
-    (source / "words" / "list.json").write_text("[]")
-    ingest(store, "a", source, pipeline="painter")
-    folder = store.model_folder("a")
-    kept = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    assert kept == ["manifest.json", "offset.txt", "words/list.json"]
-    (source / "offset.txt").write_text("2")
-    with pytest.raises(StoreError, match="with other content"):
-        ingest(store, "a", source, pipeline="painter")
-
-
-@pytest.mark.parametrize(
-    ("pipeline", "code", "says"),
-    [
-        ("pinter", StoreErrorCode.UNKNOWN_CLASS, "did you mean 'painter'"),
-        ("nopipeline", StoreErrorCode.PIPELINE_FAILED, "no subclass of understudyd.pipelines.CustomPipeline"),
-        ("missing", StoreErrorCode.PIPELINE_FAILED, "cannot be imported (ModuleNotFoundError"),
-        ("double", StoreErrorCode.UNKNOWN_CLASS, "one 1.0 and two 1.0 both provide"),
-    ],
-)
-def test_classes_that_cannot_be_used(
-    store: Store, tmp_path: Path, pipeline: str, code: StoreErrorCode, says: str
-) -> None:
-    install(tmp_path / "site", "one", {"missing": "no_such_module:X", "double": "custom_kit:Painter"})
-    install(tmp_path / "site", "two", {"double": "custom_kit:Painter"})
-    error = refusal(store, grid_folder(tmp_path / "source", 1), pipeline)
-    assert error.code is code and says in error.message
-
-
-@pytest.mark.parametrize(
-    ("where", "says"),
-    [
-        ("components", "components() of bad (of kit 1.0) failed (KeyError"),
-        ("modules", "must give builders by name"),
-    ],
-)
-def test_components_are_checked_when_a_model_is_added(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, says: str
-) -> None:
-    monkeypatch.setattr(Bad, "where", where)
-    error = refusal(store, grid_folder(tmp_path / "source", 1), "bad")
-    assert error.code is StoreErrorCode.PIPELINE_FAILED and says in error.message
-
-
-def test_tensors_out_of_sight_are_refused(store: Store, tmp_path: Path) -> None:
-    error = refusal(store, grid_folder(tmp_path / "source", 1), "hiding")
-    assert "grid.first.table is a Table that holds tensors" in error.message
-
-
-def test_a_config_without_json_form_is_refused(store: Store, tmp_path: Path) -> None:
-    source = grid_folder(tmp_path / "source", 1, config__json='{"size": NaN}')
-    assert "NaN" in refusal(store, source).message
-
-
-def test_options_of_diffusers_models_are_refused(store: Store, tmp_path: Path) -> None:
-    error = refusal(store, grid_folder(tmp_path / "source", 1), variant="fp16")
-    assert "are for diffusers models" in error.message
-
-
-def test_a_folder_without_entry_point_is_no_model(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"model_index\.json"):
-        ingest(store, "a", grid_folder(tmp_path / "source", 1))
-    with pytest.raises(PipelineUnavailable, match="there are bad, careless"):
-        find_installed("zebra")
 
 
 def test_a_request_can_be_made_by_hand() -> None:

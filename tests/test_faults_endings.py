@@ -127,7 +127,7 @@ def test_a_daemon_ends_in_mid_load(
 
 def test_a_second_sigterm_ends_it_at_once(family: Family, tmp_path: Path) -> None:
     """Whatever is open; its client sees a pause, until the next daemon runs it."""
-    fields = {"steps": 40, "width": 64, "height": 64}
+    fields = {"steps": 20, "width": 64, "height": 64}
 
     async def scenario(stricken: Stricken) -> understudy.Result:
         async with stricken.visited():
@@ -145,5 +145,5 @@ def test_a_second_sigterm_ends_it_at_once(family: Family, tmp_path: Path) -> Non
 
     with stricken_daemon(family, tmp_path, server={"drain_s": 60.0}) as stricken:
         result = asyncio.run(scenario(stricken))
-    expected = family.reference("sd-c", prompt=PROMPT, seed=7, num_inference_steps=40, width=64, height=64)
+    expected = family.reference("sd-c", prompt=PROMPT, seed=7, num_inference_steps=20, width=64, height=64)
     assert [pixels(image) for image in result.images] == expected

@@ -94,6 +94,10 @@ def test_a_file_is_gone_or_wrong_before_its_load(
             mishap(blob)
             error, _ = await asyncio.gather(stricken.refused(model, code), stricken.served("sd-c"))
             assert mishap is not flip_a_bit or "is damaged between" in str(error)
+            # A client may be anywhere: it is told which blob, and the log where that lies.
+            assert f"(blob {blob.stem[:12]})" in str(error) and "--replace" in str(error)
+            assert str(stricken.store.path) not in str(error)
+            stricken.daemon.wait_for_log(str(blob))
             restore(blob, saved)
             if code == "load_failed":  # whoever asks again has it tried again; damage is for good
                 await stricken.served(model)

@@ -135,7 +135,7 @@ def test_loads_are_carried_out_in_order_and_faults_end_only_themselves(blob: Blo
         ]
         assert [report.load_id for report in ends] == [1, 2, 3, 4]  # type: ignore[union-attr]
         missing, outside = loader.of(wire.LoadFault)
-        assert not missing.corrupt and "none" in missing.message
+        assert not missing.corrupt and missing.message == "No such file or directory"
         assert not outside.corrupt and "arena" in outside.message
 
 

@@ -16,6 +16,7 @@ from understudy_demo import tiny
 from understudyd.store.adapters.files import AdapterFile
 from understudyd.store.adapters.ingest import AdapterOptions, add_adapter
 from understudyd.store.ingest import DType, ingest
+from understudyd.store.records import ModelRecord
 from understudyd.store.store import Store
 from zoo import diffusion_transformers, unets
 
@@ -108,12 +109,19 @@ class Bases:
     root: Path
     store: Store
     saved: dict[str, tuple[Any, Path]] = field(default_factory=dict)
+    models: dict[str, ModelRecord] = field(default_factory=dict)
 
     def pipeline(self, name: str) -> tuple[Any, Path]:
         if name not in self.saved:
             made = BUILDERS[name](0)
             self.saved[name] = (made, tiny.save(made, self.root / name))
         return self.saved[name]
+
+    def model(self, name: str, dtype: DType) -> ModelRecord:
+        key = f"{name}-{dtype}"
+        if key not in self.models:
+            self.models[key] = ingest(self.store, key, self.pipeline(name)[1], dtype=dtype)
+        return self.models[key]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +136,7 @@ def test_every_weight_equals_the_fused_pipelines(
     case: Case, dtype: DType, bases: Bases, tmp_path: Path
 ) -> None:
     pipeline, folder = bases.pipeline(case.base)
-    model = ingest(bases.store, f"{case.base}-{dtype}", folder, dtype=dtype)
+    model = bases.model(case.base, dtype)
     applied, files = [], []
     for number, written in enumerate(case.adapters):
         name = f"{case.name}-{dtype}-{number}"

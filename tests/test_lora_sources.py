@@ -45,15 +45,7 @@ def hub(made: kit.MadeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         kit.write_diffusers(made, many / f"{name}.safetensors")
     repositories = {"org/lora": Repository({COMMIT: one}), "org/many": Repository({COMMIT: many})}
     with running_hub(repositories) as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        served.use(monkeypatch, tmp_path)
         yield served
 
 

@@ -84,6 +84,26 @@ def test_what_is_worth_knowing_is_written_down_when_it_changes(listener: Listene
     assert len([said for said in listener.heard() if said.startswith("STATUS=")]) == 2, "only when it changes"
 
 
+def test_a_manager_that_does_not_read_is_waited_for_by_no_beat(listener: Listener) -> None:
+    """The event loop would stand still for as long, every second."""
+    world = by_hand(4, ("a", 1))
+    pulse = Pulse(listener.manager, runtime_over(world), Kept(), stalled_after_s=5.0)  # type: ignore[arg-type]
+    while listener.manager.notify("WATCHDOG=1", patience_s=0):
+        pass
+    patience_s = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            socket.socket,
+            "settimeout",
+            lambda sock, value: patience_s.append(value) or sock.setblocking(False),
+        )
+        pulse.beat()
+    assert patience_s == [0, 0]
+    listener.heard()
+    pulse.beat()
+    assert listener.heard()[1].startswith("STATUS="), "what it did not take is said again"
+
+
 def test_the_status_line_is_for_people() -> None:
     world = by_hand(4, ("a", 1), ("b", 1))
     world.make_resident("a")
@@ -94,6 +114,8 @@ def test_the_status_line_is_for_people() -> None:
     world.ask("b")
     runtime.pending[request] = SimpleNamespace(step=3, steps=20)
     runtime.tally.failure("out_of_memory", "too\nlarge")
+    for mistake in ("bad_request", "unknown_model", "unknown_adapter", "queue_full", "deadline_exceeded"):
+        runtime.tally.failure(mistake, "not the daemon's fault")
     world.tell(ev.AdmissionChanged(is_open=False))
     assert status_line(runtime) == (
         "taking no requests: 1 of 2 models resident; 1 requests wait; running a, step 3 of 20; "

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from adapter_kit import Making
-from overlay_kit import CONV, TEXT, UNET, AdaptedFamily, OverlayRig
+from overlay_kit import AdaptedFamily, OverlayRig, adapted_stable_diffusion
 from stage_kit import pixels
 from understudy_demo import tiny
 
@@ -26,12 +25,8 @@ COMBINATIONS = [
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> AdaptedFamily:
-    family = AdaptedFamily(tmp_path_factory.mktemp("family"))
-    family.add("sd", tiny.stable_diffusion(1))
+    family = adapted_stable_diffusion(tmp_path_factory.mktemp("family"))
     family.add("half", tiny.stable_diffusion(1), "fp16")
-    family.adapt("sd", "style", Making(UNET))
-    family.adapt("sd", "shape", Making(CONV, rank=5, alpha=3, seed=2))
-    family.adapt("sd", "words", Making(UNET | TEXT, alpha=3, seed=3))
     return family
 
 

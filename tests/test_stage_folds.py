@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adapter_kit import Making
-from overlay_kit import CONV, TEXT, UNET, AdaptedFamily, Derived, OverlayRig
+from overlay_kit import UNET, AdaptedFamily, Derived, OverlayRig, adapted_stable_diffusion
 from stage_kit import DEADLINE_S, pixels
 from understudy_demo import tiny
 from understudyd.core.events import (
@@ -38,12 +38,8 @@ WORDS = (("words", 0.6),)
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> AdaptedFamily:
-    family = AdaptedFamily(tmp_path_factory.mktemp("family"))
-    family.add("sd", tiny.stable_diffusion(1))
+    family = adapted_stable_diffusion(tmp_path_factory.mktemp("family"))
     family.add("other", tiny.stable_diffusion(2))
-    family.adapt("sd", "style", Making(UNET))
-    family.adapt("sd", "shape", Making(CONV, rank=5, alpha=3, seed=2))
-    family.adapt("sd", "words", Making(UNET | TEXT, alpha=3, seed=3))
     return family
 
 

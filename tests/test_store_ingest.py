@@ -340,7 +340,7 @@ def test_the_command_says_what_is_wrong(
     assert run_cli([*store, "--name", "m", "--source", str(tmp_path / "nowhere")]) == 1
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert "error (not_found): there is no" in captured.err
+    assert "error [not_found]: there is no" in captured.err
     assert run_cli([*store, "--name", "m"]) == 2
     assert run_cli([*store, "--name", "m", "--source", "x", "--dtype", "int8"]) == 2
     assert run_cli(["--help"]) == 0

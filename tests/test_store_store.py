@@ -9,18 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from store_kit import listing
+from store_kit import listing, plain_draft
 from understudyd.store import writer as writer_module
-from understudyd.store.blob_writer import write_blob
 from understudyd.store.errors import StoreError
 from understudyd.store.records import (
-    ComponentRecord,
     ModelRecord,
-    PartRecord,
     SignatureRecord,
     TensorRecord,
 )
-from understudyd.store.safetensors_file import plan_blob
 from understudyd.store.store import Store, check_name
 from understudyd.store.writer import Draft, Writer
 
@@ -43,24 +39,7 @@ def store(tmp_path: Path) -> Store:
 
 def draft(writer: Writer, name: str, *contents: bytes) -> Draft:
     """A model with one component per given byte, whose weights are that byte over and over."""
-    workspace = writer.workspace()
-    layout = plan_blob([("weight", "F32", (4,))])
-    components, blobs = [], {}
-    for number, content in enumerate(contents):
-        path = workspace / f"{number}.safetensors"
-        blob = write_blob(path, layout, lambda span, content=content: memoryview(content * span.size_bytes))
-        components.append(ComponentRecord(name=f"part{number}", signature=SIGNATURE.id, blob=blob))
-        blobs[blob.sha256] = path
-    folder = workspace / "model"
-    (folder / "scheduler").mkdir(parents=True)
-    (folder / "scheduler" / "config.json").write_text("{}")
-    record = ModelRecord(
-        name=name,
-        pipeline_class="StableDiffusionPipeline",
-        components=tuple(components),
-        parts=(PartRecord(name="scheduler", library="diffusers", class_name="DDIMScheduler", content="c"),),
-    )
-    return Draft(record, (SIGNATURE,), blobs, folder)
+    return plain_draft(writer, name, {f"part{n}": (SIGNATURE, content) for n, content in enumerate(contents)})
 
 
 def add(store: Store, name: str, *contents: bytes, replace: bool = False) -> ModelRecord:

@@ -34,7 +34,7 @@ FOR_TESTS = f"""
 [Service]
 WatchdogSec=5s
 TimeoutAbortSec=2s
-RestartSec=3s
+RestartSec=1s
 StandardOutput=append:/{LOG}
 StandardError=append:/{LOG}
 Environment=OMP_NUM_THREADS=1

@@ -14,6 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from understudy import ctl_trace
@@ -21,7 +23,7 @@ from understudy.admin import Trace
 from understudy.chrome_trace import chrome_trace, written
 from understudy.ctl import main
 from understudy.trace import Recording, Span, by_lane, fetch
-from understudy.trace_plot import draw
+from understudy.trace_plot import FONT, draw, fitting, short_names
 from understudyd.shell.timeline import Timeline
 
 ALARM = (0xD1, 0x49, 0x5B)
@@ -224,6 +226,24 @@ def test_a_picture_marks_visible_switches(tmp_path: Path) -> None:
     legend = alarms(draw(Recording(calm, 60.0, 13.0), tmp_path / "calm.png"))
     marked = alarms(draw(Recording([*calm, *SPANS[4:5]], 60.0, 13.0), tmp_path / "marked.png"))
     assert legend > 0 and marked > legend + 200
+
+
+@pytest.mark.parametrize("text", ["m-1", "WWWWWWWW", "sdxl+pixel-art@0.8", "a_model_whose_name_is_long"])
+@pytest.mark.parametrize("room_inches", [0.0, 0.2, 0.5, 1.0, 4.0])
+def test_a_label_stays_on_its_span(text: str, room_inches: float) -> None:
+    shown = fitting(text, room_inches)
+    figure = Figure(dpi=100)
+    drawn = figure.text(0, 0, shown or " ", fontsize=8.5, fontweight="bold", family=FONT)
+    width = drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / 100
+    assert not shown or width <= room_inches
+    if shown != text and shown:
+        assert shown.count("…") == 1 and text.startswith(shown[0]) and text.endswith(shown[-1])
+    assert shown == text or room_inches < 4.0
+
+
+def test_numbers_stand_for_models_only_where_they_tell_them_apart() -> None:
+    assert short_names(["m-1", "m-22", "plain"]) == {"m-1": "1", "m-22": "22", "plain": "plain"}
+    assert short_names(["sd-1", "xl-1"]) == {"sd-1": "sd-1", "xl-1": "xl-1"}
 
 
 @pytest.mark.parametrize("is_cut", [False, True])

@@ -1,7 +1,6 @@
 """`understudy`: ask a daemon for images from the command line.
 
-Images go to files, what happened to stdout, progress and errors to stderr. Exit codes by fault: 0 done,
-2 the caller's (usage included), 3 no capacity now, 4 the daemon's, 5 cannot reach it, 130 Ctrl-C.
+Images go to files, what happened to stdout, progress and errors to stderr.
 """
 
 import fnmatch
@@ -18,8 +17,13 @@ if TYPE_CHECKING:
     from understudy.cli_kit import Connect
     from understudy.wire import ModelEntry
 
+EXIT_CODES = (
+    "Exit codes by fault: 0 done, 2 the caller's (usage included), 3 no capacity now, 4 the daemon's, "
+    "5 cannot reach it, 130 Ctrl-C. An error on stderr has its own code in brackets."
+)
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
 @click.version_option(package_name="understudy", message="understudy %(version)s")
 @completion_option("understudy")
 def main() -> None:

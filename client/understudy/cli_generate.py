@@ -10,6 +10,7 @@ import click
 
 from understudy.cli_kit import EXIT_CALLER, connected, errors_as_exit_codes, leave
 from understudy.completion import complete_lora, complete_model, complete_task
+from understudy.leaving import CANNOT_WRITE
 
 if TYPE_CHECKING:
     from understudy.cli_kit import Connect
@@ -262,7 +263,7 @@ def _saved(result: "Result", output: Path) -> list[str]:
     try:
         paths = result.save(output)
     except OSError as error:
-        leave(f"cannot write {error.filename or output}: {error.strerror}", EXIT_CALLER)
+        leave(CANNOT_WRITE, f"cannot write {error.filename or output}: {error.strerror}", EXIT_CALLER)
     timings = result.timings
     # Without another model before it, this is no switch but the way from the queue to the stage.
     switch = f"switch {timings.switch_s * 1000:.1f} ms, " if result.switched else ""

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -10,13 +9,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from understudy.errors import CapacityError, DaemonError, TransportError, UnderstudyError
+from understudy.leaving import interrupted, leave_with
 
 if TYPE_CHECKING:
     from understudy.sync import Client
 
     Connect = Callable[[], Client]
 
-EXIT_CALLER, EXIT_CAPACITY, EXIT_DAEMON, EXIT_TRANSPORT, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
+EXIT_CALLER, EXIT_CAPACITY, EXIT_DAEMON, EXIT_TRANSPORT = 2, 3, 4, 5
+_PROGRAM = "understudy"
 
 endpoint_option = click.option(
     "--endpoint",
@@ -84,18 +85,18 @@ def errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        leave("cancelled", EXIT_INTERRUPTED)
+        interrupted(_PROGRAM, "cancelled")
     except CapacityError as error:
-        leave(f"{error}{' (trying again later may help)' if error.retryable else ''}", EXIT_CAPACITY)
+        hint = " (trying again later may help)" if error.retryable else ""
+        leave(error.code, f"{error}{hint}", EXIT_CAPACITY)
     except DaemonError as error:
-        leave(f"the daemon failed: {error}", EXIT_DAEMON)
+        leave(error.code, f"the daemon failed: {error}", EXIT_DAEMON)
     except TransportError as error:
-        leave(str(error), EXIT_TRANSPORT)
+        leave(error.code, str(error), EXIT_TRANSPORT)
     except UnderstudyError as error:
-        leave(str(error), EXIT_CALLER)
+        leave(error.code, str(error), EXIT_CALLER)
 
 
-def leave(message: str, code: int) -> NoReturn:
-    """Say why on stderr and exit."""
-    click.echo(f"understudy: {message}", err=True)
-    sys.exit(code)
+def leave(code: str, message: str, exit_code: int) -> NoReturn:
+    """Say on stderr what is wrong, with the error's code, and exit."""
+    leave_with(_PROGRAM, code, message, exit_code)

@@ -1,7 +1,7 @@
 """`understudyctl`: operate a daemon over its admin socket.
 
-Exit codes: 0 done, 1 refused or failed, 2 usage, 5 the daemon cannot be reached. `-o json` prints the
-daemon's document as it came. Everything heavy is imported when it is needed: `--help` answers at once.
+`-o json` prints the daemon's document as it came. Everything heavy is imported when it is needed: `--help`
+answers at once.
 """
 
 import json
@@ -29,12 +29,17 @@ from understudy.ctl_kit import show as show_document
 from understudy.ctl_lora import add_lora, loras, remove_lora
 from understudy.ctl_service import service_commands
 from understudy.ctl_trace import trace
+from understudy.leaving import MISSING_PACKAGE
 from understudy.paths import admin_socket
 
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 refused or failed, 2 usage, 5 the daemon cannot be reached, 130 Ctrl-C. An error "
+    "on stderr has its own code in brackets."
+)
 model_argument = click.argument("name", shell_complete=complete_known_model)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
 @click.version_option(package_name="understudy", message="understudyctl %(version)s")
 @click.option(
     "--socket",
@@ -291,7 +296,11 @@ def config() -> None:
 def check(file: Path | None) -> None:
     """Check FILE, or the one the daemon would read, without starting anything."""
     if find_spec("understudyd") is None:
-        leave("the daemon is not installed here: pip install 'understudy[daemon]'", EXIT_REFUSED)
+        leave(
+            MISSING_PACKAGE,
+            "the daemon is not installed here: pip install 'understudy[daemon]'",
+            EXIT_REFUSED,
+        )
     # The daemon's package knows its options; a process of its own keeps the client free of it.
     command = [sys.executable, "-m", "understudyd.config", "check", *([str(file)] if file else [])]
     code = subprocess.run(command, check=False).returncode

@@ -9,7 +9,10 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 5, 130
+from understudy.leaving import interrupted, leave_with
+
+EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 5
+_PROGRAM = "understudyctl"
 _UNREACHABLE = ("unreachable", "timeout")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -35,9 +38,9 @@ def ask(socket_path: Path, command: Any, *, timeout_s: float | None = 30.0, on_n
     try:
         return call(socket_path, command, timeout_s=timeout_s, on_note=on_note)
     except AdminError as error:
-        leave(str(error), EXIT_UNREACHABLE if error.code in _UNREACHABLE else EXIT_REFUSED)
+        leave(error.code, str(error), EXIT_UNREACHABLE if error.code in _UNREACHABLE else EXIT_REFUSED)
     except KeyboardInterrupt:
-        leave("interrupted; the daemon may go on with it", EXIT_INTERRUPTED)
+        interrupted(_PROGRAM, "interrupted; the daemon may go on with it")
 
 
 def ask_long(socket_path: Path, command: Any, what: str) -> Any:
@@ -77,7 +80,6 @@ def show_decisions(made: list[dict[str, Any]]) -> None:
     render.show(render_decisions.told(made))
 
 
-def leave(message: str, code: int) -> NoReturn:
-    """End the process with a message."""
-    click.echo(f"understudyctl: {message}", err=True)
-    sys.exit(code)
+def leave(code: str, message: str, exit_code: int) -> NoReturn:
+    """Say on stderr what is wrong, with the error's code, and exit."""
+    leave_with(_PROGRAM, code, message, exit_code)

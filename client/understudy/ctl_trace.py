@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from understudy.ctl_kit import EXIT_REFUSED, ask, leave
+from understudy.leaving import CANNOT_WRITE, MISSING_PACKAGE
 
 if TYPE_CHECKING:
     from understudy.trace import Recording
@@ -64,7 +65,7 @@ def _draw(recording: "Recording", path: Path) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
-        leave("pictures need matplotlib: pip install 'understudy[plot]'", EXIT_REFUSED)
+        leave(MISSING_PACKAGE, "pictures need matplotlib: pip install 'understudy[plot]'", EXIT_REFUSED)
     draw(recording, path)
 
 
@@ -72,4 +73,4 @@ def _write(path: Path, write: Callable[[], object]) -> None:
     try:
         write()
     except OSError as error:
-        leave(f"cannot write {path}: {error.strerror or error}", EXIT_REFUSED)
+        leave(CANNOT_WRITE, f"cannot write {path}: {error.strerror or error}", EXIT_REFUSED)

@@ -4,6 +4,7 @@ The only module of the client that does; whoever wants no picture does not impor
 """
 
 import colorsys
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -13,15 +14,18 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import TextPath
 
 from understudy.trace import BIND, QUEUE, STAGE, START_UP, SWITCH, VIEWS, Recording, Span, by_lane
 
 Rgb = tuple[float, float, float]
 
 INK, FAINT, PAPER, RAIL, ALARM = "#1f2430", "#727a88", "#ffffff", "#f1f2f5", "#d1495b"
+FONT = "DejaVu Sans"
 STYLE = {
-    "font.family": "DejaVu Sans",
+    "font.family": FONT,
     "font.size": 10.5,
     "text.color": INK,
     "axes.edgecolor": "#c9ced8",
@@ -32,6 +36,9 @@ STYLE = {
 _DPI = 120
 _RAIL_INCHES = 11.2
 _NARROW_INCHES = 3 / _DPI
+_LABEL_POINTS, _LABEL_MARGIN_INCHES = 8.5, 0.08
+_LEAST_SHOWN = 3
+_SAMPLE = (0.36, 0.48, 0.62)
 _UNSEEN = (BIND, SWITCH, VIEWS)
 """Lanes of a millisecond a span: for a viewer, not for a picture."""
 
@@ -106,6 +113,7 @@ def timeline(
     """
     names = sorted({_model(span) for strip in strips for row in strip.lanes for span in row.spans})
     palette = dict(colours or {}) | {n: c for n, c in _wheel(names).items() if n not in (colours or {})}
+    labels = short_names(names)
     height = 1.75 + sum(0.50 * strip.rows + 0.62 for strip in strips) - (0 if strips[0].heading else 0.25)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, height), dpi=_DPI, facecolor=PAPER)
@@ -115,9 +123,9 @@ def timeline(
         for strip in strips:
             tall = (0.50 * strip.rows) / height
             axes = figure.add_axes((0.115, top - 0.34 / height - tall, 0.865, tall))
-            _draw_strip(axes, strip, palette, window_s, mark_gap_ms, is_last=strip is strips[-1])
+            _draw_strip(axes, strip, palette, labels, window_s, mark_gap_ms, is_last=strip is strips[-1])
             top -= tall + 0.62 / height
-        _legend(figure, palette, mark_gap_ms, height)
+        _legend(figure, mark_gap_ms, height)
         figure.savefig(path, format="png")
     return path
 
@@ -153,10 +161,16 @@ def _size(size_bytes: int) -> str:
 
 
 def _draw_strip(
-    axes: Any, strip: Strip, palette: Mapping[str, Rgb], window_s: float, mark_gap_ms: float, is_last: bool
+    axes: Any,
+    strip: Strip,
+    palette: Mapping[str, Rgb],
+    labels: Mapping[str, str],
+    window_s: float,
+    mark_gap_ms: float,
+    is_last: bool,
 ) -> None:
     start_s = _busiest_start(strip, window_s) if strip.begin_s is None else strip.begin_s
-    labels = [row.label for row in strip.lanes]
+    lanes = [row.label for row in strip.lanes]
     axes.set_xlim(0, window_s)
     axes.set_ylim(strip.rows - 0.5, -0.5)
     axes.tick_params(length=0)
@@ -166,10 +180,10 @@ def _draw_strip(
     for row_number in range(strip.rows):
         axes.add_patch(Rectangle((0, row_number - 0.36), window_s, 0.72, color=RAIL, zorder=0, lw=0))
     for row_number, row in enumerate(strip.lanes):
-        _draw_row(axes, row, row_number, _within(row.spans, start_s, window_s), start_s, palette)
+        _draw_row(axes, row, row_number, _within(row.spans, start_s, window_s), start_s, palette, labels)
     if strip.queue:
-        labels.append(f"waiting (≤ {_draw_queue(axes, strip, start_s, window_s)})")
-    axes.set_yticks(range(strip.rows), labels)
+        lanes.append(f"waiting\n(≤ {_draw_queue(axes, strip, start_s, window_s)})")
+    axes.set_yticks(range(strip.rows), lanes)
     _mark(axes, _within(strip.waits, start_s, window_s), start_s, window_s, mark_gap_ms)
     if is_last:
         axes.set_xlabel("seconds", loc="right", fontsize=9.5)
@@ -189,7 +203,13 @@ def _mark(axes: Any, waits: Sequence[Span], start_s: float, window_s: float, mar
 
 
 def _draw_row(
-    axes: Any, row: Lane, number: int, spans: Sequence[Span], start_s: float, palette: Mapping[str, Rgb]
+    axes: Any,
+    row: Lane,
+    number: int,
+    spans: Sequence[Span],
+    start_s: float,
+    palette: Mapping[str, Rgb],
+    labels: Mapping[str, str],
 ) -> None:
     """All spans at once: there may be thousands."""
     thick = 0.5 if row.is_load else 0.72
@@ -203,7 +223,7 @@ def _draw_row(
         edges.append(ALARM if span.outcome else colour if row.is_load else PAPER)
         widths.append(0.0 if is_narrow else 0.8 if row.is_load else 0.5)
     for group in _groups(spans) if not row.is_load else ([span] for span in spans if span.lane == START_UP):
-        _label(axes, group, start_s, number)
+        _label(axes, group, labels, start_s, number)
     axes.broken_barh(
         [(span.start_s - start_s, span.end_s - span.start_s) for span in spans],
         (number - thick / 2, thick),
@@ -234,36 +254,59 @@ def _groups(spans: Sequence[Span]) -> Iterator[list[Span]]:
         yield list(group)
 
 
-def _label(axes: Any, group: Sequence[Span], start_s: float, row_number: int) -> None:
-    """The model's number on each span where it fits, else once on all of them."""
+def _label(
+    axes: Any, group: Sequence[Span], labels: Mapping[str, str], start_s: float, row_number: int
+) -> None:
+    """The model's name on each span where it fits, else as much of it as does once on all of them."""
     is_phase = group[0].lane == START_UP
-    text = group[0].name if is_phase else _short(_model(group[0]))
+    text = group[0].name if is_phase else labels[_model(group[0])]
     left_s, right_s = axes.get_xlim()
     inches_per_s = _RAIL_INCHES / (right_s - left_s)
-    needed_s = 0.11 * len(text) / inches_per_s
+    needed_s = _width_inches(text) / inches_per_s
     if len(group) > 1 and min(span.end_s - span.start_s for span in group) > needed_s:
         for span in group:
-            _label(axes, [span], start_s, row_number)
+            _label(axes, [span], labels, start_s, row_number)
         return
     begin_s, end_s = max(group[0].start_s - start_s, left_s), min(group[-1].end_s - start_s, right_s)
-    if end_s - begin_s > needed_s:
-        axes.text((begin_s + end_s) / 2, row_number + 0.02, text, ha="center", va="center", fontsize=8.5,
-                  color=INK if is_phase else PAPER, fontweight="bold", zorder=3, clip_on=True)  # fmt: skip
+    if text := fitting(text, (end_s - begin_s) * inches_per_s):
+        axes.text((begin_s + end_s) / 2, row_number + 0.02, text, ha="center", va="center",
+                  fontsize=_LABEL_POINTS, color=INK if is_phase else PAPER, fontweight="bold", zorder=3,
+                  clip_on=True, parse_math=False)  # fmt: skip
 
 
-def _legend(figure: Figure, palette: Mapping[str, Rgb], mark_gap_ms: float, height: float) -> None:
-    sample = list(palette.values())[len(palette) // 2] if palette else (0.4, 0.5, 0.6)
+def fitting(text: str, room_inches: float) -> str:
+    """As a label may stand on a span: whole, without its middle, or not at all."""
+    if _width_inches(text) <= room_inches:
+        return text
+    for shown in range(len(text) - 1, _LEAST_SHOWN - 1, -1):
+        shorter = f"{text[: (shown + 1) // 2]}…{text[len(text) - shown // 2 :]}"
+        if _width_inches(shorter) <= room_inches:
+            return shorter
+    return ""
+
+
+@functools.cache
+def _width_inches(text: str) -> float:
+    """How wide a label is, and a margin; a model's name may be of any letters."""
+    font = FontProperties(family=FONT, weight="bold")
+    points = TextPath((0, 0), text, size=_LABEL_POINTS, prop=font, usetex=False).get_extents().width
+    return float(points) / 72 + _LABEL_MARGIN_INCHES if text.strip() else 0.0
+
+
+def _legend(figure: Figure, mark_gap_ms: float, height: float) -> None:
     handles = [
-        Rectangle((0, 0), 1, 1, facecolor=sample, edgecolor=PAPER),
-        Rectangle((0, 0), 1, 1, facecolor=_lighter(sample), edgecolor=sample),
-        Rectangle((0, 0), 1, 0.2, facecolor=ALARM),
+        Rectangle((0, 0), 1, 1, facecolor=_SAMPLE, edgecolor=PAPER),
+        Rectangle((0, 0), 1, 1, facecolor=_lighter(_SAMPLE), edgecolor=_SAMPLE),
+        Rectangle((0, 0), 1, 1, facecolor=_lighter(_SAMPLE), edgecolor=ALARM),
+        Rectangle((0, 0), 1, 1, facecolor=ALARM),
     ]
     labels = [
-        "an image on stage (number: its model)",
-        "a load or other work beside it (colour: the model it is for)",
-        f"the stage idle for over {mark_gap_ms:g} ms while work waits",
+        "a run on stage (colour: its model)",
+        "work beside it, for that model",
+        "failed or stopped",
+        f"above the stage: over {mark_gap_ms:g} ms idle while work waits",
     ]
-    figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.105, 0.02 / height), ncols=3,
+    figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.105, 0.02 / height), ncols=4,
                   frameon=False, fontsize=9.5, handlelength=1.4, columnspacing=2.2)  # fmt: skip
 
 
@@ -292,9 +335,11 @@ def _model(span: Span) -> str:
     return "" if span.lane == START_UP else span.name.partition(" ")[0]
 
 
-def _short(model: str) -> str:
-    number = model.rpartition("-")[2]
-    return number if number.isdigit() else model
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """What stands on their runs: the numbers of "NAME-NUMBER", unless two have the same."""
+    tails = {model: model.rpartition("-")[2] for model in models}
+    short = {model: tail if tail.isdigit() else model for model, tail in tails.items()}
+    return short if len(set(short.values())) == len(short) else {model: model for model in models}
 
 
 def _wheel(names: Sequence[str]) -> dict[str, Rgb]:

@@ -1,6 +1,7 @@
 """`understudyd`: the daemon's command line."""
 
 import faulthandler
+import gc
 import logging
 import os
 import sys
@@ -61,6 +62,8 @@ def _leave(status: int) -> NoReturn:
 
 
 def _serve(config: configuration.Config, read: Callable[[], configuration.Config]) -> int:
+    # What start-up makes is nearly all kept: the collector would walk it again and again, for seconds.
+    gc.disable()
     import uvloop
 
     from understudy.keys import KeyFileError

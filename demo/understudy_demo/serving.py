@@ -155,6 +155,7 @@ def running_daemon(
         daemon = DaemonProcess(_spawn(config, log, address), settings, log)
         try:
             daemon.wait_until_ready(notices, start_timeout_s)
+            notices.close()  # nobody reads on, and nobody should find a manager that does not
             yield daemon
         finally:
             daemon.stop()

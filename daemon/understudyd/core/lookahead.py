@@ -240,10 +240,12 @@ class Lookahead:
         """While this stands, a blob that found no room finds none.
 
         Who joins the queue, or goes on deck and is leased, makes no room; nor does time, but for who presses.
+        To these, what is ready makes room as well, so they look again when one becomes it.
         """
         rank, residency = self._demand.need(model.name, on_stage), self._residency
+        room: object
         if is_pressing(rank):
-            room = residency.changes
+            room = residency.changes, residency.readiness
         else:
             residency.evictables.file()
             room = residency.evictables.arrivals + residency.arena.releases

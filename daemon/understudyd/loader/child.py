@@ -183,7 +183,8 @@ class Child:
         except ReadError as error:
             return wire.LoadFault(load_id=load_id, corrupt=error.corrupt, message=str(error))
         except OSError as error:
-            return wire.LoadFault(load_id=load_id, corrupt=False, message=describe(error))
+            # Without the path, which is in the order: the message may go as far as to a client.
+            return wire.LoadFault(load_id=load_id, corrupt=False, message=error.strerror or str(error))
         finally:
             del self._readings[load_id]
 

@@ -114,7 +114,7 @@ class Reading:
         self._reader.crash_points.at("header")
         if self.load.must_verify:
             if not self.load.xxh3:
-                raise ReadError(f"nothing tells whether the copy of {self.load.path} is right", corrupt=False)
+                raise ReadError("nothing tells whether the copy in the host pool is right", corrupt=False)
             self._share_out(self.load.checksum_chunk_bytes, self._check_and_copy)
         else:
             self._share_out(self._reader.chunk_bytes, self._copy_chunk)
@@ -130,7 +130,7 @@ class Reading:
             span_bytes = self.load.checksum_chunk_bytes if verify else self._reader.chunk_bytes
             self._share_out(span_bytes, partial(self._read_span, fd, verify))
             if version_of(fd) != version:
-                raise ReadError(f"{self.load.path} was written to while it was read", corrupt=True)
+                raise ReadError("the file was written to while it was read", corrupt=True)
         finally:
             os.close(fd)
         return version, verify or version == self.load.expect
@@ -139,12 +139,12 @@ class Reading:
         load = self.load
         if version.size_bytes < load.file_offset + load.size_bytes:
             needed_bytes = load.file_offset + load.size_bytes
-            message = f"{load.path} is truncated: {version.size_bytes} of {needed_bytes} bytes"
+            message = f"the file is truncated: {version.size_bytes} of {needed_bytes} bytes"
             raise ReadError(message, corrupt=True)
         if version == load.expect:
             return False
         if load.expect is not None and not load.xxh3:
-            raise ReadError(f"{load.path} was replaced since it was verified", corrupt=True)
+            raise ReadError("the file was replaced since it was verified", corrupt=True)
         return bool(load.xxh3)
 
     def _share_out(self, span_bytes: int, take: Callable[[int, int], None]) -> None:
@@ -199,7 +199,7 @@ class Reading:
             and hasher.intdigest() != self.load.xxh3[start // self.load.checksum_chunk_bytes]
         ):
             first, last = self.load.file_offset + start, self.load.file_offset + start + size_bytes
-            raise ReadError(f"{self.load.path} is damaged between bytes {first} and {last}", corrupt=True)
+            raise ReadError(f"the file is damaged between bytes {first} and {last}", corrupt=True)
 
     def _read_chunk(self, offset: int, size_bytes: int, fill: Fill) -> None:
         """To where the load goes; through the host pool when it is to stay there."""
@@ -221,7 +221,7 @@ class Reading:
             hasher.update(self._reader.target.pool[at : at + chunk_bytes])
             self._copy_chunk(offset, chunk_bytes)
         if hasher.intdigest() != self.load.xxh3[start // self.load.checksum_chunk_bytes]:
-            raise ReadError(f"the copy of {self.load.path} in the host pool is damaged", corrupt=False)
+            raise ReadError("the copy in the host pool is damaged", corrupt=False)
 
     def _copy_chunk(self, offset: int, size_bytes: int) -> None:
         arena_offset, pool_offset = self.load.arena_offset, self.load.pool_offset
@@ -249,7 +249,7 @@ class Reading:
             self._rest()
             count = os.preadv(fd, [helping], file_offset + done)
             if count == 0:
-                raise ReadError(f"{self.load.path} ends at byte {file_offset + done}", corrupt=True)
+                raise ReadError(f"the file ends at byte {file_offset + done}", corrupt=True)
             if hasher is not None:
                 hasher.update(helping[:count])
             done += count
@@ -263,11 +263,11 @@ def open_blob(path: str) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise ReadError(f"{path} is a symbolic link, blobs are plain files", corrupt=False) from error
+            raise ReadError("the file is a symbolic link, blobs are plain files", corrupt=False) from error
         raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise ReadError(f"{path} is not a regular file", corrupt=False)
+        raise ReadError("the file is not a regular file", corrupt=False)
     return fd
 
 

@@ -244,9 +244,10 @@ class Daemon:
 
     def _ready(self, endpoints: list[str]) -> None:
         start_up = self._start_up
-        # What start-up made lives as long as the daemon: the collector need not walk it again.
+        # What start-up made stays: the collector, off until now, need not walk it again.
         gc.collect()
         gc.freeze()
+        gc.enable()
         self.state = "ready"
         self._manager.notify("READY=1")
         lacks = (

@@ -4,6 +4,9 @@ What a peer sends is bounded in size and in time, and so is the number of connec
 trusted or remembered.
 """
 
+# Not http.server or prometheus_client's server over it: they bound neither connections nor a request's time
+# (one byte every few seconds holds a thread for hours), know no Unix socket, and answer from threads.
+
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable

@@ -42,7 +42,7 @@ class LoadBook:
             expect=task.expect or self._verified.get(task.path),
         )
         if len(wire.encode(order)) > wire.MAX_PACKET_BYTES // 2:
-            return LoadFailed(task.load_id, ErrorCode.LOAD_FAILED, f"{task.path} has too many checksums")
+            return LoadFailed(task.load_id, ErrorCode.LOAD_FAILED, _told(task, "it has too many checksums"))
         self._begun_at_s[task.load_id] = self._clock()
         return order
 
@@ -65,7 +65,7 @@ class LoadBook:
                 self._verified.pop(task.path, None)
                 self._note(slot, task, begun_at_s, self._clock(), FAILED)
                 code = ErrorCode.MODEL_CORRUPT if corrupt else ErrorCode.LOAD_FAILED
-                return LoadFailed(task.load_id, code, message)
+                return LoadFailed(task.load_id, code, _told(task, message, corrupt))
             case wire.LoadStopped():
                 self._note(slot, task, begun_at_s, self._clock(), CANCELLED)
                 return LoadCancelled(task.load_id)
@@ -82,3 +82,11 @@ class LoadBook:
         self._record(
             Span(lane, task.name, started_at_s, ended_at_s, task.size_bytes, route=route, outcome=outcome)
         )
+
+
+def _told(task: LoadTask, message: str, is_damaged: bool = False) -> str:
+    """For a client, who may be far away: the blob and what to do; the path is in the log only."""
+    what = f"{task.name} (blob {task.blob})"
+    if is_damaged:
+        return f"{what} is damaged: {message}; add the model again with --replace"
+    return f"{what} cannot be loaded: {message}; try again later, or add the model again with --replace"

@@ -3,11 +3,14 @@
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Literal
 
 from understudyd.loader import wire
 
 LOADER_COMMAND = (sys.executable, "-P", "-m", "understudyd.loader")
+
+_SHOWN = 12
 
 Transport = Literal["auto", "process", "thread"]
 
@@ -58,6 +61,11 @@ class LoadTask:
     checksum_chunk_bytes: int = 0
     xxh3: tuple[int, ...] = ()
     expect: wire.FileVersion | None = None
+
+    @property
+    def blob(self) -> str:
+        """How people tell its blob from others: where it begins, the name of the file."""
+        return Path(self.path).stem[:_SHOWN]
 
     @property
     def route(self) -> str:

@@ -15,8 +15,13 @@ _BARRIER_MS = 5000
 _PATIENCE_S = 0.05  # the event loop may be who waits here
 
 
-def notify(*assignments: str, address: str | None = None, fds: Sequence[int] = ()) -> bool:
-    """Send `READY=1`, `STATUS=...`, ... to $NOTIFY_SOCKET; False where there is no service manager."""
+def notify(
+    *assignments: str, address: str | None = None, fds: Sequence[int] = (), patience_s: float = _PATIENCE_S
+) -> bool:
+    """Send `READY=1`, `STATUS=...`, ... to $NOTIFY_SOCKET; False where there is no service manager.
+
+    One that does not read what it was sent before is waited for, `patience_s` at most.
+    """
     target = address if address is not None else os.environ.get("NOTIFY_SOCKET", "")
     if not target:
         return False
@@ -24,7 +29,7 @@ def notify(*assignments: str, address: str | None = None, fds: Sequence[int] = (
         target = "\0" + target[1:]
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.settimeout(_PATIENCE_S)
+        sock.settimeout(patience_s)
         try:
             sock.sendmsg(["\n".join(assignments).encode()], rights, 0, target)
         except OSError:
@@ -54,9 +59,9 @@ class ServiceManager:
         """As the environment says. What it says about descriptors is taken out: children have none."""
         return cls(environ.get("NOTIFY_SOCKET", ""), _kept_descriptors(environ), _watchdog_s(environ))
 
-    def notify(self, *assignments: str) -> bool:
+    def notify(self, *assignments: str, patience_s: float = _PATIENCE_S) -> bool:
         """See `notify`."""
-        return notify(*assignments, address=self._address)
+        return notify(*assignments, address=self._address, patience_s=patience_s)
 
     def take(self, name: str) -> int | None:
         """The descriptor that it had kept under this name."""

@@ -51,12 +51,12 @@ class Pulse:
             self._task.cancel()
 
     def beat(self) -> None:
-        """One beat."""
+        """One beat. It waits for nobody: what a manager does not take now it is told at the next one."""
         if self._is_stage_alive():
-            self._manager.notify("WATCHDOG=1")
-        if (status := status_line(self._runtime)) != self._said:
+            self._manager.notify("WATCHDOG=1", patience_s=0)
+        status = status_line(self._runtime)
+        if status != self._said and self._manager.notify(f"STATUS={status}", patience_s=0):
             self._said = status
-            self._manager.notify(f"STATUS={status}")
         machine = self._runtime.machine
         if (worth := (machine.queue.arrivals, machine.residency.arrivals)) != self._noted:
             self._noted = worth

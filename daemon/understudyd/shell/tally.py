@@ -5,8 +5,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from understudyd.core.types import ErrorCode
+
 RECENT = 2048
 LAST_ERRORS = 20
+OWN_FAULTS = frozenset(
+    {ErrorCode.MODEL_CORRUPT, ErrorCode.LOAD_FAILED, ErrorCode.OUT_OF_MEMORY, ErrorCode.INTERNAL}
+)
+"""What an operator has to look into. Mistakes of clients and a full queue come and go by themselves."""
 
 
 def percentile(values: list[float], share: float) -> float | None:
@@ -28,7 +34,10 @@ class Failure:
 
 @dataclass(slots=True)
 class Tally:
-    """Requests by outcome and by what they used, visible switch times of the last `RECENT` switches."""
+    """Requests by outcome and by what they used, visible switch times of the last `RECENT` switches.
+
+    `last_error` is the last of the daemon's own faults; `last_errors` are anybody's.
+    """
 
     done: int = 0
     failed: Counter[str] = field(default_factory=Counter)
@@ -60,7 +69,8 @@ class Tally:
     def failure(self, code: str, message: str) -> None:
         """A request got an error."""
         self.failed[code] += 1
-        self.last_error = f"{code}: {message}"
+        if code in OWN_FAULTS:
+            self.last_error = f"{code}: {message}"
         self.last_errors.append(Failure(self.clock(), code, message))
 
     def visible_switch_ms(self) -> dict[str, float | int | None]:

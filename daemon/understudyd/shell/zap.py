@@ -86,4 +86,5 @@ class Gatekeeper:
 
 
 def _shown(address: bytes) -> str:
-    return repr(address.decode("ascii", errors="replace"))[1:81]
+    """What the peer says of itself, with nothing in it that could end the line."""
+    return repr(address.decode("ascii", errors="replace"))[1:-1][:80]

@@ -2,19 +2,18 @@
 
 import argparse
 import gc
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from understudy.admin import Done, Error, Line, Note
 from understudyd.store.batch import ingest_tree, plan_tree
-from understudyd.store.errors import StoreError, StoreErrorCode
-from understudyd.store.ingest import IngestOptions, Progress, ingest_many
+from understudyd.store.ingest import IngestOptions, ingest_many
 from understudyd.store.records import ModelRecord
-from understudyd.store.reporting import clean_stdout, line_progress, progress_bar
+from understudyd.store.reporting import Progress, Write, reported
 from understudyd.store.store import Store
 
 
@@ -31,16 +30,8 @@ def run(argv: Sequence[str]) -> int:
         _check_usage(parser, arguments)
     except SystemExit as stop:  # argparse has told what is wrong
         return stop.code if isinstance(stop.code, int) else 2
-    # Advice that transformers gives while it is being imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        if arguments.json:
-            with clean_stdout() as write:
-                return _ingest(arguments, line_progress(write), write)
-        with progress_bar(one_row=arguments.scan is not None) as progress:
-            return _ingest(arguments, progress, _say)
-    except BrokenPipeError:
-        return 1
+    work = partial(_ingest if arguments.scan is None else _scan, arguments)
+    return reported(work, None if arguments.json else _say, one_row=arguments.scan is not None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,26 +70,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ingest(arguments: argparse.Namespace, progress: Progress, write: Callable[[Line], None]) -> int:
-    try:
-        if arguments.scan is not None:
-            return _scan(arguments, progress, write)
-        store = Store.open(arguments.store, writable=True)
-        models = [(arguments.name, arguments.source)]
-        record = ingest_many(store, models, options_from(arguments), progress=progress)[0]
-    except StoreError as error:
-        write(Error(code=error.code, message=error.message))
-        return 1
-    except BrokenPipeError:
-        raise
-    except Exception as error:  # noqa: BLE001  this process's boundary: the daemon wants a line, not a traceback
-        write(Error(code=StoreErrorCode.INTERNAL, message=f"ingest failed: {type(error).__name__}: {error}"))
-        return 1
+def _ingest(arguments: argparse.Namespace, progress: Progress, write: Write) -> int:
+    store = Store.open(arguments.store, writable=True)
+    models = [(arguments.name, arguments.source)]
+    record = ingest_many(store, models, options_from(arguments), progress=progress)[0]
     write(Done(result=_summary(record)))
     return 0
 
 
-def _scan(arguments: argparse.Namespace, progress: Progress, write: Callable[[Line], None]) -> int:
+def _scan(arguments: argparse.Namespace, progress: Progress, write: Write) -> int:
     options, prefix = options_from(arguments), arguments.name_prefix
     if arguments.dry_run:
         has_store = (arguments.store / "models").is_dir()
@@ -168,4 +148,4 @@ def _say(line: Line) -> None:
         case Done(result=result):
             print(f"added {result['name']}: {result['pipeline']}, {result['size_bytes'] / 2**20:.1f} MiB")
         case Error(code=code, message=message):
-            print(f"error ({code}): {message}", file=sys.stderr)
+            print(f"error [{code}]: {message}", file=sys.stderr)

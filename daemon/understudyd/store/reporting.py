@@ -5,13 +5,44 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from understudy.admin import Line, Note, encode_line
+from understudy.admin import Error, Line, Note, encode_line
+from understudyd.store.errors import StoreError, StoreErrorCode
 
 Progress = Callable[[str, int, int], None]
 """`progress(phase, done, total)`"""
+Write = Callable[[Line], None]
 
 
-def line_progress(write: Callable[[Line], None]) -> Progress:
+def reported(work: Callable[[Progress, Write], int], say: Write | None, *, one_row: bool) -> int:
+    """Do a command's work, which returns its exit status; 1 with an `Error` for what it raises.
+
+    People are shown a bar and told by `say`; without it standard output carries lines for the daemon.
+    """
+    # Advice that transformers gives while it is being imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        if say is None:
+            with clean_stdout() as write:
+                return _attempted(work, line_progress(write), write)
+        with progress_bar(one_row=one_row) as progress:
+            return _attempted(work, progress, say)
+    except BrokenPipeError:
+        return 1
+
+
+def _attempted(work: Callable[[Progress, Write], int], progress: Progress, write: Write) -> int:
+    try:
+        return work(progress, write)
+    except StoreError as error:
+        write(Error(code=error.code, message=error.message))
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001  this process's boundary: the daemon wants a line, not a traceback
+        write(Error(code=StoreErrorCode.INTERNAL, message=f"ingest failed: {type(error).__name__}: {error}"))
+    return 1
+
+
+def line_progress(write: Write) -> Progress:
     """Progress as `Note` lines."""
 
     def progress(phase: str, done: int, total: int) -> None:
@@ -21,7 +52,7 @@ def line_progress(write: Callable[[Line], None]) -> Progress:
 
 
 @contextmanager
-def clean_stdout() -> Iterator[Callable[[Line], None]]:
+def clean_stdout() -> Iterator[Write]:
     """Keep standard output for the protocol: what others write to it goes to standard error meanwhile."""
     sys.stdout.flush()
     own = os.dup(1)

@@ -1,9 +1,9 @@
 """The command line of adding LoRAs: a progress bar and a table for people, lines of JSON for the daemon."""
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -12,7 +12,7 @@ from understudy.admin import Done, Error, Line, Note
 from understudyd.store.adapters.files import AdapterFile, find_adapters
 from understudyd.store.adapters.ingest import AdapterOptions, add_adapters
 from understudyd.store.errors import StoreError, StoreErrorCode
-from understudyd.store.reporting import Progress, clean_stdout, line_progress, progress_bar
+from understudyd.store.reporting import Progress, Write, reported
 from understudyd.store.store import Store
 
 
@@ -27,15 +27,7 @@ def run(argv: Sequence[str]) -> int:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has told what is wrong
         return stop.code if isinstance(stop.code, int) else 2
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # advice while it is being imported
-    try:
-        if arguments.json:
-            with clean_stdout() as write:
-                return _add(arguments, line_progress(write), write)
-        with progress_bar(one_row=True) as progress:
-            return _add(arguments, progress, _say)
-    except BrokenPipeError:
-        return 1
+    return reported(partial(_add, arguments), None if arguments.json else _say, one_row=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,30 +52,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(arguments: argparse.Namespace, progress: Progress, write: Callable[[Line], None]) -> int:
-    try:
-        store = Store.open(arguments.store, writable=True)
-        options = AdapterOptions(
-            base=arguments.base,
-            replace=arguments.replace,
-            name_prefix=arguments.name_prefix,
-            more_stores=tuple(Store(path) for path in arguments.models_of if (path / "models").is_dir()),
-        )
-        results = add_adapters(
-            store,
-            _files(arguments, progress),
-            options,
-            progress=progress,
-            on_result=lambda result: write(Note(phase=result.outcome, result=result)),
-        )
-    except StoreError as error:
-        write(Error(code=error.code, message=error.message))
-        return 1
-    except BrokenPipeError:
-        raise
-    except Exception as error:  # noqa: BLE001  this process's boundary: the daemon wants a line, not a traceback
-        write(Error(code=StoreErrorCode.INTERNAL, message=f"ingest failed: {type(error).__name__}: {error}"))
-        return 1
+def _add(arguments: argparse.Namespace, progress: Progress, write: Write) -> int:
+    store = Store.open(arguments.store, writable=True)
+    options = AdapterOptions(
+        base=arguments.base,
+        replace=arguments.replace,
+        name_prefix=arguments.name_prefix,
+        more_stores=tuple(Store(path) for path in arguments.models_of if (path / "models").is_dir()),
+    )
+    results = add_adapters(
+        store,
+        _files(arguments, progress),
+        options,
+        progress=progress,
+        on_result=lambda result: write(Note(phase=result.outcome, result=result)),
+    )
     write(Done(result={"results": results}))
     return int(any(result.outcome == "refused" for result in results))
 
@@ -115,7 +98,7 @@ def _say(line: Line) -> None:
 
             show(scan_table([msgspec.to_builtins(result) for result in results]))
         case Error(code=code, message=message):
-            print(f"error ({code}): {message}", file=sys.stderr)
+            print(f"error [{code}]: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":
