@@ -91,7 +91,7 @@ class OverlayRig(Rig):
     """A rig that folds. Overlays are put where they are told, or behind everything else."""
 
     def __init__(
-        self, family: AdaptedFamily, arena_bytes: int = 64 << 20, compile_backend: str | None = None
+        self, family: AdaptedFamily, arena_bytes: int = 64 << 20, compile_backend: Any = None
     ) -> None:
         super().__init__(family.store, arena_bytes, compile_backend)
         self.family = family

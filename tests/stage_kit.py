@@ -61,9 +61,7 @@ class Family:
 class Rig:
     """A stage over a plain tensor as arena; every event in the order it was emitted."""
 
-    def __init__(
-        self, store: Store, arena_bytes: int = 32 << 20, compile_backend: str | None = None
-    ) -> None:
+    def __init__(self, store: Store, arena_bytes: int = 32 << 20, compile_backend: Any = None) -> None:
         self.store = store
         self.arena = torch.empty(arena_bytes, dtype=torch.uint8)
         self.events: list[Event] = []

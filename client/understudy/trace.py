@@ -22,8 +22,8 @@ class Span(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
     Lanes: "stage" (a run; `steps_s` are when its steps ended), "bind", "switch" (the stage did nothing while
     this request waited), "loader 0" and so on (a load of `size_bytes` by `route`, "disk > host > arena"),
-    "fold", "compile", "views", "move", "prepare", "encode", "requests" (from receipt to answer; these overlap), "queue"
-    (how many requests wait from `start_s` on, in `value`) and "start-up".
+    "fold", "compile", "views", "move", "prepare", "encode", "requests" (from receipt to answer; these
+    overlap), "queue" (how many requests wait from `start_s` on, in `value`) and "start-up".
 
     `name` is the model, and of what is made of a component "MODEL COMPONENT". `outcome` is empty for what
     ended well. `tier` is where the model was when the request came. `size_bytes` are in the arena.

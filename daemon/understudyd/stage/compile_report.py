@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 class CompileReport:
     """Counts since the stage was made.
 
-    `graphs` were compiled, which took `compile_s` of a thread beside the stage. `recompiles` are calls in a form
-    that nothing compiled fitted, one for each form; they were computed without. `pending` signatures are
-    being compiled. `failures` says by component class why it is served uncompiled.
+    `graphs` were compiled, which took `compile_s` of a thread beside the stage. `recompiles` of these were
+    made for calls that nothing compiled before fitted, of signatures that were ready. `pending` jobs wait or
+    run. `failures` says by component class why it is served uncompiled.
     """
 
     graphs: int = 0

@@ -1,11 +1,11 @@
 """Compiling blocks beside the stage, with weights and inputs that are nobody's.
 
-A thread of its own compiles what runs have noted: on a second skeleton of the signature whose tensors all lie
-over one small piece of memory, called with zeros of the noted forms. What dynamo makes of that serves every
-fine-tune and overlay, as its guards ask for dtypes and layouts and not for identities or addresses. It computes
-under the stage's own settings (no gradients, number of threads), which guards ask for, too.
+A thread of its own compiles what runs have noted: on a second skeleton of the signature whose tensors all
+lie over one small piece of memory, called with zeros of the noted forms. What dynamo makes of that serves
+every fine-tune and overlay, as its guards ask for dtypes and layouts and not for identities or addresses. It
+computes under the stage's own settings (no gradients, number of threads), which guards ask for, too.
 
-Sizes are dynamic, each by itself: two sizes that happen to be equal (square images) must not be tied together.
+Sizes are dynamic, each by itself: two that happen to be equal (square images) must not be tied together.
 Dynamo makes code of its own for sizes of 1, so each form is compiled for batches of one and of more.
 
 `torch._dynamo` and `torch._inductor` are imported when something is compiled, not before.
@@ -64,7 +64,7 @@ class Compiler:
     def __init__(
         self,
         device: torch.device,
-        backend: str = INDUCTOR,
+        backend: str | Callable[..., Any] = INDUCTOR,
         record: Record = lambda span: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

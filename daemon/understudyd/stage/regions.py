@@ -1,19 +1,19 @@
 """Which parts of a component are compiled, and what happens where compiled code meets a request.
 
 A denoiser is a stack of blocks, many of them alike. Each kind of block is compiled, not the component
-(regional compilation: PyTorch's recipe of that name, diffusers' `compile_repeated_blocks`): alike blocks share
-what is compiled, and all that pipelines vary (time steps as integers or floats, optional arguments, sizes that do
-not divide) happens around blocks, where nothing is compiled. Hooks on the component and its children stay
-outside, so that a run takes the baton and is cancelled as ever.
+(regional compilation: PyTorch's recipe of that name, diffusers' `compile_repeated_blocks`): alike blocks
+share what is compiled, and all that pipelines vary (time steps as integers or floats, optional arguments,
+sizes that do not divide) happens around blocks, where nothing is compiled. Hooks on the component and its
+children stay outside, so that a run takes the baton and is cancelled as ever.
 
-The stage never compiles. A block that is called in a form for which there is no code computes without, and the
-form is noted; after the run it is compiled beside the stage (`compiling.py`). Dynamo keeps compiled code with the
-function's code object, and finds it by guards on what the code depends on: dtypes, layouts, flags, not on whose
-weights these are. So every region has a code object of its own: a signature looks through its own graphs
-only, and cannot use up the limit of another.
+The stage never compiles. A block that is called in a form for which there is no code computes without, and
+the form is noted; after the run it is compiled beside the stage (`compiling.py`). Dynamo keeps compiled code
+with the function's code object, and finds it by guards on what the code depends on: dtypes, layouts, flags,
+not on whose weights these are. So every region has a code object of its own: a signature looks through its
+own graphs only, and cannot use up the limit of another.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
@@ -104,6 +104,7 @@ class CompiledBlocks:
         forward, run = region.forward, region.run
 
         def enter(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = _as_ever(args), dict(zip(kwargs, _as_ever(kwargs.values())))
             if self.is_on:
                 return run(module, *args, **kwargs)
             if not self.has_failed and not region.knows(_rough_key(args, kwargs)):
@@ -204,6 +205,16 @@ def _with_own_code(forward: Callable[..., Any], missed: Callable[..., None]) -> 
 
     code = block.__code__.replace()
     return FunctionType(code, block.__globals__, block.__name__, None, block.__closure__)
+
+
+def _as_ever(values: Iterable[Any]) -> tuple[Any, ...]:
+    """In a batch of one the first stride means nothing and may be anything, but guards ask for it."""
+    return tuple(
+        v.as_strided(v.shape, (v.numel(), *v.stride()[1:]))
+        if isinstance(v, Tensor) and v.dim() and v.shape[0] == 1 and v.stride(0) != v.numel()
+        else v
+        for v in values
+    )
 
 
 def _rough_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> FormKey:

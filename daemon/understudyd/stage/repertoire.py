@@ -58,7 +58,7 @@ class Repertoire:
         on_touch: Callable[[], None],
         compiler: Compiler | None = None,
     ) -> None:
-        """`on_touch` is what every skeleton calls before it computes. Without a `compiler` nothing is compiled."""
+        """`on_touch` is what every skeleton calls before it computes. `compiler`, if any, compiles."""
         self._compiler = compiler
         self._store = store
         self._device = device

@@ -39,7 +39,9 @@ class Skeleton:
         signature: SignatureRecord,
         on_touch: Callable[[], None] = lambda: None,
         device: torch.device = torch.device("cpu"),  # noqa: B008  immutable
-        compiled: Callable[[SignatureRecord, nn.Module], CompiledBlocks | None] = lambda signature, module: None,
+        compiled: Callable[[SignatureRecord, nn.Module], CompiledBlocks | None] = lambda signature, module: (
+            None
+        ),
     ) -> None:
         self.signature = signature
         self.module = build_module(signature)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Stage:
         *,
         device: str = "cpu",
         threads: int = 1,
-        compile_backend: str | None = None,
+        compile_backend: str | Callable[..., Any] | None = None,
         emit: Emit,
         on_progress: OnProgress = lambda request_id, step, steps: None,
         record: Record = lambda span: None,
