@@ -5,6 +5,7 @@ from functools import partial
 from benchmarks.gpu.runner import Section
 from benchmarks.gpu.sections.adapters import measure_adapters
 from benchmarks.gpu.sections.compare import compare
+from benchmarks.gpu.sections.compiled import measure_compiled
 from benchmarks.gpu.sections.full_arena import open_full_arena
 from benchmarks.gpu.sections.images import compare_images
 from benchmarks.gpu.sections.killed_loader import kill_loaders
@@ -32,6 +33,7 @@ SECTIONS = (
     Section("steps", measure_steps, 120.0),
     Section("adapters_sdxl", measure_adapters, 90.0),
     Section("upcast", look_for_strays, 90.0),
+    Section("compile", measure_compiled, 240.0),
 )
 
 ON_DEMAND = (Section("compare", compare, 1500.0),)
