@@ -218,7 +218,7 @@ def _as_ever(values: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _rough_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> FormKey:
-    """What is sure to need code of its own: dtypes, axes, sizes of 1 but for batches, what is given at all."""
+    """What is sure to need code of its own: dtypes, axes, sizes of 1 but for batches, what is given."""
     return tuple(
         (leaf.dtype, leaf.dim(), *(size == 1 for size in leaf.shape[1:]))
         if isinstance(leaf, Tensor)
