@@ -21,7 +21,7 @@ from understudyd.stage.regions import CompiledBlocks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compilers have many of their own
 
-# On one thread torch computes small convolutions in another way than large ones: these are all small.
+# ATen computes small convolutions of a batch of one in another way than large ones: these are all small.
 SMALL: dict[str, Any] = {"width": 8, "height": 8}
 WIDE: dict[str, Any] = {"width": 16, "height": 8}
 VARIED: list[dict[str, Any]] = [
