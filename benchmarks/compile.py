@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FINE_TUNES = 3
 ROUNDS = {"tiny": 20, "sd15": 9}
-# ATen tells small convolutions of a batch of one from large ones, and dynamo guards on which: none may change.
+# ATen tells small convolutions of a batch of one from large ones, and dynamo guards on which: none changes.
 SIDE, WIDER = {"tiny": 64, "sd15": 24}, 8
 TOKENS = 77
 THREADS = 2
