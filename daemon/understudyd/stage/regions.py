@@ -29,7 +29,7 @@ _ALSO_REPEATED = frozenset({"ResnetBlock2D"})
 """What U-Nets repeat beside what the library lists."""
 
 MOST_FORMS = 16
-"""Of one region. Compiled code is never thrown away, and whoever asks chooses the forms."""
+"""Of one region that no code fitted. Compiled code stays, and whoever asks chooses the forms."""
 
 FormKey = tuple[Any, ...]
 
@@ -44,23 +44,34 @@ class Form:
 
 
 class Region:
-    """Blocks of one class and layout, which share what is compiled."""
+    """Blocks of one class and layout, which share what is compiled.
+
+    Each of them is shown to dynamo: layouts do not tell every difference (a factor of 1, another of 1.0).
+    """
 
     def __init__(self, label: str, forward: Callable[..., Any], missed: Callable[..., None]) -> None:
         """`missed(region, module, args, kwargs)` is told of calls that are computed without compiled code."""
         self.label = label
         self.forward = forward
         self.has_code = False
-        self.forms: set[FormKey] = set()
+        self.seen: set[FormKey] = set()
+        self.missed: set[FormKey] = set()
         self.function = _with_own_code(forward, lambda *call: missed(self, *call))
         self.run: Callable[..., Any] = torch._dynamo.run(self.function)
 
-    def knows(self, key: FormKey) -> bool:
-        """The form was noted before, or there are too many already. If neither, it is noted now."""
-        if key in self.forms or len(self.forms) >= MOST_FORMS:
-            return True
-        self.forms.add(key)
-        return False
+    def is_new(self, key: FormKey) -> bool:
+        """The form, of this block, is seen for the first time; before there is code for any."""
+        if key in self.seen:
+            return False
+        self.seen.add(key)
+        return True
+
+    def is_new_miss(self, key: FormKey) -> bool:
+        """No code fitted this form, for the first time, and there are not too many of them."""
+        if key in self.missed or len(self.missed) >= MOST_FORMS:
+            return False
+        self.missed.add(key)
+        return True
 
 
 class CompiledBlocks:
@@ -107,14 +118,14 @@ class CompiledBlocks:
             args, kwargs = _as_ever(args), dict(zip(kwargs, _as_ever(kwargs.values())))
             if self.is_on:
                 return run(module, *args, **kwargs)
-            if not self.has_failed and not region.knows(_rough_key(args, kwargs)):
+            if not self.has_failed and region.is_new((module, *_rough_key(args, kwargs))):
                 self._note(region, module, args, kwargs)
             return forward(module, *args, **kwargs)
 
         return enter
 
     def _missed(self, region: Region, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        if not region.knows(_exact_key(args, kwargs)):
+        if region.is_new_miss(_exact_key(args, kwargs)):
             self._note(region, module, args, kwargs)
 
     def _note(self, region: Region, module: nn.Module, args: Any, kwargs: Any) -> None:
