@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: help demo plan-example install test lint format bench bench-switch bench-serve bench-handover bench-coldstart \
   bench-restart bench-ingest bench-lora bench-lora-serve bench-demo-quality bench-soak bench-observe bench-load bench-wire \
-  bench-compare fuzz gpu-check gpu-compare docs-models docs-demo docs-policy docs-configuration docs-observability \
+  bench-compare bench-compile fuzz gpu-check gpu-compare docs-models docs-demo docs-policy docs-configuration docs-observability \
   docs-benchmarks clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -48,6 +48,9 @@ bench-handover: $(STAMP)  ## loads against plain reads, host tier, loaders kille
 
 bench-load: $(STAMP)  ## a load beside raw reads and what others load with (.[peers])
 	@$(BIN)/python -m benchmarks.load --json
+
+bench-compile: $(STAMP)  ## a step compiled and not, what compiling takes, with and without its cache
+	@$(BIN)/python -m benchmarks.compile --json
 
 bench-wire: $(STAMP)  ## what the daemon adds to a request, and takes from the stage
 	@$(BIN)/python -m benchmarks.wire --json

@@ -101,8 +101,10 @@ class Derived:
 class OverlayRig(Rig):
     """A rig that folds. Overlays are put where they are told, or behind everything else."""
 
-    def __init__(self, family: AdaptedFamily, arena_bytes: int = 64 << 20) -> None:
-        super().__init__(family.store, arena_bytes)
+    def __init__(
+        self, family: AdaptedFamily, arena_bytes: int = 64 << 20, compile_backend: Any = None
+    ) -> None:
+        super().__init__(family.store, arena_bytes, compile_backend)
         self.family = family
         self._generations = 1
 

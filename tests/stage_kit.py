@@ -61,7 +61,7 @@ class Family:
 class Rig:
     """A stage over a plain tensor as arena; every event in the order it was emitted."""
 
-    def __init__(self, store: Store, arena_bytes: int = 32 << 20) -> None:
+    def __init__(self, store: Store, arena_bytes: int = 32 << 20, compile_backend: Any = None) -> None:
         self.store = store
         self.arena = torch.empty(arena_bytes, dtype=torch.uint8)
         self.events: list[Event] = []
@@ -78,6 +78,7 @@ class Rig:
             emit=self._emit,
             on_progress=self._on_progress,
             record=self.spans.append,
+            compile_backend=compile_backend,
         )
 
     # -- what the core and the loaders would do ------------------------------------------------------

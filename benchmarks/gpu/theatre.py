@@ -1,4 +1,4 @@
-"""Two models of one architecture, brought into one arena by real loaders, and a real stage over them."""
+"""Models of one architecture, brought into one arena by real loaders, and a real stage over them."""
 
 import contextlib
 import itertools
@@ -35,11 +35,13 @@ _EVENT_TIMEOUT_S = 120.0
 
 
 class Theatre:
-    """The stage and its events. `models` are "<kind>-a" and "<kind>-b"; `spans` is what it recorded."""
+    """The stage and its events. `models` are "<kind>-a" and so on; `spans` is what it recorded."""
 
-    def __init__(self, arena: Arena, store: Store, kind: str, device: str) -> None:
+    def __init__(
+        self, arena: Arena, store: Store, models: Sequence[str], device: str, compile_backend: str | None
+    ) -> None:
         self.arena = arena
-        self.models = (f"{kind}-a", f"{kind}-b")
+        self.models = tuple(models)
         self.spans: list[Span] = []
         self._ids = (f"run-{number}" for number in itertools.count())
         self._events: SimpleQueue[Event] = SimpleQueue()
@@ -50,6 +52,7 @@ class Theatre:
             device=device,
             emit=self._events.put,
             record=self.spans.append,
+            compile_backend=compile_backend,
         )
 
     def open(self, places: dict[str, int]) -> None:
@@ -91,11 +94,18 @@ class Theatre:
 
 @contextlib.contextmanager
 def theatre(
-    bench: Bench, kind: str, *, extra_bytes: int = 0, device: Device | None = None
+    bench: Bench,
+    kind: str,
+    *,
+    extra_bytes: int = 0,
+    device: Device | None = None,
+    letters: str = "ab",
+    compile_backend: str | None = None,
 ) -> Iterator[Theatre]:
     """Open it; behind the models `extra_bytes` of the arena are left. `device` replaces the stage's own."""
     store = bench.store()
-    records = [store.model(f"{kind}-{letter}") for letter in "ab"]
+    models = [f"{kind}-{letter}" for letter in letters]
+    records = [store.model(name) for name in models]
     blobs = {c.blob.sha256: c.blob for record in records for c in record.components}
     ends = itertools.accumulate((blob.size_bytes for blob in blobs.values()), initial=0)
     places = dict(zip(blobs, ends))
@@ -109,7 +119,7 @@ def theatre(
             )
         if device is not None:
             stack.enter_context(mock.patch.object(stage_module, "open_device", lambda name: device))
-        opened = Theatre(arena, store, kind, bench.device)
+        opened = Theatre(arena, store, models, bench.device, compile_backend)
         stack.callback(opened.stage.close)
         opened.open(places)
         yield opened

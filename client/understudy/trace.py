@@ -12,7 +12,7 @@ import msgspec
 from understudy.admin import AdminRequest, Trace
 
 STAGE, BIND, SWITCH, ENCODE = "stage", "bind", "switch", "encode"
-FOLD, VIEWS, MOVE, PREPARE = "fold", "views", "move", "prepare"
+FOLD, VIEWS, MOVE, PREPARE, COMPILE = "fold", "views", "move", "prepare", "compile"
 REQUESTS, QUEUE, START_UP = "requests", "queue", "start-up"
 FAILED, CANCELLED, LOST = "failed", "cancelled", "lost"
 
@@ -22,8 +22,8 @@ class Span(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
     Lanes: "stage" (a run; `steps_s` are when its steps ended), "bind", "switch" (the stage did nothing while
     this request waited), "loader 0" and so on (a load of `size_bytes` by `route`, "disk > host > arena"),
-    "fold", "views", "move", "prepare", "encode", "requests" (from receipt to answer; these overlap), "queue"
-    (how many requests wait from `start_s` on, in `value`) and "start-up".
+    "fold", "compile", "views", "move", "prepare", "encode", "requests" (from receipt to answer; these
+    overlap), "queue" (how many requests wait from `start_s` on, in `value`) and "start-up".
 
     `name` is the model, and of what is made of a component "MODEL COMPONENT". `outcome` is empty for what
     ended well. `tier` is where the model was when the request came. `size_bytes` are in the arena.
@@ -47,7 +47,7 @@ def lane(spans: Iterable[Span], name: str) -> list[Span]:
     return sorted((span for span in spans if span.lane == name), key=lambda span: span.start_s)
 
 
-_ORDER = (START_UP, STAGE, BIND, SWITCH, "loader ", FOLD, PREPARE, VIEWS, MOVE, ENCODE)
+_ORDER = (START_UP, STAGE, BIND, SWITCH, "loader ", FOLD, COMPILE, PREPARE, VIEWS, MOVE, ENCODE)
 
 
 def by_lane(spans: Iterable[Span]) -> dict[str, list[list[Span]]]:

@@ -198,12 +198,14 @@ class LoaderConfig(_Section, frozen=True, kw_only=True):
 class StageConfig(_Section, frozen=True, kw_only=True):
     """The stage. `threads` are torch's on the CPU; `warm_up` runs each architecture once before ready.
 
+    `compile = "on"` has torch.compile make code for what denoises, once an architecture, before ready.
     When what runs makes no step for `stalled_after_s`, the service manager's watchdog is fed no more.
     """
 
     threads: Positive = 1
     warm_up: bool = True
     warm_up_limit_s: Seconds = 300.0
+    compile: Literal["off", "on"] = "off"
     stalled_after_s: Seconds = 600.0
 
 

@@ -41,6 +41,8 @@ def serve(path: Path | None) -> None:
     if is_json:  # these have handlers of their own, which know no JSON
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # torch reads it; its default does not outlive a boot
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(config.store.path / "compiled")
     faulthandler.enable()  # a watchdog's SIGABRT leaves every thread's traceback behind
     try:
         status = _serve(config, read)

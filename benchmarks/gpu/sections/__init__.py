@@ -6,6 +6,7 @@ from benchmarks.gpu.runner import Section
 from benchmarks.gpu.sections.adapters import measure_adapters
 from benchmarks.gpu.sections.blocks import measure_blocks
 from benchmarks.gpu.sections.compare import compare, compare_in_short
+from benchmarks.gpu.sections.compiled import measure_compiled
 from benchmarks.gpu.sections.full_arena import open_full_arena
 from benchmarks.gpu.sections.images import compare_images
 from benchmarks.gpu.sections.killed_loader import kill_loaders
@@ -34,6 +35,7 @@ SECTIONS = (
     Section("steps", measure_steps, 120.0),
     Section("adapters_sdxl", measure_adapters, 90.0),
     Section("upcast", look_for_strays, 90.0),
+    Section("compile", measure_compiled, 240.0),
     Section("peers", compare_peers, 90.0, least_s=45.0),
     Section("blocks_flux", measure_blocks, 90.0, least_s=45.0),
     Section("serving", compare_in_short, 240.0, least_s=150.0),

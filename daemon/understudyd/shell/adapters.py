@@ -72,6 +72,8 @@ class StageAdapter:
         self.cancel_run = stage.cancel_run
         self.strays = stage.strays
         self.tasks = stage.tasks
+        self.compile_report = stage.compile_report
+        self.wait_compiled = stage.wait_compiled
         self.close = stage.close
 
     def prepare_derived(self, key: str, base_key: str, overlays: Mapping[str, OverlaidComponent]) -> None:

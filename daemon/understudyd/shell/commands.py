@@ -154,6 +154,7 @@ class Commands:
             "hand_over": self._pool.hand_over.kind,
             "hand_over_reason": self._pool.hand_over.reason,
             "loaders": self._loaders(),
+            "compiled": self._operations.compiled(),
             "last_error": tally.last_error,
             "last_errors": [
                 {"s_ago": round(self._clock() - f.at_s, 1), "code": f.code, "message": f.message}

@@ -43,6 +43,7 @@ from understudyd.shell.start_up import StartUp
 from understudyd.shell.supervisor import LoaderPool
 from understudyd.shell.threads import in_daemon_thread
 from understudyd.shell.timeline import Timeline
+from understudyd.stage.compile_report import CompileReport
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,11 @@ class Daemon:
     def config(self) -> Config:
         """What is in force; what waits for a restart is as it was."""
         return self._reload.config
+
+    @property
+    def compiled(self) -> CompileReport | None:
+        """What the stage has compiled so far; None where it compiles nothing."""
+        return self._stage.compile_report() if self._stage is not None else None
 
     @property
     def missing(self) -> dict[str, str]:
@@ -159,6 +165,7 @@ class Daemon:
         await self._make_stage(loop, importing, arena, runtime)
         with self._phase("warm-up"):
             await self._unless_stopped(self._start_up.warm_up())
+            await self._unless_stopped(self._start_up.compile(self._stage))
         runtime.attach_replies(frontend)
         self._ready(frontend.start())
         await self._stop.wait()

@@ -25,6 +25,7 @@ from understudyd.shell.client_book import Counters
 from understudyd.shell.loading import LoaderState, LoaderStatus
 from understudyd.shell.meter import Histogram, LoadMeter, Meter
 from understudyd.shell.threads import in_daemon_thread
+from understudyd.stage.compile_report import CompileReport
 
 _ARENA_STATES = ("ready", "leased", "filling", "moving", "quarantined", "free")
 _POOL_STATES = ("ready", "in_use", "filling", "quarantined", "free")
@@ -66,12 +67,14 @@ class DaemonReader:
         served: Served,
         state: Callable[[], str],
         device: str,
+        compiled: Callable[[], CompileReport | None] = lambda: None,
     ) -> None:
         self._machine = machine
         self._meter = meter
         self._loaders = loaders
         self._served = served
         self._state = state
+        self._compiled = compiled
         self._build = {"version": __version__, "device": device}
 
     def read(self) -> list[Metric]:
@@ -81,6 +84,7 @@ class DaemonReader:
             *self._requests(),
             *self._memory(),
             *self._loads(),
+            *self._compiling(),
             *self._forecast(),
         ]
 
@@ -167,6 +171,19 @@ class DaemonReader:
         yield _gauge("understudy_loaders", "Loaders, by what they do.", "state", states)
         restarts = {str(slot.slot): slot.restarts for slot in slots}
         yield _counter("understudy_loader_restarts", "Loaders that were replaced.", "slot", restarts)
+
+    def _compiling(self) -> Iterator[Metric]:
+        report = self._compiled() or CompileReport()
+        for name, text, value in (
+            ("compiled_graphs", "Graphs that torch.compile made for the stage.", report.graphs),
+            ("compile_seconds", "What that took, beside the stage.", report.compile_s),
+            ("recompiles", "Graphs made for calls that nothing compiled before fitted.", report.recompiles),
+        ):
+            yield CounterMetricFamily(f"understudy_stage_{name}", text, value=value)
+        pending, failed = report.pending, len(report.failures)
+        yield GaugeMetricFamily("understudy_stage_compiling", "Compilations that wait or run.", value=pending)
+        text = "Component classes that are served uncompiled because that failed."
+        yield GaugeMetricFamily("understudy_stage_uncompiled", text, value=failed)
 
     def _forecast(self) -> Iterator[Metric]:
         residency = self._machine.residency

@@ -14,6 +14,7 @@ from understudyd.shell.admin import audit
 from understudyd.shell.kept_pool import drop_cache
 from understudyd.shell.reload import Reloaded
 from understudyd.shell.runtime import Runtime
+from understudyd.stage.compile_report import CompileReport
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,10 @@ class Service(Protocol):
     """The daemon, as far as these commands change it."""
 
     state: str
+
+    @property
+    def compiled(self) -> CompileReport | None:
+        """What the stage has compiled; None where it compiles nothing."""
 
     @property
     def is_stopping(self) -> bool:
@@ -55,6 +60,11 @@ class Operations:
                 return set_log_level(level, logger)
             case _:
                 assert_never(command)
+
+    def compiled(self) -> dict[str, Any] | None:
+        """For `status`."""
+        report = self._service.compiled
+        return None if report is None else dataclasses.asdict(report)
 
     # -- admission ----------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from understudyd.shell.socket_access import SocketAccess
 from understudyd.shell.supervisor import LoaderPool, LoaderSettings
 from understudyd.shell.timeline import Timeline
 from understudyd.shell.work_room import Work
+from understudyd.stage.compile_report import CompileReport
 from understudyd.store.store import Store
 from understudyd.store.union import StoreUnion
 
@@ -56,6 +57,10 @@ class Observed(Protocol):
     @property
     def config(self) -> Config:
         """What is in force."""
+
+    @property
+    def compiled(self) -> CompileReport | None:
+        """What the stage has compiled; None where it compiles nothing."""
 
 
 class Parts:
@@ -206,7 +211,13 @@ class Parts:
         if self.device == "cuda" and (nvml := open_nvml()) is not None:
             registry.register(GpuCollector(nvml, self._gpu_uuid()))
         reader = DaemonReader(
-            runtime.machine, runtime.meter, pool, frontend, lambda: daemon.state, self.device
+            runtime.machine,
+            runtime.meter,
+            pool,
+            frontend,
+            lambda: daemon.state,
+            self.device,
+            lambda: daemon.compiled,
         )
         return Observatory(
             Metrics(registry, reader.read),
@@ -242,6 +253,7 @@ class Parts:
             runtime.keeper.served,
             device=self.device,
             threads=self.config.stage.threads,
+            compile_backend="inductor" if self.config.stage.compile == "on" else None,
             emit=runtime.emit,
             on_progress=runtime.progress,
             record=timeline.record,

@@ -6,6 +6,7 @@ Each part has its time limit, after which the daemon serves without the rest and
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from msgspec.structs import replace
 
@@ -18,11 +19,23 @@ from understudyd.shell.adapter_book import AdapterRefused
 from understudyd.shell.families import family, representatives
 from understudyd.shell.pending import RunFailed
 from understudyd.shell.runtime import Runtime
+from understudyd.shell.threads import in_daemon_thread
+from understudyd.stage.compile_report import CompileReport
 from understudyd.store.records import ModelRecord
 
 log = logging.getLogger(__name__)
 
 _WARM_UP_FRAMES = 9
+
+
+class Compiling(Protocol):
+    """The stage, as far as it compiles."""
+
+    def compile_report(self) -> CompileReport | None:
+        """What there is so far; None where nothing is compiled."""
+
+    def wait_compiled(self) -> None:
+        """Block until nothing is to be compiled."""
 
 
 class StartUp:
@@ -89,6 +102,21 @@ class StartUp:
                 "startup.models took longer than %g s: serving without the rest", self._chosen.limit_s
             )
         self._look_what_is_missing()
+
+    async def compile(self, compiling: "Compiling | None") -> None:
+        """Wait for what the runs have had compiled. What takes too long goes on beside requests."""
+        report = None if compiling is None else compiling.compile_report()
+        if compiling is None or report is None or not report.pending:
+            return
+        self._say(f"compiling {report.pending} components")
+        try:
+            async with asyncio.timeout(self._stage.warm_up_limit_s):
+                await in_daemon_thread(compiling.wait_compiled)
+        except TimeoutError:
+            log.warning(
+                "compiling takes longer than %g s: serving without until it is done",
+                self._stage.warm_up_limit_s,
+            )
 
     # -- architectures ------------------------------------------------------------------------------
 

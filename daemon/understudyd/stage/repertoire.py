@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from understudyd.pipelines.installed import PipelineUnavailable
+from understudyd.stage.compiling import Compiler
 from understudyd.stage.custom import CustomModel, blaming, prepare_custom
 from understudyd.stage.custom_classes import CustomClasses, is_custom
 from understudyd.stage.errors import NotPrepared, StageError
@@ -50,8 +51,15 @@ class ModelStore(Protocol):
 class Repertoire:
     """Prepares models, on one thread; `find`, `layouts` and `learn` are for any thread."""
 
-    def __init__(self, store: ModelStore, device: torch.device, on_touch: Callable[[], None]) -> None:
-        """`on_touch` is what every skeleton calls before it computes."""
+    def __init__(
+        self,
+        store: ModelStore,
+        device: torch.device,
+        on_touch: Callable[[], None],
+        compiler: Compiler | None = None,
+    ) -> None:
+        """`on_touch` is what every skeleton calls before it computes. `compiler`, if any, compiles."""
+        self._compiler = compiler
         self._store = store
         self._device = device
         self._on_touch = on_touch
@@ -192,6 +200,7 @@ class Repertoire:
     def _skeleton(self, signature_id: str, use: int) -> Skeleton:
         skeleton = self._skeletons.get((signature_id, use))
         if skeleton is None:
-            skeleton = Skeleton(self._store.signature(signature_id), self._on_touch, self._device)
+            opened = {} if self._compiler is None else {"compiled": self._compiler.open}
+            skeleton = Skeleton(self._store.signature(signature_id), self._on_touch, self._device, **opened)
             self._skeletons[signature_id, use] = skeleton
         return skeleton

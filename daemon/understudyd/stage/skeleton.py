@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from understudyd.stage.building import build_module
 from understudyd.stage.errors import SkeletonMismatch
 from understudyd.stage.leftovers import PlainState
+from understudyd.stage.regions import CompiledBlocks
 from understudyd.stage.views import BlobViews, Layout, dtype_of
 from understudyd.store.records import SignatureRecord, TensorRecord
 from understudyd.store.tensor_places import TensorPlace, tensor_places
@@ -30,7 +31,7 @@ class Skeleton:
 
     `on_touch` is called on the computing thread before the module computes or moves: it is where a run
     takes the baton and where it can be cancelled. `bind`, `unbind` and `restore` may be called from
-    any thread, but only the holder of the baton binds.
+    any thread, but only the holder of the baton binds. `compiled` opens what is to be compiled of the module.
     """
 
     def __init__(
@@ -38,9 +39,13 @@ class Skeleton:
         signature: SignatureRecord,
         on_touch: Callable[[], None] = lambda: None,
         device: torch.device = torch.device("cpu"),  # noqa: B008  immutable
+        compiled: Callable[[SignatureRecord, nn.Module], CompiledBlocks | None] = lambda signature, module: (
+            None
+        ),
     ) -> None:
         self.signature = signature
         self.module = build_module(signature)
+        self._blocks = compiled(signature, self.module)
         places = {place.path: place for place in tensor_places(self.module, every_path=True)}
         slots = _find_slots(places, signature.tensors)
         _check_cover(places, slots)
@@ -87,6 +92,8 @@ class Skeleton:
 
         Raises `SkeletonMismatch` for views of others.
         """
+        if self._blocks is not None:
+            self._blocks.adopt()
         if views.layout.id != self.signature.id:
             raise SkeletonMismatch(f"views of {views.layout.id} cannot be bound to {self.signature.id}")
         if overlay is not None:
@@ -115,6 +122,8 @@ class Skeleton:
 
         Returns the tensors that lay outside the arena, so that the caller chooses when to free them.
         """
+        if self._blocks is not None:
+            self._blocks.run_ended()
         vars(self.module).update(self._config)
         self._plain_state.restore()
         with self._lock:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from understudyd.core.events import (
 )
 from understudyd.core.types import ErrorCode
 from understudyd.stage.baton import Baton
+from understudyd.stage.compile_report import CompileReport
+from understudyd.stage.compiling import Compiler
 from understudyd.stage.device import open_device
 from understudyd.stage.fold_crew import FoldCrew
 from understudyd.stage.fold_job import FoldJob
@@ -72,12 +75,16 @@ class Stage:
         *,
         device: str = "cpu",
         threads: int = 1,
+        compile_backend: str | Callable[..., Any] | None = None,
         emit: Emit,
         on_progress: OnProgress = lambda request_id, step, steps: None,
         record: Record = lambda span: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`arena` is all of it, shape [bytes], uint8, on `device`; `threads` are torch's, on the CPU."""
+        """`arena` is all of it, shape [bytes], uint8, on `device`; `threads` are torch's, on the CPU.
+
+        With a `compile_backend` of torch.compile's what denoises is compiled by it, beside the first runs.
+        """
         self._threads = threads
         self._clock = clock
         self._record = record
@@ -89,7 +96,10 @@ class Stage:
         self._performer = Performer(
             self._resident, self._device, self._announcer, on_progress, record, clock, self._slices.give
         )
-        self._repertoire = Repertoire(store, self._device.device, self._performer.touch)
+        self._compiler = None
+        if compile_backend is not None:
+            self._compiler = Compiler(self._device.device, compile_backend, record, clock)
+        self._repertoire = Repertoire(store, self._device.device, self._performer.touch, self._compiler)
         self._baton = Baton()
         self._runs: dict[str, Run] = {}
         self._results: dict[str, RunResult] = {}
@@ -105,6 +115,8 @@ class Stage:
         self._workers.append(self._start("stage-prepare", lambda: _drain(self._chores)))
         self._workers.append(self._start("stage-views", lambda: _drain(self._view_jobs)))
         self._workers.append(self._start("stage-fold", self._work_on_folds))
+        if self._compiler is not None:
+            self._workers.append(self._start("stage-compile", self._work_on_compiling))
 
     # -- models ------------------------------------------------------------------------------------
 
@@ -140,6 +152,15 @@ class Stage:
     def tasks(self, name: str) -> list[str]:
         """What a request may name as the task of a prepared model; none for a custom pipeline."""
         return self._repertoire.tasks(name)
+
+    def compile_report(self) -> CompileReport | None:
+        """What has been compiled so far; None where nothing is to be."""
+        return None if self._compiler is None else self._compiler.report()
+
+    def wait_compiled(self) -> None:
+        """Block until what the runs so far have used is compiled, or cannot be."""
+        if self._compiler is not None:
+            self._compiler.wait()
 
     def strays(self) -> list[str]:
         """Tensors of bound components outside the arena: none, unless a run moved them just now."""
@@ -228,6 +249,8 @@ class Stage:
             run.cancel(request_id, ErrorCode.DRAINING)
         for job in list(self._folds.values()):
             job.cancel()
+        if self._compiler is not None:
+            self._compiler.close()
         for _ in range(WORKERS):
             self._deck.put(None)
         for jobs in (self._chores, self._view_jobs, self._fold_jobs):
@@ -295,6 +318,11 @@ class Stage:
         self._device.stand_back()
         torch.set_num_threads(1)
         _drain(self._fold_jobs)
+
+    def _work_on_compiling(self) -> None:
+        assert self._compiler is not None
+        self._device.stand_back()
+        self._compiler.work()
 
     def _fold(self, job: FoldJob) -> None:
         self._repertoire.learn(job.overlay, job.plan)
