@@ -46,6 +46,10 @@ PAIRS = 4
 _SHARE_OF_MEMORY = 3.5  # arena, page cache, a peer's copy and its work, in sizes of the file
 _SDXL_BYTES = 5_140_000_000
 _READ_BYTES = 16 << 20
+_ROOT = Path(__file__).parent.parent
+_SOURCES = os.pathsep.join(
+    [*map(str, (_ROOT, _ROOT / "client", _ROOT / "daemon")), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class PeerProcess:
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.load_peers", name, str(scene.folder), scene.device],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": _SOURCES},  # a Python that has the peers may lack us
         )  # fmt: skip
 
     def wait_ready(self) -> None:
