@@ -47,9 +47,6 @@ _SHARE_OF_MEMORY = 3.5  # arena, page cache, a peer's copy and its work, in size
 _SDXL_BYTES = 5_140_000_000
 _READ_BYTES = 16 << 20
 _ROOT = Path(__file__).parent.parent
-_SOURCES = os.pathsep.join(
-    [*map(str, (_ROOT, _ROOT / "client", _ROOT / "daemon")), *filter(None, [os.environ.get("PYTHONPATH")])]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +72,12 @@ class Contestant:
     load: Callable[[], float]
 
 
+def _python_path() -> str:
+    """Ours, and what there is already."""
+    ours = map(str, (_ROOT, _ROOT / "client", _ROOT / "daemon"))
+    return os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 class PeerProcess:
     """A peer in a process of its own, there after `wait_ready`; or `absent`, for this reason."""
 
@@ -85,7 +88,7 @@ class PeerProcess:
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.load_peers", name, str(scene.folder), scene.device],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": _SOURCES},  # a Python that has the peers may lack us
+            env=os.environ | {"PYTHONPATH": _python_path()},  # a Python that has the peers may lack us
         )  # fmt: skip
 
     def wait_ready(self) -> None:

@@ -28,6 +28,12 @@ def pixels(png: bytes) -> bytes:
         return bytes(image.convert("RGB").tobytes())
 
 
+def distance(images: list[bytes], others: list[bytes]) -> int:
+    """The largest difference of two bytes at the same place."""
+    assert [len(image) for image in images] == [len(other) for other in others]
+    return max(abs(x - y) for image, other in zip(images, others) for x, y in zip(image, other))
+
+
 @functools.cache
 def _painted(folder: Path, dtype: str, *, seed: int, images: int = 1, **arguments: Any) -> tuple[bytes, ...]:
     import torch

@@ -9,8 +9,7 @@ from click.testing import CliRunner
 
 import understudy
 from daemon_kit import DaemonProcess, running_daemon
-from family_kit import pixels
-from test_kinds import distance
+from family_kit import distance, pixels
 from understudy import admin
 from understudy.ctl import main as ctl
 

@@ -14,11 +14,10 @@ import adapter_kit as kit
 import understudy
 from adapter_kit import Making
 from daemon_kit import DaemonProcess, running_daemon
-from family_kit import Family, pixels
+from family_kit import Family, distance, pixels
 from ingest_kit import single_threaded
 from input_kit import mask, picture
 from lora_family_kit import OPTIONS, PROMPT, REFERENCE, Applied, Loras
-from test_kinds import distance
 from understudy import admin
 from understudy.ctl import main as ctl
 from understudy_demo import tiny

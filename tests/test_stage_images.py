@@ -182,7 +182,9 @@ def outside_bytes(rig: Rig) -> tuple[int, int]:
     sizes = [
         found.numel() * found.element_size()
         for found in gc.get_objects()
-        if isinstance(found, torch.Tensor) and found.numel() and found.data_ptr() not in addresses
+        if type(found) in (torch.Tensor, torch.nn.Parameter)  # what compilers leave has no memory
+        and found.numel()
+        and found.data_ptr() not in addresses
     ]
     return len(sizes), sum(sizes)
 
