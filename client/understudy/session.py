@@ -58,7 +58,7 @@ _WORDS = {
     "bool": "True or False",
     "null": "None",
 }
-_NO_TROUBLE = "is understudyd running, and is this its endpoint?"
+_NO_TROUBLE = "is understudyd running, and is this its endpoint? `understudyd serve` starts one"
 Frames = tuple[bytes, ...]
 Openable = Generate | ListModels | Ping
 

@@ -343,10 +343,10 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
 
 
 def _wheel(names: Sequence[str]) -> dict[str, Rgb]:
-    """Distinct muted colours: hues by the golden angle, two lightnesses."""
+    """Distinct muted colours: hues by the golden angle but for the alarm's red, two lightnesses."""
     grey = {"": (0.62, 0.65, 0.70)}
     return grey | {
-        name: colorsys.hls_to_rgb((0.58 + i * 0.381966) % 1.0, 0.45 + 0.1 * (i % 2), 0.42)
+        name: colorsys.hls_to_rgb(0.06 + 0.84 * ((0.58 + i * 0.381966) % 1.0), 0.45 + 0.1 * (i % 2), 0.42)
         for i, name in enumerate(filter(None, names))
     }
 

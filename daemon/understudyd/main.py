@@ -66,7 +66,10 @@ def _leave(status: int) -> NoReturn:
 def _serve(config: configuration.Config, read: Callable[[], configuration.Config]) -> int:
     # What start-up makes is nearly all kept: the collector would walk it again and again, for seconds.
     gc.disable()
-    import uvloop
+    try:
+        import uvloop
+    except ModuleNotFoundError as error:
+        raise click.ClickException("this is the client alone: pip install 'understudy[daemon]'") from error
 
     from understudy.keys import KeyFileError
     from understudyd.shell.daemon import Daemon
