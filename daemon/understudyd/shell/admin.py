@@ -134,7 +134,7 @@ class AdminServer:
             return proto.Done(result=await self._change(command, peer, notify))
         except proto.AdminError as error:
             return proto.Error(code=error.code, message=str(error))
-        except Exception as error:
+        except Exception as error:  # a task's boundary: one command fails, the daemon serves on
             log.exception("admin command failed: %r", line[:_SHOWN_BYTES])
             return proto.Error(
                 code="internal", message=f"{type(error).__name__}: {error}; see the daemon's log"
