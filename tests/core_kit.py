@@ -81,7 +81,9 @@ class World:
         pool_pages: int = 0,
         max_derived: int = 1000,
         much: int = MUCH,
+        waits_every: int = 0,
     ) -> None:
+        self.waits_every = waits_every
         self.clock = VirtualClock()
         self.machine = Machine(
             pages * PAGE,
@@ -112,10 +114,13 @@ class World:
     # -- by hand --------------------------------------------------------------------------------------
 
     def tell(self, event: ev.Event) -> list[ac.Action]:
-        """One event; every invariant is checked after it."""
+        """One event; every invariant is checked after it. Of some, what follows waits for a tick."""
+        may_wait = self.waits_every > 0 and self.events % self.waits_every == 0
         self.events += 1
         self.ledger.before(event, self.now_s)
-        actions = self.machine.handle(event, self.now_s)
+        actions = self.machine.handle(event, self.now_s, may_wait=may_wait)
+        if may_wait and self.machine.next_deadline_s(self.now_s) == self.now_s:
+            actions += self.machine.handle(ev.Ticked(), self.now_s)
         self.ledger.after(event, actions, self.now_s)
         invariants.check(self.machine)
         self.log += [(self.now_s, action) for action in actions]

@@ -81,6 +81,7 @@ class Walk:
             max_waiting=6,
             max_derived=MAX_DERIVED,
             much=much,
+            waits_every=3,
         )
         if found is not None:
             self.world.tell(found)

@@ -30,9 +30,9 @@ class ScriptedMachine(Machine):
         self.events: list[ev.Event] = []
         self.next: deque[ac.Action] = deque()
 
-    def handle(self, event: ev.Event, now_s: float) -> list[ac.Action]:
+    def handle(self, event: ev.Event, now_s: float, *, may_wait: bool = False) -> list[ac.Action]:
         self.events.append(event)
-        actions = super().handle(event, now_s)
+        actions = super().handle(event, now_s, may_wait=may_wait)
         return [*actions, self.next.popleft()] if self.next else actions
 
 

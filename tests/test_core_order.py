@@ -7,7 +7,7 @@ from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core.policy import PolicySettings
 from understudyd.core.states import RequestState
-from understudyd.core.types import ErrorCode, Outcome, Tier
+from understudyd.core.types import ErrorCode, Outcome, RequestInfo, Tier
 
 A, B, C = model("a", 2), model("b", 2), model("c", 2)
 
@@ -292,3 +292,25 @@ def test_time_alone_makes_a_request_pressing_and_the_machine_wakes_for_it() -> N
     world.clock.now_s += 10.0
     world.tell(ev.Ticked())
     assert [load.blob for load in world.ledger.loads.values()] == ["a.0"]
+
+
+def test_what_follows_from_several_events_is_looked_at_after_the_last() -> None:
+    world = settled(busy_world(8, A), "a")  # from here on past its ledger
+    machine = world.machine
+    (accepted,) = machine.handle(
+        ev.RequestReceived(RequestInfo("late", "me", "a")), world.now_s, may_wait=True
+    )
+    assert isinstance(accepted, ac.AcceptRequest) and machine.is_unsettled
+    assert machine.next_deadline_s(world.now_s) == world.now_s
+    (chosen,) = machine.handle(ev.Ticked(), world.now_s)
+    assert isinstance(chosen, ac.PutOnDeck) and not machine.is_unsettled
+    for event in (
+        ev.RunStarted("late"),
+        ev.RunEnded("late", Outcome.FINISHED),
+        ev.LeaseEnded("late"),
+    ):
+        assert machine.handle(event, world.now_s, may_wait=True) == []
+    (answer,) = machine.handle(ev.ImagesEncoded("late"), world.now_s, may_wait=True)
+    assert answer == ac.AnswerRequest("late", None, "") and machine.is_unsettled
+    machine.handle(ev.Ticked(), world.now_s)
+    assert not machine.is_unsettled

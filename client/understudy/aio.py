@@ -30,6 +30,8 @@ from understudy.session import Mailbox, Openable, Patience, Session
 from understudy.wire import Generate, ListModels, ModelEntry, Ping
 
 _MESSAGES_PER_TURN = 64
+# Numbers, not pyzmq's flags: to combine those takes microseconds, several times a request.
+_NOBLOCK, _POLLIN = int(zmq.NOBLOCK), int(zmq.POLLIN)
 _FAREWELL_MS = 250
 
 
@@ -128,7 +130,8 @@ class AsyncClient:
         try:
             return await handle.result()
         finally:
-            handle.cancel()  # ignored once there is an answer
+            if not handle.done:
+                handle.cancel()
 
     async def stream(
         self, model: str, prompt: str = "", **fields: Unpack[RequestFields]
@@ -314,11 +317,10 @@ class _Wire:
 
     def _read(self) -> None:
         self._turn = None
-        try:
-            for _ in range(_MESSAGES_PER_TURN):
-                self._session.received(self._socket.recv_multipart(zmq.NOBLOCK), self.now())
-        except zmq.Again:
-            pass
+        for _ in range(_MESSAGES_PER_TURN):
+            if not self._has_message():
+                break
+            self._session.received(self._socket.recv_multipart(_NOBLOCK), self.now())
         self.pump()
 
     def _send(self) -> None:
@@ -326,11 +328,14 @@ class _Wire:
         if due_s is not None and due_s <= self.now():
             self._session.tick(self.now())
         for frames in self._session.take_outgoing():
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            self._socket.send_multipart(frames, _NOBLOCK)
+
+    def _has_message(self) -> bool:
+        return bool(int(self._socket.get(zmq.EVENTS)) & _POLLIN)
 
     def _rearm(self) -> None:
         # The descriptor signals an edge only: after each send and receive the socket itself is asked.
-        if self._turn is None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if self._turn is None and self._has_message():
             self._turn = self._loop.call_soon(self._read)
         due_s = self._session.next_deadline_s()
         if due_s is None:

@@ -102,15 +102,20 @@ class Machine:
 
     # -- the two calls of a driver -------------------------------------------------------------------
 
-    def handle(self, event: ev.Event, now_s: float) -> list[Action]:
-        """Take in what happened; returns what to do, in order."""
+    def handle(self, event: ev.Event, now_s: float, *, may_wait: bool = False) -> list[Action]:
+        """Take in what happened; returns what to do, in order.
+
+        With `may_wait` what follows from it is left for the next event, which is due at once.
+        """
         assert not self._actions
         if self.decisions is not None:
             self.decisions.now_s = now_s
         try:
             self.outlook.learn(event, now_s)
             self._take_in(event, now_s)
-            if not isinstance(event, ANSWERING) or self._is_due(now_s):
+            if may_wait:
+                self._pace.has_more |= not isinstance(event, ANSWERING)
+            elif not isinstance(event, ANSWERING) or self.next_deadline_s(now_s) == now_s:
                 self._settle(now_s)
             return list(self._actions)
         finally:
@@ -131,10 +136,6 @@ class Machine:
         ]
         earliest_s = min((at_s for at_s in times if at_s is not None), default=None)
         return None if earliest_s is None else max(earliest_s, now_s)
-
-    def _is_due(self, now_s: float) -> bool:
-        deadline_s = self.next_deadline_s(now_s)
-        return deadline_s is not None and deadline_s <= now_s
 
     # -- events -------------------------------------------------------------------------------------
 

@@ -89,6 +89,7 @@ class Frontend:
         self._by_name: dict[str, Client] = {}
         self._users = UserBook()
         self._blocked: set[str] = set()
+        self._touched: dict[str, Client] | None = None  # while a message is handled, who has a reply coming
         self._serial = 0
         self._input_room = InputRoom(limits.max_open_input_bytes, limits.max_all_input_bytes)
         self._work_room = WorkRoom(limits.max_open_work)
@@ -169,6 +170,8 @@ class Frontend:
             case Progress():
                 known.outbox.put_hint(reply.id, "progress", (encode(reply),), now)
             case Finished() | Failed():
+                if self._touched is not None:
+                    self._flush(known)  # a hint that waits would be dropped for the answer
                 del known.open[reply.id]
                 self._users.closed(known.user)
                 self._give_back(client, reply.id)
@@ -177,13 +180,26 @@ class Frontend:
                 known.outbox.put_answer(reply.id, ("accepted", "progress"), frames, now)
             case Pong() | ModelList():
                 raise AssertionError(f"the front end answers this itself: {reply}")
-        self._flush(known)
+        if self._touched is None:
+            self._flush(known)
+        else:
+            self._touched[known.name] = known
 
     # -- from the socket ------------------------------------------------------------------------------------
 
     def _on_message(self, identity: bytes, frames: list[bytes], user: str) -> None:
+        """Replies leave once all is done that the message asks for: the stage has begun by then."""
         self.counters.received += 1
         client = self._client(identity, user)
+        self._touched = touched = {client.name: client}
+        try:
+            self._handle(client, frames)
+        finally:
+            self._touched = None
+        for one in touched.values():
+            self._flush(one)
+
+    def _handle(self, client: Client, frames: list[bytes]) -> None:
         header = frames[0] if frames else b""
         try:
             request = decode_request(header)
@@ -212,7 +228,6 @@ class Frontend:
             case Ping(id=request_id):
                 pong = encode(Pong(id=request_id, daemon=self._daemon_id))
                 client.outbox.put_hint(request_id, "pong", (pong,), self._clock())
-        self._flush(client)
 
     def _generate(self, client: Client, request: Generate, payload: Sequence[bytes]) -> None:
         request_id = request.id
@@ -276,7 +291,6 @@ class Frontend:
         self.counters.refused += 1
         failed = Failed(id=request_id, code=code, message=message, retryable=retryable)
         client.outbox.put_notice(request_id, answer_frames(failed), self._clock())
-        self._flush(client)
 
     # -- clients --------------------------------------------------------------------------------------------
 

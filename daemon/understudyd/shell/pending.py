@@ -2,10 +2,13 @@
 
 import asyncio
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from understudy.wire import Generate
-from understudyd.core.types import ErrorCode, Tier
+from understudyd.core.types import ErrorCode, RequestInfo, Tier
+from understudyd.recorded import work_of
 from understudyd.shell.adapter_keeper import Wish
+from understudyd.shell.batch_key import batch_key
 from understudyd.shell.ports import RunResult
 
 RETRYABLE = frozenset(
@@ -17,6 +20,14 @@ RETRYABLE = frozenset(
         ErrorCode.INTERNAL,
     }
 )
+
+
+class Step(NamedTuple):
+    """The run of a request has made a step, of so many."""
+
+    request_id: str
+    step: int
+    steps: int
 
 
 class RunFailed(Exception):
@@ -40,3 +51,18 @@ class Pending:
     step: int = 0
     steps: int = 0
     done: asyncio.Future[RunResult] | None = None
+
+    def info(self, request_id: str) -> RequestInfo:
+        """As the core takes it."""
+        request = self.request
+        deadline_at_s = None if request.deadline_s is None else self.received_at_s + request.deadline_s
+        return RequestInfo(
+            request_id=request_id,
+            client=self.client,
+            model=self.wish.model,
+            priority=request.priority,
+            deadline_at_s=deadline_at_s,
+            cost=work_of(request.images, request.steps),
+            batch_key=batch_key(request),
+            images=request.images,
+        )

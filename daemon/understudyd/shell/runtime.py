@@ -16,25 +16,25 @@ from understudy.wire import Accepted, Failed, Finished, Generate, ModelEntry, Pr
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
 from understudyd.core import snapshot
-from understudyd.core.machine import Machine
+from understudyd.core.machine import ANSWERING, Machine
 from understudyd.core.states import IllegalEvent
-from understudyd.core.types import ErrorCode, RequestInfo
+from understudyd.core.types import ErrorCode
 from understudyd.names import how_to_list, unknown_model
-from understudyd.recorded import work_of
 from understudyd.shell.adapter_book import AdapterRefused
-from understudyd.shell.batch_key import batch_key
+from understudyd.shell.arrivals import Arrivals
 from understudyd.shell.blob_files import BlobFiles
 from understudyd.shell.chronicle import Chronicle
 from understudyd.shell.keeper import Keeper
 from understudyd.shell.lora_views import lora_entries
 from understudyd.shell.meter import FoldEnding, Meter
 from understudyd.shell.model_settings import ModelSettings
-from understudyd.shell.pending import RETRYABLE, Pending, RunFailed
+from understudyd.shell.pending import RETRYABLE, Pending, RunFailed, Step
 from understudyd.shell.ports import LoadRunner, ReplySink, RunResult, StageDoor
 from understudyd.shell.read_through import ReadThrough
 from understudyd.shell.request_log import RequestLog
 from understudyd.shell.stage_hands import Asked, StageHands
 from understudyd.shell.tally import Tally
+from understudyd.shell.watches import Watches
 from understudyd.store.records import ModelRecord
 from understudyd.store.union import StoreUnion
 
@@ -81,10 +81,11 @@ class Runtime:
         self._hands = StageHands(self.keeper.adapters.derived, self._asked, self.handle)
         self._replies: ReplySink | None = None
         self._inbox: deque[ev.Event] = deque()
+        self._arrivals: Arrivals[ev.Event | Step] = Arrivals(loop, self._take)
         self._is_handling = False
         self._wake_at_s: float | None = None
         self._waker: asyncio.Handle | None = None
-        self._watches: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._watches = Watches(loop)
 
     @property
     def records(self) -> dict[str, ModelRecord]:
@@ -117,30 +118,45 @@ class Runtime:
         if threading.get_ident() == self._thread:
             self.handle(event)
         elif (verified := self.keeper.verified(event)) is not None:
-            self._loop.call_soon_threadsafe(self.handle, verified)
+            self._arrivals.put(verified)
 
-    def handle(self, event: ev.Event) -> None:
-        """Machine, then actions; events that performing causes are handled after, in order."""
-        self._inbox.append(event)
+    def progress(self, request_id: str, step: int, steps: int) -> None:
+        """The stage reports a step; from any thread."""
+        self._arrivals.put(Step(request_id, step, steps))
+
+    def _take(self, arrived: list[ev.Event | Step]) -> None:
+        """What comes in a row is handled as one; steps first, for nobody makes one after his answer."""
+        for told in arrived:
+            if isinstance(told, Step):
+                self._progress(told)
+        self.handle(*(told for told in arrived if not isinstance(told, Step)))
+
+    def handle(self, *events: ev.Event) -> None:
+        """Machine, then actions; events that performing causes are handled after, in order.
+
+        What follows from several at once is looked at after the last; after an answer, in a turn of its own.
+        """
+        self._inbox.extend(events)
         if self._is_handling:
             return
         self._is_handling = True
         try:
             while self._inbox:
-                self._handle_one(self._inbox.popleft())
+                event = self._inbox.popleft()
+                self._handle_one(event, may_wait=bool(self._inbox) or isinstance(event, ANSWERING))
         finally:
             self._is_handling = False
         self._set_waker()
-        self._look_at_watches()
+        self._watches.look()
 
-    def _handle_one(self, event: ev.Event) -> None:
+    def _handle_one(self, event: ev.Event, *, may_wait: bool) -> None:
         self.files.follow(event)
         if isinstance(event, FoldEnding) and (fold := self.machine.residency.folds.under_way) is not None:
             self.meter.folded(event, self._clock() - fold.started_at_s)
         if isinstance(event, ev.RunStarted | ev.RunEnded):
             self.stage_moved_at_s = self._clock()
         try:
-            actions = self.machine.handle(event, self._clock())
+            actions = self.machine.handle(event, self._clock(), may_wait=may_wait)
         except IllegalEvent:
             log.exception("an event that cannot be was ignored: %r", event)
             return
@@ -216,36 +232,40 @@ class Runtime:
         return pending.request, pending.payload
 
     def _answer(self, request_id: str, code: ErrorCode | None, message: str) -> None:
+        """The client's answer leaves first: the books can wait."""
         pending = self.pending.pop(request_id)
-        request = pending.request
-        self._chronicle.answered(request_id, pending, "" if code is None else code.value, self._clock())
         if code is None:
             assert self._hands.stage is not None
             result = self._hands.stage.take_result(request_id, pending.received_at_s)
-            timings = result.timings
-            visible_s = timings.gap_s if result.switched else None
-            if result.switched:
-                self._chronicle.switched(request_id, pending, timings)
             if pending.done is None:
-                wish = pending.wish
-                used = {wish.base, wish.model, *(adapter.name for adapter in wish.adapters)}
-                self.tally.finished(used, self._clock(), visible_s)
-                self.meter.finished(wish.base, pending.tier.value, timings, switched=result.switched)
-                self._log_request(request_id, pending, timings)
-                self._send_images(pending, result, timings)
+                self._send_images(pending, result)
             elif not pending.done.done():
                 pending.done.set_result(result)
-            return
-        if pending.done is not None:
-            if not pending.done.done():
-                pending.done.set_exception(RunFailed(code, message))
-            return
+            self._book(request_id, pending, result)
+        elif pending.done is None:
+            self._refuse(request_id, pending, code, message)
+        elif not pending.done.done():
+            pending.done.set_exception(RunFailed(code, message))
+        self._chronicle.answered(request_id, pending, "" if code is None else code.value, self._clock())
+
+    def _book(self, request_id: str, pending: Pending, result: RunResult) -> None:
+        timings = result.timings
+        if result.switched:
+            self._chronicle.switched(request_id, pending, timings)
+        if pending.done is None:
+            wish = pending.wish
+            used = {wish.base, wish.model, *(adapter.name for adapter in wish.adapters)}
+            self.tally.finished(used, self._clock(), timings.gap_s if result.switched else None)
+            self.meter.finished(wish.base, pending.tier.value, timings, switched=result.switched)
+            self._log_request(request_id, pending, timings)
+
+    def _refuse(self, request_id: str, pending: Pending, code: ErrorCode, message: str) -> None:
         self._log_request(request_id, pending, None)
         self.meter.failed(None if code is ErrorCode.UNKNOWN_MODEL else pending.wish.base, code.value)
         if code is ErrorCode.UNKNOWN_MODEL:
             names = [*self.keeper.names(), *self.keeper.adapters.book.found]
             message = unknown_model(pending.wish.base, names, how_to_list(names, "understudy models"))
-        self._send_failure(pending.client, request, code.value, message)
+        self._send_failure(pending.client, pending.request, code.value, message)
 
     def _send_failure(self, client: str, request: Generate, code: str, message: str) -> None:
         if code not in (ErrorCode.CANCELLED, ErrorCode.CLIENT_GONE):
@@ -263,13 +283,13 @@ class Runtime:
             line = (pending.client, pending.request, pending.wish, pending.steps, pending.received_at_s)
             self._request_log.finished(request_id, *line, timings)
 
-    def _send_images(self, pending: Pending, result: RunResult, timings: Timings) -> None:
+    def _send_images(self, pending: Pending, result: RunResult) -> None:
         finished = Finished(
             id=pending.request.id,
             model=pending.request.model,
             seed=pending.request.seed,
             images=tuple(result.infos),
-            timings=timings,
+            timings=result.timings,
             tier=pending.tier.value,
             switched=result.switched,
             adapters=pending.wish.adapters,
@@ -315,18 +335,15 @@ class Runtime:
         ]
         return entries + lora_entries(self.keeper.adapters.book, self.machine)
 
-    def progress(self, request_id: str, step: int, steps: int) -> None:
-        """The stage reports a step; from any thread."""
-        self._loop.call_soon_threadsafe(self._progress, request_id, step, steps)
-
-    def _progress(self, request_id: str, step: int, steps: int) -> None:
+    def _progress(self, told: Step) -> None:
         self.stage_moved_at_s = self._clock()
-        pending = self.pending.get(request_id)
+        pending = self.pending.get(told.request_id)
         if pending is None:
             return
-        pending.step, pending.steps = step, steps
+        pending.step, pending.steps = told.step, told.steps
         if pending.done is None and pending.request.progress and self._replies is not None:
-            self._replies.send(pending.client, Progress(id=pending.request.id, step=step, steps=steps))
+            progress = Progress(id=pending.request.id, step=told.step, steps=told.steps)
+            self._replies.send(pending.client, progress)
 
     # -- the daemon's own requests --------------------------------------------------------------------
 
@@ -346,20 +363,8 @@ class Runtime:
                 self.handle(ev.RequestCancelled(request_id))
 
     def _submit(self, request_id: str, pending: Pending) -> None:
-        request = pending.request
-        deadline = request.deadline_s
-        info = RequestInfo(
-            request_id=request_id,
-            client=pending.client,
-            model=pending.wish.model,
-            priority=request.priority,
-            deadline_at_s=pending.received_at_s + deadline if deadline is not None else None,
-            cost=work_of(request.images, request.steps),
-            batch_key=batch_key(request),
-            images=request.images,
-        )
         self.pending[request_id] = pending
-        self.handle(ev.RequestReceived(info))
+        self.handle(ev.RequestReceived(pending.info(request_id)))
 
     def tasks(self, name: str) -> list[str]:
         """What the model's components can do; nothing is known before it is prepared."""
@@ -370,21 +375,9 @@ class Runtime:
         """Tensors of bound components outside the arena; see `StageDoor`."""
         return self._hands.stage.strays() if self._hands.stage is not None else []
 
-    # -- waiting ------------------------------------------------------------------------------------
-
     async def until(self, condition: Callable[[], bool]) -> None:
         """Return once `condition` holds; it is looked at after every event."""
-        if not condition():
-            watch: asyncio.Future[None] = self._loop.create_future()
-            self._watches.append((condition, watch))
-            await watch
-
-    def _look_at_watches(self) -> None:
-        for condition, watch in self._watches:
-            if not watch.done() and condition():
-                watch.set_result(None)
-        if self._watches:
-            self._watches = [(c, w) for c, w in self._watches if not w.done()]
+        await self._watches.until(condition)
 
     def close(self) -> None:
         """No more timers."""
