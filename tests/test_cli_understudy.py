@@ -1,5 +1,6 @@
 """The `understudy` command against a real front end."""
 
+import inspect
 import json
 import signal
 import struct
@@ -13,7 +14,9 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from understudy.cli import main
+from understudy import AsyncClient, Client
+from understudy.cli import main, ping
+from understudy.session import Patience
 from understudy.wire import Failed, Generate
 from wire_kit import FakeSink, Served, accepts, finished, image_of, ipc, serving
 
@@ -187,6 +190,13 @@ def test_no_daemon(tmp_path: Path) -> None:
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 5
         assert "is understudyd running" in result.stderr and "error [unreachable]: " in result.stderr
+
+
+def test_the_command_waits_as_long_as_both_clients() -> None:
+    """A daemon that restarts is waited for alike, whichever way one asks."""
+    waits = {parameter.default for parameter in ping.params if parameter.name == "wait_s"}
+    waits |= {inspect.signature(kind).parameters["reconnect_s"].default for kind in (Client, AsyncClient)}
+    assert waits == {Patience().reconnect_s}
 
 
 @pytest.mark.parametrize(
