@@ -105,7 +105,7 @@ class Daemon:
         server = self.config.server
         self._parts.check()
         server.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
-        with locked(server.runtime_dir, server.endpoints):
+        async with locked(server.runtime_dir, server.endpoints):
             self._listen_to_signals(asyncio.get_running_loop())
             async with AsyncExitStack() as leaving:
                 with contextlib.suppress(_Stopped):
