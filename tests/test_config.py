@@ -125,9 +125,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines] == ["[device]", "device.kind", "loader.count:"]
 
 
-def test_check_warns_of_what_will_not_work_here(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_warns_of_what_will_not_work_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     large = write(tmp_path, '[device]\nkind = "cpu"\narena = "9000TiB"\n')
     assert config.main(["check", str(large)]) == 0
     assert "device.arena is 9216000.0 GiB and this machine has" in capsys.readouterr().err

@@ -85,7 +85,9 @@ def test_a_living_daemon_is_told_at_once(tmp_path: Path, caplog: pytest.LogCaptu
     caplog.set_level("INFO")
     with process() as living:
         lock = held_by(living.pid, tmp_path)
-        with pytest.raises(AlreadyRunning, match=f"a daemon with pid {living.pid}.* serves {tmp_path} already"):
+        with pytest.raises(
+            AlreadyRunning, match=f"a daemon with pid {living.pid}.* serves {tmp_path} already"
+        ):
             asyncio.run(serve())
         lock.close()
     assert WAITING not in caplog.text

@@ -9,7 +9,7 @@ _DRIVER = Path("/dev/nvidiactl")
 
 
 def kind_of(chosen: DeviceConfig) -> str:
-    """ "cpu" or "cuda"."""
+    """Either "cpu" or "cuda"."""
     if chosen.kind != "auto":
         return chosen.kind
     return "cuda" if _DRIVER.exists() else "cpu"

@@ -85,7 +85,9 @@ async def _lock(path: Path, what: str, instead: str, patience_s: float) -> Daemo
                 raise
             if waits_for != error.pid:
                 waits_for = error.pid
-                log.info("the last daemon, pid %s, is dead and still gives its memory back: waiting", waits_for)
+                log.info(
+                    "the last daemon, pid %s, is dead and still gives its memory back: waiting", waits_for
+                )
         await asyncio.sleep(_POLL_S)
 
 

@@ -89,7 +89,7 @@ class Parts:
             tcp_address(endpoint, allow_remote=metrics.allow_remote)
 
     def check_room(self) -> None:
-        """Look at memory again, now that nobody else serves here. Raises `ArenaError` when there is too little.
+        """Look at memory again, now that nobody else serves here. Raises `ArenaError` when it is too little.
 
         A host pool is left out: a dead daemon's may be taken over.
         """
