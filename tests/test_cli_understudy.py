@@ -43,6 +43,21 @@ def test_generate_writes_the_image_and_says_what_it_took(served: Served, tmp_pat
     assert out.read_bytes() == image_of(wish)
     assert result.stdout.splitlines()[0] == str(out)
     assert "seed 9" in result.stdout and "switch 2.0 ms" in result.stdout
+    assert "visible" not in result.stdout, "nobody had to wait"
+
+
+@pytest.mark.parametrize("switched", [True, False])
+def test_the_visible_switch_is_called_so(tmp_path: Path, switched: bool) -> None:
+    """As in the daemon's status, and not where the gap before it had another reason."""
+
+    def waited(sink: FakeSink, client: str, request: Generate) -> None:
+        reply, images = finished(request)
+        timings = msgspec.structs.replace(reply.timings, gap_s=0.00375)
+        sink.reply(client, msgspec.structs.replace(reply, timings=timings, switched=switched), images)
+
+    with serving(ipc(tmp_path), FakeSink(waited)) as served:
+        result = run(served, "generate", "x", "-m", "sd15-red", "-q", "-o", str(tmp_path / "a.png"))
+    assert ("; visible switch 3.75 ms" in result.stdout) == switched, result.output
 
 
 def test_no_switch_is_told_where_none_took_place(tmp_path: Path) -> None:
