@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from stage_kit import DEADLINE_S, Family, Rig, pixels
+from stage_kit import DEADLINE_S, Family, Rig, pixels, rig_over, two_models
 from understudy_demo import tiny
 from understudyd.core.events import (
     EncodingFailed,
@@ -30,18 +30,13 @@ from understudyd.stage.errors import UnknownClass, told_of_preparation
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    family = Family(tmp_path_factory.mktemp("family"))
-    family.add("a", tiny.stable_diffusion(1))
-    family.add("b", tiny.stable_diffusion(2))
-    return family
+    return two_models(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture
 def rig(family: Family) -> Iterator[Rig]:
-    rig = Rig(family.store)
-    rig.serve("a", "b")
-    yield rig
-    rig.close()
+    with rig_over(family, "a", "b") as rig:
+        yield rig
 
 
 # -- failures -------------------------------------------------------------------------------------
