@@ -257,6 +257,12 @@ def install_all(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Hungry, "tries", 0)
 
 
+def custom_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty store, and every class of this file installed."""
+    install_all(folder / "site", monkeypatch)
+    return Store.open(folder / "store", writable=True)
+
+
 def grid_folder(folder: Path, seed: int, size: int = 8, **files: str) -> Path:
     folder = save_model(folder, {}, **files)
     save_file(untied_state(random_grid(seed, size)), folder / "grid.safetensors")

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,25 @@ class Family:
         pipeline = DiffusionPipeline.from_pretrained(self.sources / name, dtype=dtype)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def two_models(folder: Path) -> Family:
+    """Fine-tunes "a" and "b" of one architecture."""
+    family = Family(folder)
+    family.add("a", tiny.stable_diffusion(1))
+    family.add("b", tiny.stable_diffusion(2))
+    return family
+
+
+@contextmanager
+def rig_over(family: Family, *served: str) -> Iterator["Rig"]:
+    """A stage over the family's store with these models at hand, closed at the end."""
+    rig = Rig(family.store)
+    try:
+        rig.serve(*served)
+        yield rig
+    finally:
+        rig.close()
 
 
 class Rig:

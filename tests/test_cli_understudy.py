@@ -1,5 +1,6 @@
 """The `understudy` command against a real front end."""
 
+import inspect
 import json
 import signal
 import struct
@@ -13,7 +14,9 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from understudy.cli import main
+from understudy import AsyncClient, Client
+from understudy.cli import main, ping
+from understudy.session import Patience
 from understudy.wire import Failed, Generate
 from wire_kit import FakeSink, Served, accepts, finished, image_of, ipc, serving
 
@@ -40,6 +43,21 @@ def test_generate_writes_the_image_and_says_what_it_took(served: Served, tmp_pat
     assert out.read_bytes() == image_of(wish)
     assert result.stdout.splitlines()[0] == str(out)
     assert "seed 9" in result.stdout and "switch 2.0 ms" in result.stdout
+    assert "visible" not in result.stdout, "nobody had to wait"
+
+
+@pytest.mark.parametrize("switched", [True, False])
+def test_the_visible_switch_is_called_so(tmp_path: Path, switched: bool) -> None:
+    """As in the daemon's status, and not where the gap before it had another reason."""
+
+    def waited(sink: FakeSink, client: str, request: Generate) -> None:
+        reply, images = finished(request)
+        timings = msgspec.structs.replace(reply.timings, gap_s=0.00375)
+        sink.reply(client, msgspec.structs.replace(reply, timings=timings, switched=switched), images)
+
+    with serving(ipc(tmp_path), FakeSink(waited)) as served:
+        result = run(served, "generate", "x", "-m", "sd15-red", "-q", "-o", str(tmp_path / "a.png"))
+    assert ("; visible switch 3.75 ms" in result.stdout) == switched, result.output
 
 
 def test_no_switch_is_told_where_none_took_place(tmp_path: Path) -> None:
@@ -187,6 +205,13 @@ def test_no_daemon(tmp_path: Path) -> None:
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 5
         assert "is understudyd running" in result.stderr and "error [unreachable]: " in result.stderr
+
+
+def test_the_command_waits_as_long_as_both_clients() -> None:
+    """A daemon that restarts is waited for alike, whichever way one asks."""
+    waits = {parameter.default for parameter in ping.params if parameter.name == "wait_s"}
+    waits |= {inspect.signature(kind).parameters["reconnect_s"].default for kind in (Client, AsyncClient)}
+    assert waits == {Patience().reconnect_s}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ LOADERS = [
 ]  # fmt: skip
 STATUS = {
     "daemon": "d-77", "version": "0.1.0", "pid": 4242, "state": "ready", "uptime_s": 7500.0, "device": "cpu",
+    "store": "/var/lib/understudy/store",
     "models": 24, "models_resident": 6, "requests_waiting": 3, "requests_done": 1200, "requests_failed": 2,
     "request_running": {"id": "r9", "model": "sd15-red", "step": 3, "steps": 20},
     "arena": {"size_bytes": 100 * MIB, "ready_bytes": 40 * MIB, "leased_bytes": 10 * MIB,
@@ -107,7 +108,9 @@ def test_status(daemon: FakeDaemon) -> None:
     for fact in ("ready", "up 2 h 5 min", "24, 6 resident", "3 waiting, 1200 done, 2 failed", "pid 4242"):
         assert fact in text
     assert "sd15-red, step 3/20 (r9)" in text
-    assert "p50 0.80 ms, p99 2.25 ms over 99" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("visible switch ")]
+    assert "p50 0.80 ms, p99 2.25 ms over 99" in row
+    assert any(line.split() == ["store", "/var/lib/understudy/store"] for line in text.splitlines())
     assert "blob 12 is corrupt" in text
     assert "75 % of 4.0 MiB" in text and "2.0 MiB/s" in text
     bar = next(line for line in text.splitlines() if "█" in line and "▓" in line and "leased" not in line)

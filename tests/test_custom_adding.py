@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from custom_kit import (
     Bad,
     add_grid,
+    custom_store,
     grid_folder,
     install,
-    install_all,
     random_grid,
     save_model,
     untied_state,
@@ -25,13 +25,8 @@ from understudyd.store.store import Store
 
 
 @pytest.fixture(autouse=True)
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install_all(tmp_path / "site", monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(tmp_path / "store", writable=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    return custom_store(tmp_path, monkeypatch)
 
 
 # -- adding ------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from custom_kit import (
     Hungry,
     Painter,
     add_grid,
+    custom_store,
     grid_folder,
-    install_all,
     plainly,
     random_grid,
     untied_state,
@@ -35,13 +35,8 @@ from understudyd.store.store import Store
 
 
 @pytest.fixture(autouse=True)
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install_all(tmp_path / "site", monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(tmp_path / "store", writable=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    return custom_store(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -50,13 +50,18 @@ def test_start_up_is_on_the_timeline(daemon: DaemonProcess) -> None:
     assert spans["weights"]["end_s"] < spans["import"]["end_s"], "the family is small"
 
 
-def test_status_tells_the_hand_over_and_the_host_pool(daemon: DaemonProcess) -> None:
+def test_status_tells_the_hand_over_the_store_and_the_host_pool(
+    daemon: DaemonProcess, family: Family
+) -> None:
     status = daemon.ask(admin.Status())
     by_threads = status["hand_over"] == "threads"
     assert status["hand_over_reason"] == ("as configured" if by_threads else "")
     assert {loader["pid"] == status["pid"] for loader in status["loaders"]} == {by_threads}
     assert len(children(daemon)) == (0 if by_threads else 2)
     assert status["version"] == understudy.__version__
+    assert status["store"] == str(family.store) and f"store {family.store}" in daemon.wait_for_log(
+        "ready after"
+    )
     pool = status["host_pool"]
     assert pool["size_bytes"] == 24 * 2**20
     states = ("ready", "in_use", "filling", "quarantined", "free")

@@ -57,6 +57,23 @@ def test_a_daemon_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> 
         pytest.fail("it must not become ready")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "missing"), [(["run"], "torch"), (["run"], "matplotlib"), (["make", "family"], "torch")]
+)
+def test_what_is_not_installed_is_told_with_what_installs_it(
+    tmp_path: Path, arguments: list[str], missing: str
+) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; "
+        f"from understudy_demo.main import main; main({arguments})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"Error: {missing} is not installed" in done.stderr and "'.[daemon,demo]'" in done.stderr
+
+
 STARTER = """
 import sys
 from pathlib import Path

@@ -176,7 +176,7 @@ REFUSALS: dict[str, tuple[Callable[[kit.State], None], str, str]] = {
     "full difference": (_plus("lora_unet_x.diff"), "not_plain_lora", "full differences"),
     "bias difference": (_plus("lora_unet_x.diff_b"), "not_plain_lora", "full differences"),
     "bias": (_plus(f"{MODULE}.lora_B.bias"), "not_plain_lora", "biases"),
-    "checkpoint": (_plus("model.diffusion_model.out.2.weight"), "not_plain_lora", "is a checkpoint"),
+    "checkpoint": (_plus("model.diffusion_model.out"), "not_plain_lora", "which `understudyctl add` adds"),
     "unknown key": (_plus("what.is.this"), "not_plain_lora", "what.is.this"),
     "integers": (_whole, "not_plain_lora", "in I8"),
     "empty": (lambda state: state.clear(), "not_plain_lora", "it is empty"),

@@ -97,6 +97,23 @@ def test_a_repository_of_pickles_has_nothing(tmp_path: Path) -> None:
         choose_weights(HubId("org/x", None), ["pytorch_lora_weights.bin"], None)
 
 
+def test_who_takes_a_model_for_a_lora_hears_of_add(tmp_path: Path) -> None:
+    """A pipeline may have a checkpoint beside it, or the one LoRA that is meant."""
+    paths = ["model_index.json", "v1-5.safetensors", "unet/x.safetensors"]
+    with pytest.raises(
+        StoreError, match=r"org/x is a .* no LoRA; .* `understudyctl add NAME org/x`"
+    ) as caught:
+        choose_weights(HubId("org/x", None), paths, None)
+    assert caught.value.code == "not_plain_lora"
+    lora = "pytorch_lora_weights.safetensors"
+    assert choose_weights(HubId("org/x", None), [*paths, lora], None) == lora
+    assert choose_weights(HubId("org/x", None), paths, "v1-5.safetensors") == "v1-5.safetensors"
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(StoreError, match="`understudyctl add NAME") as caught:
+        find_adapters(tmp_path)
+    assert caught.value.code == "not_plain_lora"
+
+
 def test_names_come_from_files_or_from_their_folders(tmp_path: Path, made: kit.MadeAdapter) -> None:
     kit.write_diffusers(made, tmp_path / "Pixel Art (v2).safetensors")
     kit.write_diffusers(made, tmp_path / "sketch" / "pytorch_lora_weights.safetensors")

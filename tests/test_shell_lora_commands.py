@@ -151,6 +151,34 @@ def test_remove_lora(own: Store) -> None:
     play(work)
 
 
+def test_a_base_that_is_removed_takes_its_adapters_use_along(own: Store) -> None:
+    """Both fitted it alone; what could not be asked for before is not told."""
+
+    async def work() -> None:
+        _, desk = await open_desk(own)
+        removed = await desk.ask(admin.Remove(name="base"))
+        assert removed["warning"] == "; ".join(
+            f"no model here fits the adapter {name!r}; add the base model it was made for"
+            for name in ("lora", "more")
+        )
+        assert "warning" not in await desk.ask(admin.Remove(name="wide"))
+
+    play(work)
+
+
+def test_no_warning_while_another_base_takes_over(own: Store) -> None:
+    async def work() -> None:
+        for name in ("twin", "triplet"):
+            kit.add_model(own, name)
+        _, desk = await open_desk(own)
+        removed = await desk.ask(admin.Remove(name="base"))
+        assert "the adapter 'lora' fits 2 models (triplet, twin); name one" in removed["warning"]
+        assert "'more'" not in removed["warning"], "it had to be told a model before, too"
+        assert "warning" not in await desk.ask(admin.Remove(name="twin")), "one is left, and no choice"
+
+    play(work)
+
+
 # -- adding ----------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,22 @@ def test_simulate_for_people(made_up: Path, costs: Path) -> None:
     assert "misses" not in result.output
 
 
+def test_waiting_is_shown_beside_that_of_an_lru(made_up: Path, costs: Path) -> None:
+    arguments = (
+        "simulate", made_up, "--profile", costs, "--models-resident", "10%", "--host-pool", 0,
+        "--utilisation", "85%",
+    )  # fmt: skip
+    found = json.loads(run(*arguments, "--json").stdout)
+    shares = ("p50", "p95", "p99")
+    ours, theirs = (
+        ", ".join(f"{share} {found[f'wait_{share}_s{whose}']:.1f} s" for share in shares)
+        for whose in ("", "_lru_on_demand")
+    )
+    assert ours != theirs
+    shown = " ".join(run(*arguments).output.split())  # however wide the terminal is
+    assert f"waiting {ours}; LRU on demand: {theirs}" in shown
+
+
 def test_plan_prints_rows_and_a_conclusion(made_up: Path, costs: Path, tmp_path: Path) -> None:
     common = (
         "plan",

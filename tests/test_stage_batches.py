@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, PixArtSigmaPipeline, StableDiffusionXLPipeline, WanPipeline
 from torch import Tensor
 
-from stage_kit import Family, Rig, asked, pixels
+from family_kit import distance
+from stage_kit import Family, Rig, asked, pixels, rig_over, two_models
 from test_stage_requests import Gate
 from understudy_demo import tiny
 from understudyd.core.events import ImagesEncoded, LeaseEnded, ModelPrepared, RunEnded, RunStarted
@@ -32,19 +32,15 @@ WISHES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    family = Family(tmp_path_factory.mktemp("family"))
-    family.add("a", tiny.stable_diffusion(1))
-    family.add("b", tiny.stable_diffusion(2))
+    family = two_models(tmp_path_factory.mktemp("family"))
     family.add("xl", tiny.stable_diffusion_xl(3))
     return family
 
 
 @pytest.fixture
 def rig(family: Family) -> Iterator[Rig]:
-    rig = Rig(family.store)
-    rig.serve("a", "b", "xl")
-    yield rig
-    rig.close()
+    with rig_over(family, "a", "b", "xl") as rig:
+        yield rig
 
 
 def put(rig: Rig, model: str, wishes: dict[str, dict[str, Any]] = WISHES, **more: Any) -> None:
@@ -58,13 +54,6 @@ def results(rig: Rig, *names: str) -> dict[str, list[bytes]]:
         rig.wait_for(ImagesEncoded(name))
         rig.wait_for(LeaseEnded(name))
     return {name: pixels(rig.stage.take_result(name)) for name in names}
-
-
-def distance(made: list[bytes], expected: list[bytes]) -> int:
-    """The largest difference of two bytes."""
-    assert [len(image) for image in made] == [len(image) for image in expected]
-    one, other = (np.frombuffer(b"".join(images), np.uint8).astype(int) for images in (made, expected))
-    return int(np.abs(one - other).max())
 
 
 class Calls:

@@ -7,25 +7,20 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from stage_kit import Family, Rig, pixels
-from understudy_demo import tiny
+from stage_kit import Family, Rig, pixels, rig_over, two_models
 from understudyd.core.events import ImagesEncoded
 from understudyd.stage.early import EarlyReads, WeightsReadEarly
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    family = Family(tmp_path_factory.mktemp("family"))
-    family.add("a", tiny.stable_diffusion(1))
-    family.add("b", tiny.stable_diffusion(2))
-    return family
+    return two_models(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture
 def rig(family: Family) -> Iterator[Rig]:
-    rig = Rig(family.store)
-    yield rig
-    rig.close()
+    with rig_over(family) as rig:
+        yield rig
 
 
 class Reading:

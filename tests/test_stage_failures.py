@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from stage_kit import DEADLINE_S, Family, Rig, pixels
+from stage_kit import DEADLINE_S, Family, Rig, pixels, rig_over, two_models
 from understudy_demo import tiny
 from understudyd.core.events import (
     EncodingFailed,
@@ -23,23 +23,20 @@ from understudyd.core.events import (
     ViewsFailed,
 )
 from understudyd.core.types import ErrorCode, Outcome
+from understudyd.pipelines.installed import PipelineUnavailable
 from understudyd.stage import performer
+from understudyd.stage.errors import UnknownClass, told_of_preparation
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    family = Family(tmp_path_factory.mktemp("family"))
-    family.add("a", tiny.stable_diffusion(1))
-    family.add("b", tiny.stable_diffusion(2))
-    return family
+    return two_models(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture
 def rig(family: Family) -> Iterator[Rig]:
-    rig = Rig(family.store)
-    rig.serve("a", "b")
-    yield rig
-    rig.close()
+    with rig_over(family, "a", "b") as rig:
+        yield rig
 
 
 # -- failures -------------------------------------------------------------------------------------
@@ -93,7 +90,7 @@ def test_a_failing_pipeline_leaves_the_stage_usable(
     assert "went wrong" in ended.message and len(ended.message) < 400
     assert [type(e) for e in rig.of("r1")] == [RunStarted, RunEnded, LeaseEnded]
     rig.run("b")
-    assert "Traceback" in caplog.text
+    rig.wait_until(lambda: "Traceback" in caplog.text)  # it is written when the request has its answer
     assert pixels(rig.run("a")) == family.plain_images("a")
 
 
@@ -186,7 +183,7 @@ def test_views_of_an_unknown_blob_fail(rig: Rig) -> None:
 
 
 def test_a_broken_model_folder_fails_its_preparation_alone(
-    family: Family, tmp_path_factory: pytest.TempPathFactory
+    family: Family, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = Family(tmp_path_factory.mktemp("broken"))
     other.add("broken", tiny.stable_diffusion(1))
@@ -196,8 +193,35 @@ def test_a_broken_model_folder_fails_its_preparation_alone(
         rig.stage.prepare_model("broken")
         rig.stage.prepare_model("missing")
         rig.wait_until(lambda: sum(isinstance(e, ModelPreparationFailed) for e in rig.events) == 2)
+        broken, _ = [e.message for e in rig.events if isinstance(e, ModelPreparationFailed)]
+        assert "/" not in broken and "add the model again with --replace" in broken, "a client may read it"
+        assert str(other.store.path) in caplog.text, "the log has it all"
     finally:
         rig.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError("no /var/lib/store/m/tokenizer"),
+            "OSError, which the daemon's log has in full; add the mod",
+        ),
+        (
+            ImportError("from 'x' (/opt/venv/x.py)"),
+            "ImportError, which the daemon's log has in full; add the",
+        ),
+        (UnknownClass("no Unet here; upgrade"), "UnknownClass: no Unet here; upgrade"),
+        (
+            PipelineUnavailable(
+                "paint (no '/my models/a b.bin' or /srv/x/y.z, see https://h/p/q); repair it"
+            ),
+            "PipelineUnavailable: paint (no 'a b.bin' or y.z, see https://h/p/q); repair it",
+        ),
+    ],
+)
+def test_no_place_on_this_machine_is_told_of_a_preparation(error: Exception, told: str) -> None:
+    assert told_of_preparation(error).startswith(told)
 
 
 def test_a_constructor_that_rewrites_configs_sees_the_canonical_one_each_time(

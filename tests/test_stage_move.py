@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from stage_kit import ALIGN_BYTES, Family, Rig, pixels
-from understudy_demo import tiny
+from stage_kit import ALIGN_BYTES, Family, Rig, pixels, rig_over, two_models
 from understudyd.core.events import ExtentMoved, MoveFailed, ViewsBuilt
 from understudyd.stage import views
 from understudyd.stage.views import WeightArena
@@ -14,17 +13,13 @@ from understudyd.stage.views import WeightArena
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    family = Family(tmp_path_factory.mktemp("family"))
-    family.add("a", tiny.stable_diffusion(1))
-    family.add("b", tiny.stable_diffusion(2))
-    return family
+    return two_models(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture
 def rig(family: Family) -> Iterator[Rig]:
-    rig = Rig(family.store)
-    yield rig
-    rig.close()
+    with rig_over(family) as rig:
+        yield rig
 
 
 @pytest.mark.parametrize("shift", [16, 100, 128, 1000, 4096])

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from stage_kit import DEADLINE_S, Family, Rig, pixels
-from understudy_demo import tiny
+from stage_kit import DEADLINE_S, Family, Rig, pixels, rig_over, two_models
 from understudyd.core.events import (
     ImagesEncoded,
     LeaseEnded,
@@ -21,18 +20,13 @@ from understudyd.stage.device import CpuDevice
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    family = Family(tmp_path_factory.mktemp("family"))
-    family.add("a", tiny.stable_diffusion(1))
-    family.add("b", tiny.stable_diffusion(2))
-    return family
+    return two_models(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture
 def rig(family: Family) -> Iterator[Rig]:
-    rig = Rig(family.store)
-    rig.serve("a", "b")
-    yield rig
-    rig.close()
+    with rig_over(family, "a", "b") as rig:
+        yield rig
 
 
 class Gate:

@@ -155,6 +155,7 @@ def test_what_a_model_can_do(rig: Rig) -> None:
         ("sd", {"inputs": (sent("control_image", EDGES),)}, "image-to-image takes image; inpainting takes"),
         ("sd", {"inputs": (sent("control_image", EDGES),)}, "needs a model with a ControlNet"),
         ("sd", {"options": {"strength": 0.5}}, "image-to-image takes it: send an image"),
+        ("sd", {"options": {"strenght": 0.5}}, "mean strength? image-to-image takes it: send an image"),
         ("sd", {"options": {"padding_mask_crop": 8}}, "inpainting takes it: send an image and a mask"),
     ],
 )

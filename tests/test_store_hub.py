@@ -159,7 +159,7 @@ def test_a_gated_model_needs_a_token(hub: FakeHub, monkeypatch: pytest.MonkeyPat
     [
         ("org/nobody", "not_found", "the hub has no model org/nobody"),
         ("org/model@v9", "not_found", "org/model has no revision 'v9'"),
-        ("org/none", "unsupported_source", "no model_index.json"),
+        ("org/none", "unsupported_source", "a LoRA is added with `understudyctl add-lora`"),
         ("org/model/unet", "not_found", "there is no org/model/unet"),
         ("../model", "not_found", "there is no ../model"),
     ],

@@ -177,11 +177,12 @@ def keys(*names: str, shape: tuple[int, ...] = (2, 2)) -> Callable[[Path], Path]
 
 
 UNET_KEY = "model.diffusion_model.input_blocks.0.0.weight"
+LORA = "is a LoRA, an adapter and no model of its own; add it with `understudyctl add-lora`"
 OTHER_KINDS = {
-    "kohya LoRA": ("is a LoRA", keys("lora_unet_down_blocks_0_attn.lora_down.weight", "x.alpha")),
-    "diffusers LoRA": ("is a LoRA", keys("unet.down_blocks.0.attn.to_q.lora_A.weight")),
-    "PEFT LoRA": ("is a LoRA", keys("base_model.model.to_q.lora_B.weight")),
-    "LoHa": ("is a LoRA", keys("lora_te_x.hada_w1_a")),
+    "kohya LoRA": (LORA, keys("lora_unet_down_blocks_0_attn.lora_down.weight", "x.alpha")),
+    "diffusers LoRA": (LORA, keys("unet.down_blocks.0.attn.to_q.lora_A.weight")),
+    "PEFT LoRA": (LORA, keys("base_model.model.to_q.lora_B.weight")),
+    "LoHa": (LORA, keys("lora_te_x.hada_w1_a")),
     "ControlNet": ("is a ControlNet", keys("control_model.time_embed.0.weight", UNET_KEY)),
     "IP-Adapter": ("is an IP-Adapter", keys("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight")),
     "embedding": ("is a textual inversion", keys("emb_params")),

@@ -90,6 +90,9 @@ def test_a_folder_names_itself_as_its_origin(tmp_path: Path) -> None:
     assert open_source(folder) == FolderSource(folder, str(folder))
     with pytest.raises(StoreError, match="scan it"):
         open_source(tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(StoreError, match="add-lora"):
+        open_source(tmp_path)
     with pytest.raises(StoreError, match="which has no revisions"):
         open_source(folder, revision="v1")
 

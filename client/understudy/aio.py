@@ -23,7 +23,7 @@ from understudy.errors import CallerError, TransportError, UnderstudyError
 from understudy.handshake import HandshakeWatch, use_keys
 from understudy.keys import Keys
 from understudy.many import check_in_flight, outcome
-from understudy.paths import default_endpoint
+from understudy.paths import RECONNECT_S, default_endpoint
 from understudy.request import Request, RequestFields, compose, parts_of
 from understudy.results import Answer, Hint, Pinged, Result
 from understudy.session import Mailbox, Openable, Patience, Session
@@ -93,7 +93,7 @@ class AsyncClient:
         endpoint: str | None = None,
         *,
         timeout_s: float | None = None,
-        reconnect_s: float = 30.0,
+        reconnect_s: float = RECONNECT_S,
         patience: Patience | None = None,
         keys: Keys | None = None,
     ) -> None:

@@ -267,10 +267,12 @@ def _saved(result: "Result", output: Path) -> list[str]:
     timings = result.timings
     # Without another model before it, this is no switch but the way from the queue to the stage.
     switch = f"switch {timings.switch_s * 1000:.1f} ms, " if result.switched else ""
+    visible_s = timings.gap_s if result.switched else None
+    visible = "" if visible_s is None else f"; visible switch {visible_s * 1000:.2f} ms"
     folded = "".join(f" + {adapter.name}:{adapter.scale:g}" for adapter in result.adapters)
     return [
         *map(str, paths),
         f"{result.model}{folded} (was {result.tier}), seed {result.seed}: queued {timings.queued_s:.3f} s, "
         f"{switch}run {timings.run_s:.3f} s, "
-        f"encode {timings.encode_s:.3f} s, total {timings.total_s:.3f} s",
+        f"encode {timings.encode_s:.3f} s, total {timings.total_s:.3f} s{visible}",
     ]

@@ -10,6 +10,7 @@ import click
 
 from understudy.errors import CapacityError, DaemonError, TransportError, UnderstudyError
 from understudy.leaving import interrupted, leave_with
+from understudy.paths import RECONNECT_S
 
 if TYPE_CHECKING:
     from understudy.sync import Client
@@ -29,7 +30,7 @@ wait_option = click.option(
     "--wait",
     "wait_s",
     type=click.FloatRange(min=0, min_open=True),
-    default=10.0,
+    default=RECONNECT_S,
     show_default=True,
     metavar="SECONDS",
     help="How long to wait for a daemon that does not answer at all.",

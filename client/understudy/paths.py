@@ -1,4 +1,4 @@
-"""Where daemon and clients meet. Standard library only.
+"""Where daemon and clients meet, and how long these wait for it. Standard library only.
 
 The runtime directory is, in this order: ``$UNDERSTUDY_RUNTIME_DIR``; ``/run/understudy`` when it exists
 (the systemd service makes it); ``$XDG_RUNTIME_DIR/understudy``; ``/tmp/understudy-<uid>``.
@@ -11,6 +11,8 @@ SYSTEM_RUNTIME_DIR = Path("/run/understudy")
 CLIENT_SOCKET = "understudy.sock"
 ADMIN_SOCKET = "admin.sock"
 METRICS_SOCKET = "metrics.sock"
+RECONNECT_S = 30.0
+"""Without a word from the daemon a client gives up after this, unless told otherwise: a restart fits in."""
 
 
 def runtime_dir() -> Path:

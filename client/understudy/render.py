@@ -58,9 +58,10 @@ def status(document: Document) -> RenderableType:
             Text(f"{_text(document.get('models'))}, {_text(document.get('models_resident'))} resident"),
         ),
         *_loras(document),
+        ("store", Text(_text(document.get("store")))),
         ("requests", Text(_requests(document))),
         ("running", Text(_running(document.get("request_running")))),
-        ("switch", Text(_switch(switch))),
+        ("visible switch", Text(_switch(switch))),
         ("arena", arena_bar(arena_facts)),
         ("host", arena_bar(host_facts) if host_facts.get("size_bytes") else Text("no host pool")),
     ]
@@ -338,7 +339,7 @@ def _switch(switch: Document) -> str:
     if not switch.get("count"):
         return "none yet"
     p50, p99 = switch.get("p50"), switch.get("p99")
-    return f"visible p50 {_ms(p50)}, p99 {_ms(p99)} over {switch['count']}"
+    return f"p50 {_ms(p50)}, p99 {_ms(p99)} over {switch['count']}"
 
 
 def _ms(value: Any) -> str:

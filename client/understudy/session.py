@@ -29,6 +29,7 @@ from understudy.errors import (
     UnderstudyError,
     error_from,
 )
+from understudy.paths import RECONNECT_S
 from understudy.results import Answer, Hint, Pinged, result_from
 from understudy.wire import (
     Accepted,
@@ -69,7 +70,7 @@ class Patience:
 
     heartbeat_s: float = 1.0
     silence_s: float = 3.0
-    reconnect_s: float = 30.0
+    reconnect_s: float = RECONNECT_S
     refresh_s: float = 10.0
     deadline_grace_s: float = 2.0
     cancel_grace_s: float = 5.0

@@ -21,6 +21,7 @@ from understudy.aio import AsyncClient, AsyncHandle
 from understudy.errors import TransportError, UnderstudyError
 from understudy.keys import Keys
 from understudy.many import check_in_flight, outcome
+from understudy.paths import RECONNECT_S
 from understudy.request import Request, RequestFields
 from understudy.results import Hint, Pinged, Result
 from understudy.session import Patience
@@ -70,7 +71,7 @@ class Client:
         endpoint: str | None = None,
         *,
         timeout_s: float | None = None,
-        reconnect_s: float = 30.0,
+        reconnect_s: float = RECONNECT_S,
         patience: Patience | None = None,
         keys: Keys | None = None,
     ) -> None:

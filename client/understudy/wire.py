@@ -148,10 +148,10 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a finished request; the first four, added in this order, are `total_s`, to the last bit.
 
     `queued_s` from receipt until the stage was free for it, `switch_s` from then to its first stage
-    operation (the visible switch when work was waiting), `run_s` on stage, `encode_s` after it.
+    operation, `run_s` on stage, `encode_s` after it.
     `gap_s` is how long the stage did nothing while this request waited: from the end of the previous
     request's last stage operation, or from receipt if that was later, to this one's first. A load that had
-    to be waited for is part of it.
+    to be waited for is part of it. Where other weights were bound it is the visible switch.
     """
 
     queued_s: float

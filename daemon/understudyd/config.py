@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 
 from understudy.paths import runtime_dir
-from understudyd.config_check import door_mistakes, mistakes, warnings
+from understudyd.config_check import device_mistakes, door_mistakes, mistakes, warnings
 from understudyd.names import unknown_model
 
 ENV_PREFIX = "UNDERSTUDY__"
@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load(path)
         check_startup(config)
-        if lines := door_mistakes(config):
+        if lines := door_mistakes(config) + device_mistakes(config):
             raise ConfigError("; ".join(lines))
     except ConfigError as error:
         print(f"bad configuration: {error}", file=sys.stderr)

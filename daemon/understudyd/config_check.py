@@ -1,10 +1,8 @@
 """What is wrong with a configuration, all of it, and what is likely to be a mistake on this machine."""
 
 import grp
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -58,15 +56,12 @@ def _instead(name: str, known: Mapping[str, Any]) -> str:
 
 def warnings(config: "Config") -> list[str]:
     """What can be read but will hardly work here."""
+    from understudyd.shell.device import kind_of
+
     device = config.device
     lines: list[str] = []
-    if device.kind == "cuda" and not _is_installed("cuda.bindings"):
-        lines.append(
-            'device.kind is "cuda" but cuda-bindings are missing: install Understudy with its extra cuda'
-        )
-    on_cpu = device.kind == "cpu" or (device.kind == "auto" and not Path("/dev/nvidiactl").exists())
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if on_cpu and device.arena > memory_bytes:
+    if kind_of(device) == "cpu" and device.arena > memory_bytes:
         lines.append(
             f"device.arena is {device.arena / 2**30:.1f} GiB and this machine has {memory_bytes / 2**30:.1f} "
             "GiB of memory: make it smaller"
@@ -77,6 +72,18 @@ def warnings(config: "Config") -> list[str]:
             "not start unless the service manager has them as credentials (see SECURITY.md)"
         )
     return lines
+
+
+def device_mistakes(config: "Config") -> list[str]:
+    """Why nothing can be served on the device that is named, if it is not here. Asks the driver."""
+    from understudyd.shell.device import gpu_uuid
+    from understudyd.shell.memory import ArenaError
+
+    try:
+        gpu_uuid(config.device)
+    except ArenaError as error:
+        return [str(error)]
+    return []
 
 
 def door_mistakes(config: "Config") -> list[str]:
@@ -127,10 +134,3 @@ def _is_group(name: str) -> bool:
     except KeyError:
         return False
     return True
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is missing
-        return False

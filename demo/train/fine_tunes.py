@@ -9,18 +9,13 @@ from train.base import load_pair, new_pair, trained_vae
 from train.diffusion import Diffusion, train
 from train.latents import lesson
 from train.networks import new_scheduler, new_tokenizer
+from train.options import style_options
 from train.runs import Checkpoint, lowest_priority
 from understudy_demo.styles import FINE_TUNES
 
 
 @click.command()
-@click.option("--work", type=click.Path(path_type=Path), default=Path("train-out"), show_default=True)
-@click.option("--steps", type=int, default=900, show_default=True)
-@click.option("--batch", type=int, default=48, show_default=True)
-@click.option("--pictures", "count", type=int, default=3000, show_default=True, help="Of each style.")
-@click.option("--rate", type=float, default=2.5e-3, show_default=True)
-@click.option("--threads", type=int, default=1, show_default=True)
-@click.argument("styles", nargs=-1, type=click.Choice(list(FINE_TUNES)))
+@style_options(FINE_TUNES, steps=900, batch=48, pictures=3000, rate=2.5e-3)
 def main(
     work: Path, steps: int, batch: int, count: int, rate: float, threads: int, styles: tuple[str, ...]
 ) -> None:

@@ -10,6 +10,7 @@ from train.base import load_pair, new_pair, trained_vae
 from train.diffusion import Diffusion, train
 from train.latents import lesson
 from train.networks import new_scheduler, new_tokenizer
+from train.options import style_options
 from train.runs import Checkpoint, lowest_priority
 from understudy_demo.styles import LORAS
 
@@ -25,13 +26,7 @@ def lora_config(seed: int = 2) -> LoraConfig:
 
 
 @click.command()
-@click.option("--work", type=click.Path(path_type=Path), default=Path("train-out"), show_default=True)
-@click.option("--steps", type=int, default=400, show_default=True)
-@click.option("--batch", type=int, default=32, show_default=True)
-@click.option("--pictures", "count", type=int, default=2000, show_default=True, help="Of each style.")
-@click.option("--rate", type=float, default=8e-3, show_default=True)
-@click.option("--threads", type=int, default=1, show_default=True)
-@click.argument("styles", nargs=-1, type=click.Choice(list(LORAS)))
+@style_options(LORAS, steps=400, batch=32, pictures=2000, rate=8e-3)
 def main(
     work: Path, steps: int, batch: int, count: int, rate: float, threads: int, styles: tuple[str, ...]
 ) -> None:

@@ -1,6 +1,8 @@
 """`understudy-demo`: see Understudy at work on a small machine, without a network."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -17,8 +19,9 @@ def main() -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 def make(folder: Path, models: int, seed: int) -> None:
     """Write a family of MODELS diffusers pipelines to FOLDER."""
-    from understudy_demo.baseline import quiet
-    from understudy_demo.family import make_family
+    with _or_how_to_install():
+        from understudy_demo.baseline import quiet
+        from understudy_demo.family import make_family
 
     quiet()
     try:
@@ -40,8 +43,9 @@ def run(out: Path, models: int, requests: int) -> None:
 
     console = Console()
     console.print(f"Understudy demo: {models} models, {requests} requests, all in {out}/", style="bold")
-    from understudy_demo.run import Demo, Plan  # seconds: torch and diffusers
-    from understudy_demo.serving import DaemonFailed
+    with _or_how_to_install():
+        from understudy_demo.run import Demo, Plan  # seconds: torch and diffusers
+        from understudy_demo.serving import DaemonFailed
 
     try:
         status = Demo(Plan(out=out, models=models, requests=requests), console).play()
@@ -52,6 +56,18 @@ def run(out: Path, models: int, requests: int) -> None:
         click.echo("\nstopped; nothing is left running", err=True)
         sys.exit(130)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _or_how_to_install() -> Iterator[None]:
+    """The client alone has this command, too, and none of what it needs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"{error.name} is not installed: the demo needs the daemon and matplotlib. In the checkout: "
+            "make demo, or pip install '.[daemon,demo]'"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class CudaError(Exception):
 
 _HINTS = {
     ("cuInit", "CUDA_ERROR_NO_DEVICE"): "no GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES",
+    ("cuDeviceGet", "CUDA_ERROR_INVALID_DEVICE"): "there is no such GPU; nvidia-smi -L lists them",
     (
         "cuMemAlloc",
         "CUDA_ERROR_OUT_OF_MEMORY",

@@ -21,12 +21,12 @@ from understudyd.shell.keeper import ReplaceFailed
 from understudyd.shell.lora_commands import LoraCommands
 from understudyd.shell.lora_views import LoraViews, blob_tier
 from understudyd.shell.operations import Operations, Service
+from understudyd.shell.removing import remove
 from understudyd.shell.runtime import Runtime
 from understudyd.shell.scanning import scan
 from understudyd.shell.supervisor import LoaderPool
 from understudyd.shell.timeline import Timeline
-from understudyd.store.errors import StoreError, StoreErrorCode
-from understudyd.store.records import ModelRecord
+from understudyd.store.errors import StoreError
 
 
 class Lifecycle(Service, Protocol):
@@ -99,7 +99,8 @@ class Commands:
             case proto.Rescan():
                 return await self._rescan()
             case proto.Remove(name=name):
-                return await self._remove(name)
+                self._known(name)
+                return await remove(self._runtime.keeper, name)
             case proto.Load(name=name, wait=wait):
                 return await self._load(name, wait)
             case proto.Evict(name=name):
@@ -136,6 +137,7 @@ class Commands:
             "state": self._daemon.state,
             "uptime_s": round(self._clock() - self._daemon.started_at_s, 1),
             "device": self._daemon.device,
+            "store": str(runtime.keeper.stores.own.path),
             "models": len(models),
             "models_resident": sum(m.is_resident for m in models),
             "loras": len(runtime.keeper.adapters.book.found),
@@ -302,32 +304,6 @@ class Commands:
 
     async def _rescan(self) -> dict[str, Any]:
         return dataclasses.asdict(await self._runtime.keeper.rescan())
-
-    async def _remove(self, name: str) -> dict[str, Any]:
-        self._known(name)
-        gone = self._runtime.records[name]
-        try:
-            freed_bytes = await self._runtime.keeper.remove(name)
-            await self._runtime.keeper.settings.forget(name)
-        except StoreError as error:
-            if error.code is StoreErrorCode.READ_ONLY:
-                raise AdminError(error.code.value, error.message) from error
-            raise AdminError(error.code.value, f"{name!r} is served no more, but: {error}") from error
-        document = {"name": name, "freed_bytes": freed_bytes}
-        return document if freed_bytes else document | {"kept": self._why_kept(gone)}
-
-    def _why_kept(self, gone: ModelRecord) -> str:
-        """Why nothing on the disk is free now that the model is gone."""
-        left = {component.blob.sha256 for component in gone.components}
-        sharing = []
-        for record in self._runtime.records.values():
-            theirs = {component.blob.sha256 for component in record.components}
-            if left & theirs:
-                sharing.append(record.name)
-                left -= theirs
-        if not left:
-            return f"other models have its weights: {', '.join(sorted(sharing))}"
-        return "its files go when no request, no other daemon and no damaged model may need them"
 
     async def _load(self, name: str, wait: bool) -> dict[str, Any]:
         name, model = self._meant(name)

@@ -103,8 +103,9 @@ class Daemon:
     async def serve(self) -> int:
         """Serve until told to stop."""
         server = self.config.server
+        self._parts.check()
         server.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
-        with locked(server.runtime_dir, server.endpoints):
+        async with locked(server.runtime_dir, server.endpoints):
             self._listen_to_signals(asyncio.get_running_loop())
             async with AsyncExitStack() as leaving:
                 with contextlib.suppress(_Stopped):
@@ -117,6 +118,7 @@ class Daemon:
         Raises `_Stopped`, and whatever keeps the daemon from getting ready.
         """
         loop = asyncio.get_running_loop()
+        self._parts.check_room()
         stores = self._parts.stores()
         stores.own.usage.begin()
         leaving.callback(stores.own.usage.end)
@@ -257,13 +259,10 @@ class Daemon:
         gc.enable()
         self.state = "ready"
         self._manager.notify("READY=1")
-        lacks = (
-            f"; not loaded: {start_up.describe_missing()}"
-            if start_up is not None and start_up.missing
-            else ""
-        )
+        lacks = f"; not loaded: {start_up.describe_missing()}" if start_up and start_up.missing else ""
+        took_s = time.monotonic() - self.started_at_s
         self._say(
-            f"ready after {time.monotonic() - self.started_at_s:.1f} s on {', '.join(endpoints)}{lacks}"
+            f"ready after {took_s:.1f} s on {', '.join(endpoints)}, store {self.config.store.path}{lacks}"
         )
         if self._pulse is not None:
             self._pulse.start()

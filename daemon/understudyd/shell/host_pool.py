@@ -7,7 +7,7 @@ import fcntl
 import os
 
 from understudyd.loader.mapping import Mapping, MappingError
-from understudyd.shell.memory import ArenaError, memory_available_bytes
+from understudyd.shell.memory import ArenaError, check_available, memory_available_bytes
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -27,12 +27,7 @@ class HostPool:
             self._fd = found_fd
             self._map()
             return
-        available_bytes = memory_available_bytes()
-        if not 0 < size_bytes <= available_bytes:
-            raise ArenaError(
-                f"a host pool of {size_bytes / 2**30:.2f} GiB is not possible: give it more than none and "
-                f"less than the {available_bytes / 2**30:.2f} GiB of memory that are available"
-            )
+        check_available("a host pool", size_bytes, memory_available_bytes())
         self._fd = os.memfd_create("understudy-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self._fd, size_bytes)

@@ -83,12 +83,7 @@ class CpuArena:
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        available_bytes = memory_available_bytes()
-        if not 0 < size_bytes <= available_bytes:
-            raise ArenaError(
-                f"an arena of {size_bytes / 2**30:.2f} GiB is not possible: give it more than none and less "
-                f"than the {available_bytes / 2**30:.2f} GiB of memory that are available"
-            )
+        check_available("an arena", size_bytes, memory_available_bytes())
         self._fd = os.memfd_create("understudy-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             whole_bytes = size_bytes + PROOF_AREA_BYTES
@@ -135,6 +130,15 @@ class CpuArena:
         if self._mapping is not None:
             self._mapping = None
             os.close(self._fd)
+
+
+def check_available(what: str, size_bytes: int, available_bytes: int) -> None:
+    """Raises `ArenaError` when `what` cannot have so much of the memory."""
+    if not 0 < size_bytes <= available_bytes:
+        raise ArenaError(
+            f"{what} of {size_bytes / 2**30:.2f} GiB is not possible: give it more than none and less "
+            f"than the {available_bytes / 2**30:.2f} GiB of memory that are available"
+        )
 
 
 def memory_available_bytes(root: Path = Path("/")) -> int:

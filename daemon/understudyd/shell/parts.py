@@ -4,7 +4,6 @@ import asyncio
 import logging
 import sys
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -16,6 +15,8 @@ from understudyd.core.machine import Machine
 from understudyd.core.policy import PolicySettings
 from understudyd.shell.adapters import StageAdapter
 from understudyd.shell.curve import ServerKeys, load_keys
+from understudyd.shell.device import gpu_of, gpu_uuid, kind_of
+from understudyd.shell.endpoints import check_endpoint, tcp_address
 from understudyd.shell.frontend import Frontend
 from understudyd.shell.gpu_metrics import GpuCollector, open_nvml
 from understudyd.shell.health import Health
@@ -23,7 +24,7 @@ from understudyd.shell.host_pool import HostPool
 from understudyd.shell.input_limits import InputLimits
 from understudyd.shell.kept_pool import KeptPool
 from understudyd.shell.limits import Limits
-from understudyd.shell.memory import Arena, ArenaError, CpuArena, memory_available_bytes
+from understudyd.shell.memory import Arena, CpuArena, check_available, memory_available_bytes
 from understudyd.shell.meter import Meter
 from understudyd.shell.metrics import DaemonReader, Metrics
 from understudyd.shell.observatory import Observatory
@@ -68,14 +69,34 @@ class Parts:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.device: str = config.device.kind
-        if self.device == "auto":
-            self.device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-        gpu = config.device.gpu
-        self._gpu: str | int = int(gpu) if gpu.isdigit() else gpu
+        self.device = kind_of(config.device)
+        self._gpu = gpu_of(config.device)
         # Asked before the host pool takes its share, which it does in the background.
         self._available_bytes = memory_available_bytes()
         self._pool_to_come_bytes = 0
+
+    def check(self) -> None:
+        """Find out what would end the start later on, before anything is made.
+
+        Raises `ArenaError`, `EndpointError` and `KeyFileError`.
+        """
+        gpu_uuid(self.config.device)
+        has_keys = self.keys() is not None
+        for endpoint in self.config.server.endpoints:
+            check_endpoint(endpoint, has_keys=has_keys)
+        metrics = self.config.metrics
+        for endpoint in metrics.endpoints if metrics.enabled else ():
+            tcp_address(endpoint, allow_remote=metrics.allow_remote)
+
+    def check_room(self) -> None:
+        """Look at memory again, now that nobody else serves here. Raises `ArenaError` when it is too little.
+
+        A host pool is left out: a dead daemon's may be taken over.
+        """
+        self._available_bytes = memory_available_bytes()
+        wanted = int(self.config.device.arena)
+        if self.device == "cpu" and wanted != AUTO:
+            check_available("an arena", wanted, self._available_bytes)
 
     def stores(self) -> StoreUnion:
         """The writable store, made where there is none, and the read-only ones. Raises `StoreError`."""
@@ -129,18 +150,8 @@ class Parts:
             settings=settings,
             record=timeline.record,
             host_pool=host_pool,
-            gpu_uuid=self._gpu_uuid(),
+            gpu_uuid=gpu_uuid(self.config.device),
         )
-
-    def _gpu_uuid(self) -> str:
-        if self.device != "cuda":
-            return ""
-        from understudyd.loader.cuda import Cuda, CudaError, load_driver  # cuda-bindings take a while
-
-        try:
-            return Cuda(load_driver()).device(self._gpu)[1]
-        except CudaError as error:
-            raise ArenaError(str(error)) from error
 
     def arena(self) -> Arena:
         """The arena; blocks until all of its memory is there. Raises `ArenaError`."""
@@ -209,7 +220,7 @@ class Parts:
         registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=registry)
         if self.device == "cuda" and (nvml := open_nvml()) is not None:
-            registry.register(GpuCollector(nvml, self._gpu_uuid()))
+            registry.register(GpuCollector(nvml, gpu_uuid(self.config.device)))
         reader = DaemonReader(
             runtime.machine,
             runtime.meter,

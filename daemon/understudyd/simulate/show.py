@@ -28,11 +28,11 @@ def print_report(report: Report) -> None:
     table.add_row("idle while work waits", f"{idle:.2f} % of busy time; LRU on demand: {on_demand:.2f} %")
     p50, p95 = report.visible_switch_p50_ms, report.visible_switch_p95_ms
     table.add_row("visible switch", f"p50 {p50:.2f} ms, p95 {p95:.2f} ms, over {report.switches} switches")
-    waits = ", ".join(
-        f"p{share} {seconds:.1f} s"
-        for share, seconds in ((50, report.wait_p50_s), (95, report.wait_p95_s), (99, report.wait_p99_s))
+    ours = _waits(report.wait_p50_s, report.wait_p95_s, report.wait_p99_s)
+    theirs = _waits(
+        report.wait_p50_s_lru_on_demand, report.wait_p95_s_lru_on_demand, report.wait_p99_s_lru_on_demand
     )
-    table.add_row("waiting", waits)
+    table.add_row("waiting", f"{ours}; LRU on demand: {theirs}")
     if report.slots:
         table.add_row(
             f"misses of {report.slots} slots",
@@ -47,6 +47,10 @@ def print_report(report: Report) -> None:
     console = Console()
     console.print(f"[bold]{report.policy}[/] with the costs of [bold]{report.profile}[/]")
     console.print(table)
+
+
+def _waits(p50_s: float, p95_s: float, p99_s: float) -> str:
+    return f"p50 {p50_s:.1f} s, p95 {p95_s:.1f} s, p99 {p99_s:.1f} s"
 
 
 @contextmanager

@@ -1,6 +1,12 @@
 """What the stage can say went wrong; `code` is what the request is answered with."""
 
+import re
+
 from understudyd.core.types import ErrorCode
+from understudyd.pipelines.installed import PipelineUnavailable
+
+_QUOTED_PATH = re.compile(r"""(['"`])/[^'"`]*?([^/'"`]*)\1""")
+_PATH = re.compile(r"""(?<![\w.:/])/(?:[^\s/'"`,;:()]+/)+([^\s/'"`,;:()]*)""")
 
 
 class StageError(Exception):
@@ -37,3 +43,19 @@ class NotResident(StageError):
 
 class RunCancelled(BaseException):
     """Unwinds a pipeline at a checkpoint. No `Exception`: no pipeline may swallow it."""
+
+
+def told_of_preparation(error: Exception) -> str:
+    """Why a model cannot be prepared, for whoever asks for it, who may be far away: without places of ours.
+
+    What we and the authors of custom pipelines say is said. A library's error is about files, and in the log.
+    """
+    kind = type(error).__name__
+    if isinstance(error, StageError | PipelineUnavailable):
+        return f"{kind}: {without_paths(str(error))}"
+    return f"{kind}, which the daemon's log has in full; add the model again with --replace"
+
+
+def without_paths(text: str) -> str:
+    """The text with each absolute path reduced to its last part."""
+    return _PATH.sub(r"\1", _QUOTED_PATH.sub(r"\1\2\1", text))

@@ -185,13 +185,18 @@ def option_names(call: CallFacts) -> list[str]:
 
 def _unknown(name: str, call: CallFacts, tasks: Mapping[str, CallFacts]) -> str:
     names = option_names(call)
-    close = difflib.get_close_matches(name, names, 1)
-    elsewhere = next((task for task, other in tasks.items() if name in option_names(other)), None)
-    if elsewhere is not None:
-        hint = f"{elsewhere} takes it: send {what_to_send(elsewhere)}"
-    else:
-        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}"
-    return f"{call.pipeline} takes no option {name!r:.40}; {hint}"
+    elsewhere: dict[str, str] = {}
+    for task, other in tasks.items():
+        for option in option_names(other):
+            elsewhere.setdefault(option, task)
+    close = [name] if name in elsewhere else difflib.get_close_matches(name, {*names, *elsewhere}, 1)
+    hints = []
+    if close != [name]:
+        hints.append(f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}")
+    if close and close[0] not in names:
+        task = elsewhere[close[0]]
+        hints.append(f"{task} takes it: send {what_to_send(task)}")
+    return f"{call.pipeline} takes no option {name!r:.40}; {' '.join(hints)}"
 
 
 def _check_size(name: str, value: Any) -> None:

@@ -23,7 +23,7 @@ from understudyd.stage.custom import CustomModel
 from understudyd.stage.device import Device
 from understudyd.stage.early import EarlyReads, WeightsReadEarly
 from understudyd.stage.encode import encode_images
-from understudyd.stage.errors import BadRequest, RunCancelled, StageError
+from understudyd.stage.errors import BadRequest, RunCancelled, StageError, without_paths
 from understudyd.stage.inputs import check_inputs, decode_inputs
 from understudyd.stage.keywords import call_arguments, frames_per_second
 from understudyd.stage.pictures import Made, find_made
@@ -340,4 +340,4 @@ class Performer:
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:_MESSAGE_CHARS]
+    return without_paths(f"{type(error).__name__}: {error}")[:_MESSAGE_CHARS]

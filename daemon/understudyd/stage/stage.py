@@ -34,6 +34,7 @@ from understudyd.stage.baton import Baton
 from understudyd.stage.compile_report import CompileReport
 from understudyd.stage.compiling import Compiler
 from understudyd.stage.device import open_device
+from understudyd.stage.errors import told_of_preparation
 from understudyd.stage.fold_crew import FoldCrew
 from understudyd.stage.fold_job import FoldJob
 from understudyd.stage.performer import Announcer, Performer
@@ -291,7 +292,7 @@ class Stage:
         except Exception as error:  # noqa: BLE001  a task's boundary: libraries raise anything about bad files
             _log.exception("preparing model %s failed", name)
             self._note(PREPARE, name, started_at_s, FAILED)
-            self._announcer.announce(ModelPreparationFailed(name, f"{type(error).__name__}: {error}"))
+            self._announcer.announce(ModelPreparationFailed(name, told_of_preparation(error)))
         else:
             self._note(PREPARE, name, started_at_s)
             self._announcer.announce(ModelPrepared(name, prepared.can_batch))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from understudyd.store.errors import StoreError, StoreErrorCode
 from understudyd.store.guard import PICKLE_SUFFIXES
-from understudyd.store.sources.hub import OnBytes, parse_hub_id
-from understudyd.store.sources.hub_adapter import download_adapter
+from understudyd.store.sources.hub import INDEX, OnBytes, parse_hub_id
+from understudyd.store.sources.hub_adapter import download_adapter, is_a_model
 from understudyd.store.sources.scanning import model_name
 
 # Names under which libraries save every adapter: the folder's is the telling one.
@@ -36,6 +36,8 @@ def find_adapters(
     Of a folder every `.safetensors`, and pickles, which will be refused one by one. Raises `StoreError`.
     """
     path = Path(source)
+    if (path / INDEX).is_file():
+        raise is_a_model(path)
     if path.is_dir():
         return _below(path)
     if path.exists() or path.is_symlink():

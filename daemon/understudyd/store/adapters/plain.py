@@ -13,6 +13,7 @@ from understudyd.store.guard import PICKLE_SUFFIXES
 from understudyd.store.safetensors_file import Header, read_header
 
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+_CHECKPOINT = "a checkpoint"
 _KINDS: tuple[tuple[str, str], ...] = (
     (r"dora_scale|lora_magnitude_vector", "a DoRA"),
     (r"\.lokr_", "a LoKr"),
@@ -28,7 +29,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     (r"^emb_params$|^string_to_param|^bundle_emb\.|^clip_[lg]$", "a textual inversion, or has parts of one"),
     (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "has full differences of weights (diff), not factors"),
     (r"lora_B(\.\w+)?\.bias$|lora_up\.bias$|lora\.up\.bias$", "has biases (lora_B.bias)"),
-    (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "a checkpoint"),
+    (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", _CHECKPOINT),
 )
 _NO_PLAIN = tuple((re.compile(pattern), what) for pattern, what in _KINDS)
 _FACTOR = re.compile(
@@ -63,7 +64,8 @@ def check_keys(what: str, keys: Iterable[str]) -> None:
     keys = list(keys)
     for pattern, kind in _NO_PLAIN:
         if found := next((key for key in keys if pattern.search(key)), None):
-            raise _not_plain(what, f"{_is(kind)} ({found!r:.100})")
+            advice = ", which `understudyctl add` adds" if kind == _CHECKPOINT else ""
+            raise _not_plain(what, f"{_is(kind)} ({found!r:.100}){advice}")
     factors = [key for key in keys if _FACTOR.search(key)]
     if not factors:
         raise _not_plain(

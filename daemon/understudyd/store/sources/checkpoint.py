@@ -136,7 +136,7 @@ _FOLDER_ONLY = "; single files are read of Stable Diffusion 1.x, 2.x and SDXL, g
 def _other_kind(spans: dict[str, TensorSpan]) -> str | None:
     """What a file is that holds no UNet of the original layout; None if it holds one."""
     if any(_ADAPTER.search(name) for name in spans):
-        return "is a LoRA, an adapter and no model of its own; add its base model"
+        return "is a LoRA, an adapter and no model of its own; add it with `understudyctl add-lora`"
     if any(_QUANTISED.search(name) for name in spans):
         return "is quantised; use the unquantised model"
     if set(spans) <= {"clip_l", "clip_g"}:

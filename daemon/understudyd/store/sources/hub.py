@@ -192,8 +192,9 @@ def _bar_class(total_bytes: int, on_bytes: OnBytes) -> Any:
 def _no_pipeline(hub_id: HubId) -> StoreError:
     return StoreError(
         StoreErrorCode.UNSUPPORTED_SOURCE,
-        f"{hub_id.repository} has no model_index.json: it is no diffusers pipeline; look for a "
-        "repository that is one, or download its single file and add that (--like MODEL)",
+        f"{hub_id.repository} has no model_index.json: it is no diffusers pipeline; a LoRA is "
+        "added with `understudyctl add-lora`; else look for a repository that is a pipeline, or download its "
+        "single file and add that (--like MODEL)",
     )
 
 

@@ -4,11 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from understudyd.store.errors import StoreError, StoreErrorCode
-from understudyd.store.sources.hub import HubId, OnBytes, RemoteFile, fetch_files, translated_hub_errors
+from understudyd.store.sources.hub import (
+    INDEX,
+    HubId,
+    OnBytes,
+    RemoteFile,
+    fetch_files,
+    translated_hub_errors,
+)
 from understudyd.store.sources.hub_cache import entry_name, snapshot
 
-_SETTINGS = "adapter_config.json"
-_USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+SETTINGS = "adapter_config.json"
+USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _TRAINING = ("checkpoint", "optimizer", "scheduler")  # diffusers passes these over, too
 _LISTED = 5
 
@@ -32,7 +39,7 @@ def download_adapter(
         weights = files[choose_weights(hub_id, list(files), weight_name)]
         # By branch or tag: the cache then remembers, for offline use, which commit that was.
         (path,) = fetch_files(api, hub_id, [weights], on_bytes)
-        settings = str(Path(weights.path).with_name(_SETTINGS))
+        settings = str(Path(weights.path).with_name(SETTINGS))
         if settings in files:
             commit = HubId(hub_id.repository, info.sha)
             fetch_files(api, commit, [files[settings]], lambda done, total: None)
@@ -47,12 +54,22 @@ def choose_weights(hub_id: HubId, paths: Sequence[str], weight_name: str | None)
         raise _unclear(hub_id, f"has no safetensors file {weight_name!r:.80}", paths)
     candidates = [path for path in paths if path.endswith(".safetensors") and "/" not in path]
     candidates = [path for path in candidates if not any(word in path for word in _TRAINING)]
-    for usual in _USUAL:
+    for usual in USUAL:
         if usual in candidates:
             return usual
+    if INDEX in paths:
+        raise is_a_model(hub_id.repository)
     if len(candidates) == 1:
         return candidates[0]
     raise _unclear(hub_id, f"has {len(candidates)} safetensors files that may be the LoRA", paths)
+
+
+def is_a_model(what: object) -> StoreError:
+    """For who takes a whole pipeline for a LoRA."""
+    return StoreError(
+        StoreErrorCode.NOT_PLAIN_LORA,
+        f"{what} is a diffusers pipeline, no LoRA; add it with `understudyctl add NAME {what}`",
+    )
 
 
 def _cached(cache: Path, hub_id: HubId, weight_name: str | None) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from understudyd.store.errors import StoreError, StoreErrorCode
 from understudyd.store.sources.checkpoint import Checkpoint, read_checkpoint
 from understudyd.store.sources.hub import INDEX, OnBytes, download, parse_hub_id
+from understudyd.store.sources.hub_adapter import SETTINGS, USUAL
 from understudyd.store.sources.hub_cache import is_cache_entry, snapshot, snapshot_origin
 
 
@@ -68,10 +69,15 @@ def _open_path(path: Path, revision: str | None) -> FolderSource | CheckpointSou
     if (path / INDEX).is_file():
         return FolderSource(path, snapshot_origin(path.resolve()) or str(path))
     if path.is_dir():
+        is_lora = any((path / name).exists() for name in (SETTINGS, *USUAL))
+        advice = (
+            "it looks like a LoRA, which is added with `understudyctl add-lora`"
+            if is_lora
+            else "to add all models below it, scan it (--scan)"
+        )
         raise StoreError(
             StoreErrorCode.UNSUPPORTED_SOURCE,
-            f"{path} has no model_index.json: it is no diffusers pipeline folder; to add all models below "
-            "it, scan it (--scan)",
+            f"{path} has no model_index.json: it is no diffusers pipeline folder; {advice}",
         )
     return CheckpointSource(read_checkpoint(path), str(path))
 
