@@ -120,7 +120,7 @@ def test_a_thread_goes_on_where_it_was(tmp_path: Path, target: MemoryTarget, che
     target.before_write = note
     Reading(blob.load(**({} if checked else {"xxh3": ()})), reader(target, threads=2)).run()
     assert target.memory[: len(blob.data)] == blob.data
-    assert sorted(sum(taken.values(), [])) == list(range(32))
+    assert sorted(span for spans in taken.values() for span in spans) == list(range(32))
     first, second = sorted(taken.values())
     assert first[:8] == list(range(8)) and second[:6] == list(range(8, 14))
     assert len(first) == len(second) == 16
