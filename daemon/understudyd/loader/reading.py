@@ -12,7 +12,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 
 import msgspec
@@ -20,6 +20,7 @@ import xxhash
 
 from understudyd.loader.faults import CrashPoints
 from understudyd.loader.pacing import Pacer, Pause
+from understudyd.loader.past_cache import PastCache, Read, plain
 from understudyd.loader.progress import Progress
 from understudyd.loader.transport import Fill, Target
 from understudyd.loader.wire import FileVersion, Load, Loaded
@@ -128,12 +129,22 @@ class Reading:
             verify = self._must_verify(version)
             self._reader.crash_points.at("header")
             span_bytes = self.load.checksum_chunk_bytes if verify else self._reader.chunk_bytes
-            self._share_out(span_bytes, partial(self._read_span, fd, verify))
+            with self._reads(fd) as read:
+                self._share_out(span_bytes, partial(self._read_span, read, verify))
             if version_of(fd) != version:
                 raise ReadError("the file was written to while it was read", corrupt=True)
         finally:
             os.close(fd)
         return version, verify or version == self.load.expect
+
+    @contextmanager
+    def _reads(self, fd: int) -> Iterator[Read]:
+        """How the file is read: what stays in the host pool need not stay in the page cache, too."""
+        if self.load.pool_offset is None:
+            yield plain(fd)
+            return
+        with closing(PastCache(fd)) as past_cache:
+            yield past_cache.read
 
     def _must_verify(self, version: FileVersion) -> bool:
         load = self.load
@@ -201,13 +212,13 @@ class Reading:
                 self._error = self._error or error
             self.cancel()
 
-    def _read_span(self, fd: int, verify: bool, start: int, size_bytes: int) -> None:
+    def _read_span(self, read: Read, verify: bool, start: int, size_bytes: int) -> None:
         """Read one span, chunk by chunk, and compare its checksum."""
         hasher = xxhash.xxh3_64() if verify else None
         for offset in range(start, start + size_bytes, self._reader.chunk_bytes):
             chunk_bytes = min(self._reader.chunk_bytes, start + size_bytes - offset)
             self._read_chunk(
-                offset, chunk_bytes, partial(self._fill, fd, self.load.file_offset + offset, hasher)
+                offset, chunk_bytes, partial(self._fill, read, self.load.file_offset + offset, hasher)
             )
             self._reader.crash_points.at("copy")
             if self._halt.is_set():
@@ -256,22 +267,21 @@ class Reading:
         if self._halt.is_set():
             raise ReadCancelled
 
-    def _fill(self, fd: int, file_offset: int, hasher: "xxhash.xxh3_64 | None", view: memoryview) -> None:
+    def _fill(self, read: Read, file_offset: int, hasher: "xxhash.xxh3_64 | None", view: memoryview) -> None:
         """Read `len(view)` bytes, a helping at a time, until done or halted."""
         helping_bytes = self._reader.pacer.helping_bytes(len(view) if hasher is None else _HASH_BYTES)
         done = 0
         while done < len(view):
-            helping = view[done : done + helping_bytes]
-            self._reader.pacer.spend(len(helping), self._halt)
             self._reader.crash_points.at("read")
             self._rest()
-            count = os.preadv(fd, [helping], file_offset + done)
+            count = read(view[done : done + helping_bytes], file_offset + done)
             if count == 0:
                 raise ReadError(f"the file ends at byte {file_offset + done}", corrupt=True)
             if hasher is not None:
-                hasher.update(helping[:count])
+                hasher.update(view[done : done + count])
             done += count
             self._reader.progress.add(count)
+            self._reader.pacer.spend(count, self._halt)  # of short reads, what was read
 
 
 def open_blob(path: str) -> int:
