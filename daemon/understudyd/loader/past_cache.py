@@ -1,9 +1,9 @@
 """Reads that leave the page cache alone (O_DIRECT), of what is not in it.
 
 For bytes that something else keeps: no page is allocated for them and no processor copies them. What is
-cached is copied from there, a helping at a time by what most of it is. The kernel is asked with `cachestat`; a read
-with RWF_NOWAIT, which tells too, has it read ahead whatever is missing. Where the kernel does not say, or the
-file system refuses, all is read plainly.
+cached is copied from there, a helping at a time by what most of it is. The kernel is asked with `cachestat`;
+a read with RWF_NOWAIT, which tells too, has it read ahead whatever is missing. Where the kernel does not say,
+or the file system refuses, all is read plainly.
 """
 
 import os
