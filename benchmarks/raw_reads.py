@@ -4,14 +4,17 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
 
 from benchmarks.loaders import Source
 from understudyd.loader import linux
 
 
 class RawReader:
-    """Plain `preadv` of a file's data section into the beginning of shared memory (`memory_fd`)."""
+    """Plain `preadv` of a file's data section into the beginning of shared memory (`memory_fd`).
+
+    Each thread reads a part from its beginning to its end: from the disk that is faster than turns, from the
+    page cache it is the same.
+    """
 
     def __init__(self, source: Source, memory_fd: int, chunk_bytes: int, threads: int) -> None:
         self._source = source
@@ -23,11 +26,9 @@ class RawReader:
 
     def read(self) -> float:
         """Everything once; seconds."""
-        pieces = iter(range(0, self._source.size_bytes, self._chunk_bytes))
-        lock = threading.Lock()
-        threads = [
-            threading.Thread(target=self._read_pieces, args=(pieces, lock)) for _ in range(self._threads)
-        ]
+        part_bytes = -(-self._source.size_bytes // self._threads)
+        starts = range(0, self._source.size_bytes, part_bytes)
+        threads = [threading.Thread(target=self._read_part, args=(start, part_bytes)) for start in starts]
         started_s = time.monotonic()
         for thread in threads:
             thread.start()
@@ -39,14 +40,10 @@ class RawReader:
         self._memory.close()
         os.close(self._file)
 
-    def _read_pieces(self, pieces: Iterator[int], lock: threading.Lock) -> None:
-        size_bytes, start_bytes = self._source.size_bytes, self._source.record.data_start_bytes
+    def _read_part(self, offset: int, size_bytes: int) -> None:
+        ends = min(offset + size_bytes, self._source.size_bytes)
+        start_bytes = self._source.record.data_start_bytes
         view = memoryview(self._memory)
-        while True:
-            with lock:
-                offset = next(pieces, None)
-            if offset is None:
-                return
-            ends = min(offset + self._chunk_bytes, size_bytes)
-            while offset < ends:
-                offset += os.preadv(self._file, [view[offset:ends]], start_bytes + offset)
+        while offset < ends:
+            piece = view[offset : min(offset + self._chunk_bytes, ends)]
+            offset += os.preadv(self._file, [piece], start_bytes + offset)

@@ -106,6 +106,26 @@ def test_bytes_arrive_and_neighbours_stay(
     assert target.is_synchronised
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_thread_goes_on_where_it_was(tmp_path: Path, target: MemoryTarget, checked: bool) -> None:
+    """From the disk that is fast. In the end all have as much to do, give or take one span."""
+    blob = make_blob(tmp_path / "blob", 32 * CHUNK_BYTES)
+    taken: dict[int, list[int]] = {}
+    both = threading.Barrier(2)
+
+    def note(offset: int) -> None:
+        taken.setdefault(threading.get_ident(), []).append(offset // CHUNK_BYTES)
+        both.wait(10)  # two threads, equally fast
+
+    target.before_write = note
+    Reading(blob.load(**({} if checked else {"xxh3": ()})), reader(target, threads=2)).run()
+    assert target.memory[: len(blob.data)] == blob.data
+    assert sorted(span for spans in taken.values() for span in spans) == list(range(32))
+    first, second = sorted(taken.values())
+    assert first[:8] == list(range(8)) and second[:6] == list(range(8, 14))
+    assert len(first) == len(second) == 16
+
+
 WAYS = {
     "through the pool": {"arena_offset": 513, "pool_offset": 77},
     "pool": {"arena_offset": None, "pool_offset": 77},
