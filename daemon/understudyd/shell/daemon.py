@@ -230,6 +230,7 @@ class Daemon:
     ) -> None:
         self._say("importing torch")
         await importing
+        gc.freeze()  # half a second to walk all that was imported, which `_ready` would spend
         with self._phase("stage"):
             self._stage = await loop.run_in_executor(None, self._parts.stage, arena, runtime, self._timeline)
         self._check_not_stopped()
@@ -237,7 +238,7 @@ class Daemon:
 
     def _ready(self, endpoints: list[str]) -> None:
         start_up = self._start_up
-        # What start-up made stays: the collector, off until now, need not walk it again.
+        # What start-up made stays, too: the collector, off until now, need not walk it again.
         gc.collect()
         gc.freeze()
         gc.enable()
