@@ -7,12 +7,17 @@ service manager keeps for it, the host pool. For that second start the blob file
 their size that nobody may read: whatever is served comes from memory. The clients stay and send again what is
 open.
 
-`*_first_image_s` counts from the kill to the first image. `requests_lost` never got an image,
+`*_first_image_s` counts from the kill to the first image, in two parts: `*_until_bound_s` until the request's
+weights are bound on stage, and `*_image_s` of computing, which a restart does not change. Of the first part
+`*_import_s` is the import of torch and diffusers, `*_device_s` making the arena's pages (a GPU has none to
+make) and `*_weights_s` from the first load's start to the last one's end; all three are beside one another.
+`disk_gbps` is what the cold start's loads came to. `requests_lost` never got an image,
 `answers_duplicated` counts second answers for one id on the wire. `correct_without_blob_files`: every image
 after the warm restart has the bytes that the first life gave for its seed.
 
-The import of torch and diffusers is in both times; what remains is the disk. On a fast one the ratio is
-nearer to one: `--disk-rate` slows the loaders' reads to a rate, in MB/s, and leaves memory alone.
+The import of torch and diffusers is in both times, and so is the image; what remains is the disk. On a fast
+one the ratio is nearer to one: `--disk-rate` slows the loaders' reads to a rate, in MB/s, and leaves memory
+alone.
 
 Expected, before the first run: a disk of 300 MB/s takes 23 s for SDXL's 6.9 GB, of which the import hides
 nothing (it comes first on two cores); memory takes 2 s. So 35 s against 14.
@@ -27,13 +32,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.coldstart import covered_s
 from benchmarks.kit import json_line, say, show_table, timed
 from benchmarks.manager import Manager, managed
-from understudy import AsyncClient, Progress, Result
+from understudy import AsyncClient, Progress, Result, admin
 from understudy.errors import UnderstudyError
+from understudy.trace import BIND, START_UP, Span, fetch
 from understudy.wire import Failed, Finished, WireError, decode_reply
 
 MODEL = "model"
@@ -41,6 +49,7 @@ SIDE_PX = 64
 SEEDS = (1, 2, 3)
 PATIENCE_S = 600.0
 _SLACK_BYTES = 64 * 2**20
+_TRACE_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -162,8 +171,30 @@ def unreadable_blobs(scene: Scene) -> Iterator[None]:
         hidden.rmdir()
 
 
-async def restarted(scene: Scene, clients: Clients, *, keep: bool) -> tuple[float, dict[int, bytes]]:
-    """Kill the daemon under load, start it again; seconds to the first image, and all images."""
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """One kill and what followed, in seconds from the kill; the start-up's phases; the images by seed."""
+
+    first_image_s: float
+    until_bound_s: float
+    import_s: float
+    device_s: float
+    weights_s: float
+    images: dict[int, bytes]
+
+    def figures(self, life: str) -> dict[str, float]:
+        """By key, each beginning with the `life`."""
+        return {
+            f"{life}_until_bound_s": self.until_bound_s,
+            f"{life}_image_s": self.first_image_s - self.until_bound_s,
+            f"{life}_import_s": self.import_s,
+            f"{life}_device_s": self.device_s,
+            f"{life}_weights_s": self.weights_s,
+        }
+
+
+async def restarted(scene: Scene, clients: Clients, *, keep: bool) -> Restart:
+    """Kill the daemon under load, start it again, and look at its timeline when all images are there."""
     handles = await clients.open()
     while not isinstance(await handles[0].next_event(), Progress):
         pass
@@ -173,7 +204,20 @@ async def restarted(scene: Scene, clients: Clients, *, keep: bool) -> tuple[floa
     with unreadable_blobs(scene) if keep else contextlib.nullcontext():
         scene.manager.start(keep=keep)
         images = await clients.images(handles)
-    return clients.first_image_at_s - killed_s, images
+    spans = await asyncio.to_thread(timeline, scene.manager)
+    return Restart(
+        first_image_s=clients.first_image_at_s - killed_s,
+        until_bound_s=min(span.end_s for span in spans if span.lane == BIND) - killed_s,
+        import_s=covered_s(span for span in spans if span.lane == START_UP and span.name == "import"),
+        device_s=covered_s(span for span in spans if span.lane == START_UP and span.name == "arena"),
+        weights_s=covered_s(span for span in spans if span.lane.startswith("loader")),
+        images=images,
+    )
+
+
+def timeline(manager: Manager) -> list[Span]:
+    """All that this life did."""
+    return fetch(partial(admin.call, manager.admin_socket), _TRACE_S).spans
 
 
 async def measure_in(scene: Scene) -> dict[str, float]:
@@ -184,17 +228,20 @@ async def measure_in(scene: Scene) -> dict[str, float]:
         clients = Clients(client)
         expected = await clients.images(await clients.open())
         with timed("cold"):
-            cold_s, cold = await restarted(scene, clients, keep=False)
+            cold = await restarted(scene, clients, keep=False)
         with timed("warm"):
-            warm_s, warm = await restarted(scene, clients, keep=True)
-    assert cold == expected, "the cold daemon's images differ"
+            warm = await restarted(scene, clients, keep=True)
+    assert cold.images == expected, "the cold daemon's images differ"
     return {
-        "cold_first_image_s": cold_s,
-        "warm_first_image_s": warm_s,
-        "warm_ratio": warm_s / cold_s,
-        "correct_without_blob_files": warm == expected and len(warm) == len(SEEDS),
+        "cold_first_image_s": cold.first_image_s,
+        "warm_first_image_s": warm.first_image_s,
+        "warm_ratio": warm.first_image_s / cold.first_image_s,
+        "correct_without_blob_files": warm.images == expected and len(warm.images) == len(SEEDS),
         "requests_lost": clients.lost,
         "answers_duplicated": clients.duplicated,
+        **cold.figures("cold"),
+        **warm.figures("warm"),
+        "disk_gbps": scene.size_bytes / 1e9 / cold.weights_s,
     }
 
 

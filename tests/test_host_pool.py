@@ -1,5 +1,7 @@
 """The host pool's memory: sealed, present before it is used, gone when it is closed."""
 
+import errno
+import fcntl
 import mmap
 import os
 import resource
@@ -7,7 +9,6 @@ import time
 
 import pytest
 
-from understudyd.shell import host_pool
 from understudyd.shell.host_pool import HostPool
 from understudyd.shell.memory import ArenaError
 
@@ -23,6 +24,8 @@ def present_bytes(fd: int) -> int:
 def test_its_pages_come_by_themselves() -> None:
     """Whoever fills it finds them there: hardly a page is made in passing."""
     pool = HostPool(96 * MIB)
+    assert present_bytes(pool.fds()[0]) == 0
+    pool.allocate()
     (fd,) = pool.fds()
     ends_at_s = time.monotonic() + DEADLINE_S
     while present_bytes(fd) < pool.size_bytes:
@@ -36,6 +39,7 @@ def test_its_pages_come_by_themselves() -> None:
 def test_closing_does_not_wait_for_the_last_page() -> None:
     before_s = resource.getrusage(resource.RUSAGE_SELF)
     pool = HostPool(512 * MIB)
+    pool.allocate()
     (fd,) = pool.fds()
     kept = os.dup(fd)
     pool.close()
@@ -59,10 +63,25 @@ def test_a_size_that_cannot_be(size_bytes: int) -> None:
         HostPool(size_bytes)
 
 
-def test_a_mapping_that_fails_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_seals_nothing_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
-        raise host_pool.MappingError("no address space")
+        raise PermissionError("no seals")
 
-    monkeypatch.setattr(host_pool, "Mapping", refuse)
-    with pytest.raises(ArenaError, match="no address space"):
+    before = set(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with pytest.raises(ArenaError, match="no seals"):
         HostPool(2 * MIB)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_that_does_not_come_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    pool = HostPool(2 * MIB)
+    pool.allocate()
+    pool.close()
+    assert "make host.pool smaller" in caplog.text

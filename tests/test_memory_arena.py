@@ -32,6 +32,34 @@ def test_prefault_without_the_system_call(monkeypatch: pytest.MonkeyPatch) -> No
         assert os.fstat(arena.fds()[0]).st_blocks * 512 == 8 * MIB + PROOF_AREA_BYTES
 
 
+@pytest.mark.parametrize("whole_bytes", [1, 4096, 3 * MIB + 17, 65 * MIB])
+def test_prefault_in_short_writes(monkeypatch: pytest.MonkeyPatch, whole_bytes: int) -> None:
+    """A signal may cut a write short anywhere."""
+
+    def pwritev(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return os.pwrite(fd, bytes(buffers[0][: len(buffers[0]) // 2 + 1]), offset)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, whole_bytes)
+    with mmap.mmap(fd, whole_bytes) as mapping:
+        memory._prefault(fd, mapping)
+    status = os.fstat(fd)
+    os.close(fd)
+    assert (status.st_size, status.st_blocks * 512) == (whole_bytes, -(-whole_bytes // 4096) * 4096)
+
+
+def test_memory_that_is_not_there_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwritev(*arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    before = set(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    with pytest.raises(ArenaError, match=r"cannot have .* GiB of shared memory"):
+        CpuArena(MIB)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
 def test_nobody_can_shrink_it() -> None:
     with cpu_arena(MIB) as arena, pytest.raises(PermissionError):
         os.ftruncate(arena.fds()[0], 4096)

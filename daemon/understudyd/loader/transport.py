@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import Protocol
 
 from understudyd.loader import linux
-from understudyd.loader.mapping import Mapping, MappingError
+from understudyd.loader.mapping import Mapping, MappingError, Populating
 from understudyd.loader.proof import PROOF_AREA_BYTES
 from understudyd.loader.wire import Attach, OpenArena
 
@@ -74,12 +74,12 @@ class MemfdTarget:
 
     def __init__(self, pool: Mapping | None) -> None:
         self.pool = memoryview(b"") if pool is None else pool.view
+        self._pools = () if pool is None else (pool,)
         self._pool_address = 0
         self._resources = ExitStack()
         if pool is not None:
             self._pool_address = pool.address
             self._resources.callback(pool.close)
-            pool.populate()
 
     def open_arena(self, order: OpenArena, fds: Sequence[int]) -> None:
         """See `Target`."""
@@ -91,7 +91,8 @@ class MemfdTarget:
             raise TransportError(f"no arena: {error}") from error
         self._resources.callback(arena.close)
         self._arena = arena
-        arena.populate()
+        # Not the pool before: while the arena's pages are made, the processor is wanted elsewhere.
+        self._resources.callback(Populating((arena, *self._pools)).close)
 
     def write(self, offset: int, size_bytes: int, fill: Fill) -> None:
         """See `Target`."""

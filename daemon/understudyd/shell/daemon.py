@@ -1,8 +1,8 @@
 """One life of the daemon: put the parts together, get ready, serve, drain, leave nothing behind.
 
-Order matters: the loaders come up before the arena, which may be as large as what they leave. All the while
-torch is imported, by a thread that nobody waits for who leaves early (`main.py`). The front end listens only
-when every architecture has run once. Clients that are early wait in ZeroMQ's connect.
+Loaders and memory come first (`groundwork.py`). All the while torch is imported, by a thread that nobody
+waits for who leaves early (`main.py`). The front end listens only when every architecture has run once.
+Clients that are early wait in ZeroMQ's connect.
 """
 
 import asyncio
@@ -13,13 +13,13 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from understudy.keys import KeyFileError
 from understudy.paths import ADMIN_SOCKET
-from understudy.trace import START_UP, Span
+from understudy.trace import START_UP
 from understudyd import logs
 from understudyd.config import Config, ConfigError
 from understudyd.core import events as ev
@@ -29,7 +29,7 @@ from understudyd.shell.admin import AdminServer
 from understudyd.shell.commands import Commands
 from understudyd.shell.forecast_file import ForecastFile
 from understudyd.shell.frontend import Frontend
-from understudyd.shell.host_pool import HostPool
+from understudyd.shell.groundwork import Groundwork
 from understudyd.shell.kept_pool import KeptPool
 from understudyd.shell.lock import locked
 from understudyd.shell.memory import Arena
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 EXIT_DEFECT = 70
 _CANCEL_S, _LEAVING_S = 5.0, 15.0
+T = TypeVar("T")
 
 
 class _Stopped(Exception):
@@ -73,8 +74,7 @@ class Daemon:
         self._parts = Parts(config)
         self.device = self._parts.device
         self._timeline = Timeline()
-        self._host_pool: HostPool | None = None
-        self._arena: Arena | None = None
+        self._groundwork = Groundwork(self._parts, self._kept, self._timeline)
         self._stage: StageAdapter | None = None
         self._start_up: StartUp | None = None
         self._runtime: Runtime | None = None
@@ -123,10 +123,9 @@ class Daemon:
         stores.own.usage.begin()
         leaving.callback(stores.own.usage.end)
         leaving.push_async_callback(self._let_go)
-        importing = loop.create_task(in_daemon_thread(self._parts.import_stage))
+        importing = loop.create_task(self._import())
         importing.add_done_callback(lambda done: done.cancelled() or done.exception())  # or nobody looks
-        pool = await self._attach_loaders(loop, leaving)
-        arena = await self._make_arena(loop)
+        pool, arena = await self._unless_stopped(self._groundwork.lay(leaving))
         cache = await self._parts.open_cache(leaving)
         request_log = self._parts.request_log()
         if request_log is not None:
@@ -134,7 +133,7 @@ class Daemon:
         settings = ModelSettings(stores.own.path)
         await settings.read()
         runtime = Runtime(
-            self._parts.machine(arena, self._host_pool),
+            self._parts.machine(arena, self._groundwork.host_pool),
             stores,
             loop,
             cache=cache,
@@ -173,23 +172,6 @@ class Daemon:
         await self._stop.wait()
 
     # -- getting ready ------------------------------------------------------------------------------
-
-    async def _attach_loaders(self, loop: asyncio.AbstractEventLoop, leaving: AsyncExitStack) -> LoaderPool:
-        with self._phase("loaders"):
-            self._host_pool = self._parts.host_pool(self._kept)
-            leaving.callback(self._kept.close)
-            pool = self._parts.loader_pool(loop, self._timeline, self._host_pool)
-            leaving.push_async_callback(pool.stop)
-            pool.start()
-            await self._unless_stopped(pool.attached())
-        return pool
-
-    async def _make_arena(self, loop: asyncio.AbstractEventLoop) -> Arena:
-        with self._phase("arena"):
-            arena = self._arena = await loop.run_in_executor(None, self._parts.arena)
-        log.info("arena: %.2f GiB on %s", arena.size_bytes / 2**30, self.device)
-        self._check_not_stopped()
-        return arena
 
     async def _make_doors(
         self,
@@ -237,6 +219,10 @@ class Daemon:
         with self._phase("weights"):
             await runtime.until(lambda: not is_loading())
 
+    async def _import(self) -> None:
+        with self._phase("import"):
+            await in_daemon_thread(self._parts.import_stage)
+
     async def _make_stage(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -245,15 +231,16 @@ class Daemon:
         runtime: Runtime,
     ) -> None:
         self._say("importing torch")
-        with self._phase("import"):
-            await importing
+        await importing
+        gc.freeze()  # half a second to walk all that was imported, which `_ready` would spend
+        with self._phase("stage"):
             self._stage = await loop.run_in_executor(None, self._parts.stage, arena, runtime, self._timeline)
         self._check_not_stopped()
         runtime.attach_stage(self._stage)
 
     def _ready(self, endpoints: list[str]) -> None:
         start_up = self._start_up
-        # What start-up made stays: the collector, off until now, need not walk it again.
+        # What start-up made stays, too: the collector, off until now, need not walk it again.
         gc.collect()
         gc.freeze()
         gc.enable()
@@ -267,12 +254,8 @@ class Daemon:
         if self._pulse is not None:
             self._pulse.start()
 
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """A span of the timeline, if it is gone through to its end."""
-        started_at_s = time.monotonic()
-        yield
-        self._timeline.record(Span(START_UP, name, started_at_s, time.monotonic()))
+    def _phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return self._timeline.phase(START_UP, name)
 
     def _say(self, status: str) -> None:
         log.info("%s", status)
@@ -332,8 +315,8 @@ class Daemon:
         if self._stop.is_set():
             raise _Stopped
 
-    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work`. Raises `_Stopped` when the daemon is to stop meanwhile."""
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work`; its result. Raises `_Stopped` when the daemon is to stop meanwhile."""
         task = asyncio.create_task(work)
         stop = asyncio.create_task(self._stop.wait())
         await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -343,6 +326,7 @@ class Daemon:
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error
         self._check_not_stopped()
+        return task.result()
 
     async def _drain(self, runtime: Runtime) -> None:
         self.state = "draining"
@@ -370,9 +354,7 @@ class Daemon:
         """The last step: nobody loads any more."""
         if self._stage is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._stage.close)
-        for memory in (self._arena, self._host_pool):
-            if memory is not None:
-                memory.close()
+        self._groundwork.close()
 
     def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -3,8 +3,9 @@
 Nothing is locked: a thread that was put to sleep with a lock in its hands would hold up the stage.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 
 from understudy.trace import Span, TracePage
@@ -30,6 +31,13 @@ class Timeline:
         number = next(self._numbers)
         self._ring[number % len(self._ring)] = (number, span)
         self._last = number
+
+    @contextlib.contextmanager
+    def phase(self, lane: str, name: str) -> Iterator[None]:
+        """A span of what is done within, if that is gone through to its end."""
+        started_at_s = self._clock()
+        yield
+        self.record(Span(lane, name, started_at_s, self._clock()))
 
     def page(self, seconds: float, start: int = 0, most: int = _PAGE_SPANS) -> TracePage:
         """Spans that ended within the last `seconds`, from the one of number `start` on.
