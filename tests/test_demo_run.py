@@ -146,7 +146,7 @@ def test_a_silent_daemon_ends_in_lost_requests_not_in_a_hang(tmp_path: Path) -> 
     plan = Plan(models=4, resident=4, requests=400, clients=1, outstanding=1, rounds=1)
     scene = set_scene(plan, tmp_path)
     with started(daemon_settings(plan, scene, tmp_path)[OURS], tmp_path / "ours") as daemon:
-        answers = send_from_processes(plan, scene.requests, daemon, tmp_path / "ours", limit_s=1.0)
+        answers = send_from_processes(plan, scene.requests, daemon, tmp_path / "ours", limit_s=2.0)
         spans = fetch(daemon.ask, 60.0).spans
     assert 0 < len(answers) < 400, "what had come back by then is kept"
     run = sum_up(scene.requests, scene.references, [answers], [answers], spans)

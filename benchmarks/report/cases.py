@@ -23,7 +23,7 @@ def cases(peers_python: Path | None = None) -> tuple[Case, ...]:
         _case("wire", 180),
         _case("handover", 180),
         _case("restart", 270, "--architecture", "sd15"),
-        _case("serve", 240, "--models", "100", "--requests", "400"),
+        _case("serve", 300, "--models", "100", "--requests", "800"),
         _case("compile", 240),
         Case(
             "simulate", ("-m", "understudyd.main", "simulate", _TRACE, "--utilisation", "85%", "--json"), 60

@@ -32,8 +32,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def colour(self) -> tuple[float, float, float]:
-        """The hue as an RGB triple for captions and charts."""
-        return colorsys.hls_to_rgb(self.hue, 0.55, 0.5)
+        """The hue as an RGB triple for captions and charts, where red is the alarm's."""
+        return colorsys.hls_to_rgb(0.06 + 0.84 * self.hue, 0.55, 0.5)
 
 
 OnMember = Callable[[Member], None]
