@@ -5,11 +5,12 @@ performed in order.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from understudy.trace import Record
 from understudy.wire import Accepted, Failed, Finished, Generate, ModelEntry, Progress, Timings
@@ -148,6 +149,16 @@ class Runtime:
             self._is_handling = False
         self._set_waker()
         self._watches.look()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is handed in meanwhile is handled as one when this ends."""
+        self._is_handling = True
+        try:
+            yield
+        finally:
+            self._is_handling = False
+            self.handle()
 
     def _handle_one(self, event: ev.Event, *, may_wait: bool) -> None:
         self.files.follow(event)
