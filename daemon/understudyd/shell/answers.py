@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from understudy.wire import Failed, Finished, ModelEntry, ModelList, WireError, encode, encode_entries
+from understudy.wire import Failed, Finished, WireError, encode
 
 _MAX_MESSAGE_CHARS = 4096
 _SHOWN_CHARS = 8
-_ENTRIES_PER_FRAME = 512
 
 
 def answer_frames(reply: Finished | Failed, payload: Sequence[bytes] = ()) -> tuple[bytes, ...]:
@@ -22,13 +21,6 @@ def answer_frames(reply: Finished | Failed, payload: Sequence[bytes] = ()) -> tu
     except WireError:
         message = f"{len(payload)} images are too many for one answer; ask for fewer frames, or for mp4"
         return (encode(Failed(id=reply.id, code="bad_request", message=message)),)
-
-
-def list_frames(request_id: str, entries: Sequence[ModelEntry]) -> tuple[bytes, ...]:
-    """A list of models in frames of a bounded size."""
-    starts = range(0, len(entries), _ENTRIES_PER_FRAME)
-    chunks = (encode_entries(entries[start : start + _ENTRIES_PER_FRAME]) for start in starts)
-    return (encode(ModelList(id=request_id)), *chunks)
 
 
 def dropped(request_id: str, outbox_bytes: int) -> Failed:

@@ -11,10 +11,9 @@ old one's cancelled requests still say cannot answer the new one's.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from understudy.wire import (
     Accepted,
@@ -31,9 +30,10 @@ from understudy.wire import (
     WireError,
     decode_request,
     encode,
+    encode_entries,
     peek_id,
 )
-from understudyd.shell.answers import answer_frames, dropped, list_frames, readable
+from understudyd.shell.answers import answer_frames, dropped, readable
 from understudyd.shell.client_book import Client, Counters, UserBook
 from understudyd.shell.curve import ServerKeys
 from understudyd.shell.endpoints import check_endpoint
@@ -50,6 +50,7 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 0.02
 _SWEEP_S = 1.0
 _PEEK_BYTES = 1024 * 1024
+_ENTRIES_PER_FRAME = 512
 _MISSING = "the input images are missing, and this request is not known here; send it whole"
 
 
@@ -57,8 +58,7 @@ class Frontend:
     """See the module's text. `start` listens; every method belongs to the loop's thread.
 
     `endpoints` are `ipc:///path` or `tcp://`, with `keys` where others than this machine's users can reach
-    them; `daemon_id` must differ in each daemon's life; what the sink is told within `together()` it may look
-    at as a whole. Implements `ReplySink`. Raises `EndpointError`.
+    them; `daemon_id` must differ in each daemon's life. Implements `ReplySink`. Raises `EndpointError`.
     """
 
     def __init__(
@@ -74,7 +74,6 @@ class Frontend:
         keys: ServerKeys | None = None,
         directory_mode: int = 0o700,
         flood_bytes: int = 512 * 1024 * 1024,
-        together: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         for endpoint in endpoints:
             check_endpoint(endpoint, has_keys=keys is not None)
@@ -85,13 +84,12 @@ class Frontend:
         self._clock = clock
         self._access, self._keys, self._directory_mode = access, keys, directory_mode
         self._flood_bytes = flood_bytes
-        self._together = together
         self._daemon_id = daemon_id
         self._by_identity: dict[bytes, Client] = {}
         self._by_name: dict[str, Client] = {}
         self._users = UserBook()
         self._blocked: set[str] = set()
-        self._touched: dict[str, Client] | None = None  # in a turn, who has a reply of the sink's coming
+        self._touched: dict[str, Client] | None = None  # while a message is handled, who has a reply coming
         self._serial = 0
         self._input_room = InputRoom(limits.max_open_input_bytes, limits.max_all_input_bytes)
         self._work_room = WorkRoom(limits.max_open_work)
@@ -116,7 +114,7 @@ class Frontend:
             self._wanted,
             self._on_message,
             self._flush_blocked,
-            turn=self._turn,
+            together=self._sink.together,
             max_payload_frames=self._limits.inputs.max_inputs,
             max_frame_bytes=self._limits.max_frame_bytes,
             send_high_water_mark=self._limits.send_high_water_mark,
@@ -190,22 +188,20 @@ class Frontend:
 
     # -- from the socket ------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The sink looks at a turn's messages together. Its replies leave after that: the stage has begun."""
-        self._touched = touched = {}
-        try:
-            with self._together():
-                yield
-        finally:
-            self._touched = None
-        for client in touched.values():
-            self._flush(client)
-
-    def _on_message(self, identity: bytes, parts: list[bytes], user: str) -> None:
+    def _on_message(self, identity: bytes, frames: list[bytes], user: str) -> None:
+        """Replies leave once all is done that the message asks for: the stage has begun by then."""
         self.counters.received += 1
         client = self._client(identity, user)
-        header = parts[0] if parts else b""
+        self._touched = touched = {client.name: client}
+        try:
+            self._handle(client, frames)
+        finally:
+            self._touched = None
+        for one in touched.values():
+            self._flush(one)
+
+    def _handle(self, client: Client, frames: list[bytes]) -> None:
+        header = frames[0] if frames else b""
         try:
             request = decode_request(header)
         except WireError as error:
@@ -218,16 +214,21 @@ class Frontend:
             return
         match request:
             case Generate():
-                self._generate(client, request, parts[1:])
+                self._generate(client, request, frames[1:])
             case Cancel(id=request_id):
                 self._cancel(client, request_id)
             case ListModels(id=request_id):
-                frames = list_frames(request_id, self._sink.models())
-                client.outbox.put_notice(request_id, frames, self._clock())
+                entries = self._sink.models()
+                chunks = [
+                    entries[i : i + _ENTRIES_PER_FRAME] for i in range(0, len(entries), _ENTRIES_PER_FRAME)
+                ]
+                payload = tuple(encode_entries(chunk) for chunk in chunks)
+                client.outbox.put_notice(
+                    request_id, (encode(ModelList(id=request_id)), *payload), self._clock()
+                )
             case Ping(id=request_id):
                 pong = encode(Pong(id=request_id, daemon=self._daemon_id))
                 client.outbox.put_hint(request_id, "pong", (pong,), self._clock())
-        self._flush(client)
 
     def _generate(self, client: Client, request: Generate, payload: Sequence[bytes]) -> None:
         request_id = request.id
@@ -291,7 +292,6 @@ class Frontend:
         self.counters.refused += 1
         failed = Failed(id=request_id, code=code, message=message, retryable=retryable)
         client.outbox.put_notice(request_id, answer_frames(failed), self._clock())
-        self._flush(client)
 
     # -- clients --------------------------------------------------------------------------------------------
 

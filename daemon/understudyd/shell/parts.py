@@ -204,7 +204,6 @@ class Parts:
             access=SocketAccess(int(chosen.socket_mode), chosen.socket_group),
             keys=self.keys(),
             flood_bytes=FLOOD_BYTES[self.device],
-            together=runtime.together,
         )
 
     def meter(self) -> Meter:
