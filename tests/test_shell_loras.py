@@ -7,7 +7,7 @@ import pytest
 
 import lora_kit as kit
 from lora_shell_kit import Shell, play
-from understudy.wire import Adapter, Finished, Generate
+from understudy.wire import Accepted, Adapter, Finished, Generate
 from understudyd.config import Config, ConfigError, StartupConfig, StoreConfig, check_startup
 from understudyd.core import actions as ac
 from understudyd.core import events as ev
@@ -367,3 +367,27 @@ def test_the_configuration_check_knows_combinations(own: Store) -> None:
     check("base", "base+lora@0.5", "lora")
     with pytest.raises(ConfigError, match="'gone' unknown"):
         check("base+gone@0.5")
+
+
+# -- several at once -------------------------------------------------------------------------------
+
+
+def test_what_comes_together_is_taken_in_at_once_and_looked_at_once(own: Store) -> None:
+    kit.add_model(own, "base")
+    kit.add_adapter(own, "one", components=("unet",))
+
+    async def work() -> None:
+        shell = Shell(own)
+        await shell.keeper.rescan()
+        before = len(shell.machine.events)
+        with shell.runtime.together():
+            for name in ("r", "s"):
+                shell.ask(name, "base", ("one", 0.5))  # the second finds the model that the first one made
+            assert len(shell.added()) == 1 and shell.machine.is_unsettled
+            assert [type(reply) for reply in shell.replies] == [Accepted, Accepted]
+            assert not shell.stage.calls
+        kinds = [type(event) for event in shell.machine.events[before:]]
+        assert kinds == [ev.ModelAdded, ev.RequestReceived, ev.RequestReceived, ev.Ticked]
+        assert not shell.machine.is_unsettled
+
+    play(work)

@@ -104,6 +104,9 @@ class FakeSink:
     def client_gone(self, client: str) -> None:
         self._note(self.gone, client)
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def models(self) -> list[ModelEntry]:
         return self.entries
 

@@ -114,6 +114,7 @@ class Frontend:
             self._wanted,
             self._on_message,
             self._flush_blocked,
+            together=self._sink.together,
             max_payload_frames=self._limits.inputs.max_inputs,
             max_frame_bytes=self._limits.max_frame_bytes,
             send_high_water_mark=self._limits.send_high_water_mark,

@@ -4,6 +4,7 @@ Only the event loop's thread calls these, except where a docstring says otherwis
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,9 @@ class RequestSink(Protocol):
 
     def client_gone(self, client: str) -> None:
         """The client cannot be reached or has expired."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """What it is told meanwhile came at once: what follows from it may wait until this ends."""
 
     def models(self) -> list[ModelEntry]:
         """What may be asked for."""

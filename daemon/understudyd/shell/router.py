@@ -45,7 +45,8 @@ class Router:
     `on_message(identity, frames, user)` gets every message, a header and its payload, cut one frame after
     `max_payload_frames`: the one too many shows that there were too many. `user` is what is known of who
     connected, from the kernel or from the list of keys: "uid 1000", "key alice", or an address.
-    `on_writable()` is called after each drain, when a client that was full may have room again.
+    `on_writable()` is called after each drain, when a client that was full may have room again. All messages
+    of a drain but the first come within one `together()`: one that comes alone is not held up.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Router:
         on_message: Callable[[bytes, list[bytes], str], None],
         on_writable: Callable[[], None],
         *,
+        together: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         max_payload_frames: int,
         max_frame_bytes: int,
         send_high_water_mark: int,
@@ -69,6 +71,7 @@ class Router:
         self._loop = loop
         self._on_message = on_message
         self._on_writable = on_writable
+        self._together = together
         self._frames_kept = 1 + max_payload_frames + 1
         self._turn: asyncio.Handle | None = None
         self._rest_s = 0.0
@@ -153,16 +156,21 @@ class Router:
         self._draining = True
         started_s, self._rest_s = time.thread_time(), 0.0
         try:
-            for _ in range(MESSAGES_PER_TURN):
-                if not self._has_message():
-                    break
-                self._on_message(*self._receive())
-            else:
-                self._rest_s = min(MAX_REST_S, REST_FACTOR * (time.thread_time() - started_s))
+            if self._take_one() and self._has_message():
+                with self._together():
+                    is_more = all(self._take_one() for _ in range(MESSAGES_PER_TURN - 1))
+                if is_more:
+                    self._rest_s = min(MAX_REST_S, REST_FACTOR * (time.thread_time() - started_s))
         finally:  # a bug above must not leave the edge unread
             self._draining = False
             self._rearm()
         self._on_writable()
+
+    def _take_one(self) -> bool:
+        """Whether there was one."""
+        if is_there := self._has_message():
+            self._on_message(*self._receive())
+        return is_there
 
     def _receive(self) -> tuple[bytes, list[bytes], str]:
         socket = self._socket

@@ -5,11 +5,12 @@ performed in order.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from understudy.trace import Record
 from understudy.wire import Accepted, Failed, Finished, Generate, ModelEntry, Progress, Timings
@@ -82,7 +83,7 @@ class Runtime:
         self._replies: ReplySink | None = None
         self._inbox: deque[ev.Event] = deque()
         self._arrivals: Arrivals[ev.Event | Step] = Arrivals(loop, self._take)
-        self._is_handling = False
+        self._is_handling = self._are_more_coming = False
         self._wake_at_s: float | None = None
         self._waker: asyncio.Handle | None = None
         self._watches = Watches(loop)
@@ -143,11 +144,24 @@ class Runtime:
         try:
             while self._inbox:
                 event = self._inbox.popleft()
-                self._handle_one(event, may_wait=bool(self._inbox) or isinstance(event, ANSWERING))
+                are_more_coming = bool(self._inbox) or self._are_more_coming
+                self._handle_one(event, may_wait=are_more_coming or isinstance(event, ANSWERING))
         finally:
             self._is_handling = False
+        if self._are_more_coming:
+            return
         self._set_waker()
         self._watches.look()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What follows from all that is handed in meanwhile is looked at when this ends."""
+        self._are_more_coming = True
+        try:
+            yield
+        finally:
+            self._are_more_coming = False
+            self.handle(*([ev.Ticked()] if self.machine.is_unsettled else []))
 
     def _handle_one(self, event: ev.Event, *, may_wait: bool) -> None:
         self.files.follow(event)
