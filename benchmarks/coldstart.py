@@ -7,8 +7,8 @@ pixels wide, because a whole one would take minutes of arithmetic that is not wh
 The phases are the daemon's own, from the lane "start-up" of its timeline: device = its loaders up, the arena
 standing; import = torch, diffusers and the stage, from when it begins; weights = the first load's start to
 the last one's end; warm-up = one request per architecture. `first_image_s` counts from the start of the
-process, and `overlapped_s` is what the phases add up to beyond the time that at least one of them took: work that
-was done while other work was done.
+process, and `overlapped_s` is what the phases add up to beyond the time that at least one of them took: work
+that was done while other work was done.
 
 Expected, before the first run on two cores: import 9 s, of which the weights' 1 s (4.3 GB, half of them
 verified by each of two loaders) is hidden wholly; device 2 s, most of it the arena's pages.
