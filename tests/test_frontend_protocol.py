@@ -347,3 +347,17 @@ def test_loopback_tcp_is_served_and_a_taken_port_is_an_error() -> None:
         with pytest.raises(EndpointError, match="cannot listen"), serving(served.endpoint):
             pass
     check_endpoint("tcp://[::1]:7000")
+
+
+def test_what_is_said_at_once_leaves_when_all_is_done_that_was_asked_for(tmp_path: Path) -> None:
+    """The stage is told before the client is."""
+    unsent: list[int] = []
+
+    def note(sink: FakeSink, client: str, wish: Any) -> None:
+        accepts(sink, client, wish)
+        unsent.append(served.frontend.unsent)
+
+    with serving(ipc(tmp_path), FakeSink(note)) as served, Dealer(served.endpoint) as dealer:
+        dealer.send(request("r"))
+        assert dealer.receive_until(Accepted).id == "r"
+    assert unsent == [1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loader_kit import HEADER_BYTES, KIB, MIB, make_blob
-from test_loader_reading import MemoryTarget, reader
+from reading_kit import MemoryTarget, reader
 from understudyd.loader import linux
 from understudyd.loader.past_cache import PastCache
 from understudyd.loader.reading import ReadError, Reading
